@@ -1,0 +1,487 @@
+"""Preprocessed volumes on disk, compressed in blocks so that a crop is read without reading the volume."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import time
+import types
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+from monai.transforms import Compose, RandomizableTrait
+from tqdm import tqdm
+
+from pgl_ext.data.checks import BadVolumeError, BadVolumesError, check_volume
+from pgl_ext.data.datalist import item_name
+
+__all__ = ["VolumeCache", "fingerprint", "resolve_bad"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT_VERSION = 1
+# Chosen with benchmarks/volume_cache.py. One crop of a view touches few enough blocks, and so few chunks that looking
+# them up costs little. LZ4's first level decodes fastest; on float16 CT the slower codecs save little.
+_CHUNK = (1, 64, 64, 64)
+_BLOCK = (1, 32, 32, 8)
+_COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE]}
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+_ABANDONED_AFTER = 24 * 3600  # seconds; no volume takes that long to write
+
+
+class VolumeCache:
+    """Preprocessed volumes as float16 files that crops are read from.
+
+    A volume of 512 x 512 x 200 voxels takes about a second to read from a ``.nii.gz`` file, and two crops of it some
+    milliseconds from its cache file. Each volume is written once: its file is named by the source (path, size, time
+    of change), the preprocessing and the file format, and written anew when one of them changes; the outdated file of
+    the same source is then removed. For two preprocessings in turn use two folders.
+
+    Several processes may fill and read one folder at the same time: a file appears under its name only when it is
+    complete. The instance can be sent to the workers of a ``DataLoader``.
+
+    Args:
+        cache_dir: folder of the files; made if missing.
+        preprocessing: MONAI transform that maps ``{"image": path, ...}`` to a dict with ``"image"``, a volume
+            ``(C, X, Y, Z)``: for instance ``LoadVolumed``, ``CheckVolumed``, ``Orientationd``, ``Spacingd``,
+            ``ScaleIntensityRanged``, ``NormalizeIntensityd``. Must not be random.
+        num_workers: processes that :meth:`prepare` uses; 0 works in the calling process.
+
+    Raises:
+        ValueError: the preprocessing has random transforms, or ``num_workers`` is negative.
+        OSError: ``cache_dir`` cannot be made.
+
+    Example::
+
+        cache = VolumeCache("cache", Compose([LoadVolumed("image"), CheckVolumed("image"),
+                                              Orientationd("image", axcodes="RAS"), NormalizeIntensityd("image")]))
+        items = resolve_bad(cache.prepare(items), items)
+        volume = cache.open(items[0])
+        crop = volume[:, 10:130, 20:140, 5:25]        # float16 array of shape (C, 120, 120, 20)
+        affine = np.array(volume.vlmeta["affine"])    # voxel index of the preprocessed volume -> mm
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike, preprocessing: Callable, num_workers: int = 0) -> None:
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {num_workers}.")
+        random = sorted({type(t).__name__ for t in _steps(preprocessing) if isinstance(t, RandomizableTrait)})
+        if random:
+            raise ValueError(
+                f"The cache's preprocessing must not be random, but has {', '.join(random)}: its result is computed "
+                "once and kept. Move random transforms to the training transforms."
+            )
+        self.cache_dir = Path(os.path.abspath(cache_dir))
+        self.num_workers = num_workers
+        # Taken before anything runs: some transforms keep results of a call in their attributes.
+        self.fingerprint = fingerprint(preprocessing)
+        self.preprocessing = _without_error_logging(preprocessing)
+        self._paths: dict[str, Path] = {}
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"Cannot make the cache folder {self.cache_dir}: {error}. Set another cache_dir.") from error
+
+    def key(self, item: Mapping) -> str:
+        """Digest of an item's source files as they are now, the preprocessing and the file format.
+
+        Args:
+            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series.
+
+        Raises:
+            FileNotFoundError: the source does not exist.
+        """
+        parts = [_FORMAT_VERSION, self.fingerprint, *_source(item), _source_state(str(item["image"]))]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def path(self, item: Mapping) -> Path:
+        """Where the cache file of an item is, or would be."""
+        return self.cache_dir / f"{_source_digest(item)}-{self.key(item)[:32]}.b2nd"
+
+    def open(self, item: Mapping) -> blosc2.NDArray:
+        """Open an item's preprocessed volume, making its file first where it is missing or damaged.
+
+        The source is looked at when an item is first opened and by :meth:`prepare`; in between it is taken as
+        unchanged, since asking for every slice of a DICOM series would take longer than reading a crop.
+
+        Args:
+            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series.
+
+        Returns:
+            Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta`` holds ``"affine"``
+            (4 x 4 lists: voxel index of the preprocessed volume -> mm), ``"source"``, ``"source_shape"`` and
+            ``"source_affine"``, the last two ``None`` if the preprocessing did not keep them.
+
+        Raises:
+            FileNotFoundError: the source does not exist.
+            ValueError: the source cannot be read or preprocessed.
+            BadVolumeError: the volume cannot be used for training.
+        """
+        name = item_name(item)
+        if name not in self._paths:
+            self._paths[name] = self.path(item)
+        volume = _open_file(self._paths[name])
+        if volume is None:
+            self._paths[name] = self._write(item)
+            volume = _open_file(self._paths[name])
+        if volume is None:
+            raise OSError(
+                f"Cache file {self._paths[name]} vanished or is unreadable though just written: check the disk."
+            )
+        return volume
+
+    def nbytes(self, item: Mapping) -> int:
+        """Bytes that an item's preprocessed volume takes in memory, as float16. Opens the file like :meth:`open`."""
+        volume = self.open(item)
+        return int(np.prod(volume.shape)) * volume.dtype.itemsize
+
+    def prepare(self, items: Sequence[Mapping], show_progress: bool = True) -> dict[str, str]:
+        """Make the cache files of items that have none yet, and find the volumes that cannot be used.
+
+        Pass each process of a distributed run its share, ``items[rank::world_size]``, gather the results, and give
+        them to :func:`resolve_bad` in every process.
+
+        Args:
+            items: items to prepare. Those already there are only opened, not read.
+            show_progress: draw a progress bar if there is anything to do and standard error is a terminal.
+
+        Returns:
+            Why a volume cannot be used, by :func:`pgl_ext.data.datalist.item_name`; empty if all are good.
+
+        Raises:
+            ImportError: a package needed to read a file is not installed.
+            OSError: a cache file cannot be written.
+            RuntimeError: a worker process died.
+        """
+        self._remove_abandoned()
+        bad: dict[str, str] = {}
+        missing = []
+        for item in items:
+            try:
+                path = self.path(item)
+            except OSError as error:
+                bad[item_name(item)] = _one_line(error)
+                continue
+            self._paths[item_name(item)] = path
+            if _open_file(path) is None:
+                missing.append(dict(item))
+        progress = tqdm(
+            self._prepare_missing(missing),
+            desc="Preparing volumes",
+            total=len(missing),
+            unit="volume",
+            # None: only on a terminal.
+            disable=None if show_progress and missing else True,
+        )
+        bad.update({name: reason for name, reason in progress if reason is not None})
+        return bad
+
+    def _prepare_missing(self, items: list[dict]) -> Iterator[tuple[str, str | None]]:
+        workers = min(self.num_workers, len(items))
+        if workers and not _can_be_sent(self):
+            logger.warning("The preprocessing cannot be sent to worker processes (a lambda?): working in this one.")
+            workers = 0
+        if not workers:
+            yield from map(self._prepare_one, items)
+            return
+        # Not fork: the calling process may hold CUDA, and has threads.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread)
+        try:
+            for future in as_completed([pool.submit(self._prepare_one, item) for item in items]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"A worker process died while preparing volumes for {self.cache_dir}, perhaps for lack of memory. Use "
+                "fewer workers; num_workers=0 works in the main process and shows what happens."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepare_one(self, item: Mapping) -> tuple[str, str | None]:
+        try:
+            self._write(item)
+        except (_BadSourceError, BadVolumeError) as error:
+            return item_name(item), _one_line(error)
+        return item_name(item), None
+
+    def _write(self, item: Mapping) -> Path:
+        """Preprocess an item, write its file, remove its outdated ones, and return the path."""
+        # Named before reading, so that a source that changes meanwhile is read again next time.
+        path = self.path(item)
+        frame = self._compressed(item)
+        try:
+            _write_atomically(path, frame)
+        except OSError as error:
+            raise OSError(
+                f"Cannot write the cache file {path}: {error}. Make room or set another cache_dir."
+            ) from error
+        for outdated in self.cache_dir.glob(f"{_source_digest(item)}-*.b2nd"):
+            if outdated != path:
+                outdated.unlink(missing_ok=True)
+        return path
+
+    def _compressed(self, item: Mapping) -> bytes:
+        image = self._preprocessed(item)
+        name = item_name(item)
+        if image.ndim != 4:
+            raise _BadSourceError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
+        check_volume(image, name)
+        voxels = np.asarray(image)
+        if np.abs(voxels).max() > _FLOAT16_MAX:
+            raise BadVolumeError(
+                f"{name} has values up to {np.abs(voxels).max():g} after preprocessing, too large for float16: clip or "
+                "normalise the intensities"
+            )
+        volume = blosc2.asarray(
+            np.ascontiguousarray(voxels, dtype=np.float16),
+            chunks=tuple(min(c, n) for c, n in zip(_CHUNK, _CHUNK[:1] + voxels.shape[1:], strict=True)),
+            blocks=tuple(min(b, n) for b, n in zip(_BLOCK, _BLOCK[:1] + voxels.shape[1:], strict=True)),
+            cparams={**_COMPRESSION, "nthreads": 1},
+        )
+        meta = getattr(image, "meta", {})
+        volume.vlmeta["affine"] = _as_list(getattr(image, "affine", np.eye(4)))
+        volume.vlmeta["source"] = name
+        volume.vlmeta["source_shape"] = _as_list(meta.get("spatial_shape"))
+        volume.vlmeta["source_affine"] = _as_list(meta.get("original_affine"))
+        return volume.to_cframe()
+
+    def _preprocessed(self, item: Mapping) -> np.ndarray | torch.Tensor:
+        try:
+            return self.preprocessing(dict(item))["image"]
+        except Exception as error:
+            cause = _cause(error)
+            # These are for the user to put right, not faults of the volume.
+            if isinstance(cause, (ImportError, MemoryError, BadVolumeError)):
+                raise cause from error
+            raise _BadSourceError(f"{type(cause).__name__}: {cause}") from error
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed processes left half written."""
+        for path in self.cache_dir.glob("tmp-*.b2nd"):
+            try:
+                if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
+                    path.unlink()
+            except FileNotFoundError:
+                pass
+
+
+class _BadSourceError(ValueError):
+    """A source that cannot be read or preprocessed."""
+
+
+def resolve_bad(
+    bad: Mapping[str, str],
+    items: Sequence[Mapping],
+    skip_bad_files: bool = False,
+    report_path: str | os.PathLike | None = None,
+) -> list[dict]:
+    """Leave out the volumes that cannot be used, or stop because of them.
+
+    Args:
+        bad: reasons by item name, as :meth:`VolumeCache.prepare` gives them, of all processes.
+        items: all items.
+        skip_bad_files: leave bad volumes out instead of raising.
+        report_path: file to list the volumes left out in, one ``path<TAB>reason`` per line.
+
+    Returns:
+        The good items, in the order given.
+
+    Raises:
+        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left. The message
+            lists all bad volumes.
+    """
+    good = [dict(item) for item in items if item_name(item) not in bad]
+    if not bad:
+        return good
+    if not skip_bad_files or not good:
+        raise BadVolumesError(bad, len(items))
+    logger.warning("Left out %d of %d volumes that cannot be used.", len(bad), len(items))
+    if report_path is not None:
+        report = Path(report_path)
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())), encoding="utf-8")
+    return good
+
+
+def _source(item: Mapping) -> tuple[str, str]:
+    return os.path.abspath(item["image"]), str(item.get("series_uid") or "")
+
+
+def _source_digest(item: Mapping) -> str:
+    return hashlib.sha256("\0".join(_source(item)).encode()).hexdigest()[:16]
+
+
+def _source_state(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file a volume may be read from.
+
+    Of a folder these are all its visible files, since telling which belong to a series means opening them. Of a
+    header with the voxels in a file of their own (.mhd, .nhdr) they are all files with the header's stem.
+    """
+    if os.path.isdir(path):
+        files = [entry for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith(".")]
+    elif path.lower().endswith((".mhd", ".nhdr")):
+        folder, name = os.path.split(path)
+        files = [e for e in os.scandir(folder or ".") if e.is_file() and e.name.startswith(os.path.splitext(name)[0])]
+    else:
+        files = [Path(path)]
+    states = [(f.name, f.stat()) for f in files]
+    if not states:
+        raise FileNotFoundError(f"{path} does not exist or holds no files: check the data list and the dataset folder.")
+    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+def _open_file(path: Path) -> blosc2.NDArray | None:
+    """The array in a cache file, or None if there is no such file or it is damaged."""
+    try:
+        # One thread: a DataLoader's workers already use the cores. A mapped file costs one system call less per block.
+        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"tmp-{uuid.uuid4().hex}.b2nd")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            # Otherwise a crash of the machine could leave the name with half the content.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_list(value: object) -> list | None:
+    return None if value is None else np.asarray(value).tolist()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of a transform itself, without the layers that MONAI's ``Compose`` wraps around it."""
+    while error.__cause__ is not None and str(error).startswith("applying transform"):
+        error = error.__cause__
+    return error
+
+
+def _steps(transform: Callable) -> Iterable[Callable]:
+    """The transforms of nested ``Compose``; ``Compose`` itself is randomizable whatever it holds."""
+    if isinstance(transform, Compose):
+        return [step for inner in transform.transforms for step in _steps(inner)]
+    return [transform]
+
+
+def _without_error_logging(transform: Callable) -> Callable:
+    """A copy whose ``Compose`` does not log the input of a transform that fails: bad volumes are collected."""
+    if not isinstance(transform, Compose):
+        return transform
+    transform = copy.copy(transform)
+    transform.log_stats = False
+    return transform
+
+
+def _can_be_sent(cache: VolumeCache) -> bool:
+    try:
+        pickle.dump(cache, io.BytesIO())
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def fingerprint(transform: object) -> str:
+    """A digest of what a transform is set to do, the same in every process and run.
+
+    It is made of class names and attributes, recursively: of transforms, containers, arrays, tensors, functions
+    (their code) and other objects. Random states, locks, loggers, attributes called ``*cache*`` and memory addresses
+    don't count.
+
+    Args:
+        transform: any transform, usually a ``Compose``.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(_canonical(transform, ()).encode()).hexdigest()
+
+
+_IGNORED_TYPES = (np.random.RandomState, np.random.Generator, torch.Generator, logging.Logger)
+# Of MONAI's Compose and random transforms; they change nothing in the result or change with every call.
+_IGNORED_ATTRIBUTES = ("log_stats", "_do_transform", "set_track_meta")
+
+
+def _canonical(value: object, parents: tuple[int, ...]) -> str:
+    if id(value) in parents:
+        return f"<parent {parents.index(id(value))}>"
+    inner = functools.partial(_canonical, parents=(*parents, id(value)))
+    if isinstance(value, enum.Enum):
+        return f"{_name(type(value))}.{value.name}"
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+        return f"{type(value).__name__}:{value!r}"
+    if isinstance(value, os.PathLike):
+        return f"path:{os.fspath(value)}"
+    if isinstance(value, (torch.dtype, torch.device, np.dtype, slice, range)):
+        return f"{type(value).__name__}:{value}"
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return _canonical_array(value)
+    if isinstance(value, Mapping):
+        return f"{_name(type(value))}{{{','.join(sorted(f'{inner(k)}={inner(v)}' for k, v in value.items()))}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}{{{','.join(sorted(map(inner, value)))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"{_name(type(value))}[{','.join(map(inner, value))}]"
+    if isinstance(value, functools.partial):
+        return f"partial({inner(value.func)},{inner(value.args)},{inner(value.keywords)})"
+    if isinstance(value, types.MethodType):
+        return f"method({inner(value.__func__)},{inner(value.__self__)})"
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return f"{_name(value)}({inner(value.__code__)},{inner(value.__defaults__)},{inner(cells)})"
+    if isinstance(value, types.CodeType):
+        return f"code({value.co_code.hex()},{inner(value.co_consts)},{inner(value.co_names)})"
+    if isinstance(value, (type, types.BuiltinFunctionType, types.ModuleType, np.ufunc)):
+        return _name(value)
+    return _canonical_object(value, inner)
+
+
+def _canonical_array(value: np.ndarray | torch.Tensor) -> str:
+    array = np.ascontiguousarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    return f"{type(value).__name__}:{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"
+
+
+def _canonical_object(value: object, inner: Callable[[object], str]) -> str:
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None:
+        return f"{_name(type(value))}:{re.sub(r' at 0x[0-9a-fA-F]+', '', repr(value))}"
+    settings = {
+        name: setting
+        for name, setting in attributes.items()
+        if name not in _IGNORED_ATTRIBUTES and "cache" not in name.lower() and not isinstance(setting, _IGNORED_TYPES)
+    }
+    return f"{_name(type(value))}({inner(settings)})"
+
+
+def _name(value: object) -> str:
+    module = getattr(value, "__module__", None)
+    return f"{module}.{getattr(value, '__qualname__', getattr(value, '__name__', repr(value)))}"

@@ -1,0 +1,237 @@
+"""Finding unlabelled volumes, reading data lists and splitting them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pgl_ext.transforms.load import DICOM_SUFFIXES, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
+
+__all__ = ["find_volumes", "item_name", "load_datalist", "split_datalist"]
+
+logger = logging.getLogger(__name__)
+
+_LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "imagests"}
+_KEPT_KEYS = ("image", "series_uid", "task", "group")
+_SUPPORTED = f"supported are {', '.join(SUPPORTED_SUFFIXES)} and folders that hold a DICOM series"
+
+
+def item_name(item: Mapping) -> str:
+    """One item's path, with the series UID where a folder may hold several: unique within a data list."""
+    uid = item.get("series_uid")
+    return f"{item['image']} (series {uid})" if uid else str(item["image"])
+
+
+def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
+    """Find every volume in a folder and the folders below it.
+
+    NIfTI, NRRD and MetaImage files and DICOM series are found. Files of other types and hidden files are passed
+    over, so are DICOM objects that hold no image volume. Folders called ``labels``, ``labelsTr`` or ``labelsTs`` next
+    to ``images``, ``imagesTr`` or ``imagesTs``, and ``.seg.nrrd`` files, are left out.
+
+    Where a ``dataset.json`` lies in the folder, prefer :func:`load_datalist`: it knows which files are images, and
+    which belong to a held-out set.
+
+    Args:
+        dataset_dir: folder to search; links to folders are followed.
+
+    Returns:
+        Items ordered by path: ``{"image": absolute path}`` for a file, ``{"image": absolute folder, "series_uid":
+        SeriesInstanceUID}`` for each DICOM series in a folder.
+
+    Raises:
+        ValueError: the folder is missing, is a file, or holds no volume.
+        ImportError: there are DICOM files and ``pydicom`` is not installed.
+    """
+    root = os.path.abspath(dataset_dir)
+    remedy = f"Set it to a folder of volumes; {_SUPPORTED}."
+    if not os.path.exists(root):
+        raise ValueError(f"Dataset folder {root} does not exist. {remedy}")
+    if not os.path.isdir(root):
+        raise ValueError(f"Dataset folder {root} is a file, not a folder. {remedy}")
+    items: list[dict] = []
+    left_out = 0
+    for folder, names, is_label_folder in _walk(root):
+        volumes = [n for n in names if file_suffix(n) in SUPPORTED_SUFFIXES and file_suffix(n) not in DICOM_SUFFIXES]
+        labels = [n for n in volumes if is_label_folder or n.lower().endswith(".seg.nrrd")]
+        left_out += len(labels)
+        items += [{"image": os.path.join(folder, n)} for n in volumes if n not in labels]
+        if not is_label_folder:
+            items += [{"image": folder, "series_uid": uid} for uid in _dicom_series(folder, names)]
+    if left_out:
+        logger.info("%s: left out %d label files.", root, left_out)
+    if not items:
+        raise ValueError(f"Dataset folder {root} holds no volumes. {remedy}")
+    return sorted(items, key=item_name)
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str], bool]]:
+    """Each folder below ``root`` once: its path, its visible files, and whether it lies in a label folder."""
+    label_roots: set[str] = set()
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        # Links may form a loop.
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        siblings = {f.lower() for f in folders}
+        inside = folder in label_roots
+        label_roots.update(
+            os.path.join(folder, f) for f in folders if inside or _LABEL_FOLDERS.get(f.lower()) in siblings
+        )
+        yield folder, sorted(n for n in names if not n.startswith(".")), inside
+
+
+def _dicom_series(folder: str, names: Sequence[str]) -> list[str]:
+    """UIDs of the DICOM series in ``folder`` that make up a volume."""
+    paths = [os.path.join(folder, n) for n in names]
+    paths = [p for p in paths if file_suffix(p) in DICOM_SUFFIXES or (not _has_known_suffix(p) and is_dicom_file(p))]
+    slices: dict[str, int] = {}
+    for path in paths:
+        uid, count = _series_and_slices(path)
+        if uid:
+            slices[uid] = slices.get(uid, 0) + count
+    single = [uid for uid, count in slices.items() if count < 2]
+    if single:
+        logger.info("%s: left out %d DICOM series of a single slice.", folder, len(single))
+    return sorted(set(slices) - set(single))
+
+
+def _has_known_suffix(path: str) -> bool:
+    # DICOM files are often named by their UID alone, whose last part then looks like a suffix.
+    suffix = file_suffix(path)
+    return bool(suffix) and not suffix[1:].isdigit()
+
+
+def _series_and_slices(path: str) -> tuple[str, int]:
+    """SeriesInstanceUID and number of slices in one DICOM file; ``("", 0)`` if it holds no scan."""
+    try:
+        import pydicom
+    except ImportError as error:
+        raise ImportError(f"Reading the DICOM file {path} needs the package 'pydicom': pip install pydicom") from error
+
+    tags = ["SeriesInstanceUID", "Modality", "Rows", "NumberOfFrames"]
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+    except (pydicom.errors.InvalidDicomError, OSError) as error:
+        logger.warning("%s is not a readable DICOM file and is left out: %s", path, error)
+        return "", 0
+    is_scan = "Rows" in header and header.get("Modality") not in ("SEG", "RTDOSE")
+    return (str(header.get("SeriesInstanceUID", "")), int(header.get("NumberOfFrames") or 1)) if is_scan else ("", 0)
+
+
+def load_datalist(
+    data_list_file_path: str | os.PathLike, dataset_dir: str | os.PathLike | None = None, key: str = "training"
+) -> list[dict]:
+    """Read a data list in the style of the Medical Segmentation Decathlon.
+
+    Args:
+        data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``.
+        dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
+        key: which list of the file to take.
+
+    Returns:
+        Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"task"`` and ``"group"``
+        where given. Everything else, labels in particular, is dropped.
+
+    Raises:
+        ValueError: the file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an
+            unsupported type; or not one of the images exists.
+    """
+    path = Path(data_list_file_path)
+    entries = _read_entries(path, key)
+    base = os.path.abspath(path.parent if dataset_dir is None else dataset_dir)
+    items = [_to_item(entry, index, base, path) for index, entry in enumerate(entries)]
+    unsupported = [item["image"] for item in items if not _is_supported(item["image"])]
+    if unsupported:
+        raise ValueError(
+            f"Data list {path} names {len(unsupported)} files of an unsupported type: {_few(unsupported)}. Convert or "
+            f"remove them; {_SUPPORTED}."
+        )
+    # Single files that are missing are left to the start-up scan, which lists every bad file at once.
+    if not any(os.path.exists(item["image"]) for item in items):
+        raise ValueError(
+            f"None of the {len(items)} images of data list {path} exists, such as {items[0]['image']}: set dataset_dir "
+            "to the folder that its paths start from."
+        )
+    return items
+
+
+def _read_entries(path: Path, key: str) -> list:
+    if not path.is_file():
+        raise ValueError(f"Data list {path} does not exist or is not a file: give the path of a JSON data list.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Data list {path} is not valid JSON: {error}. Correct the file.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Data list {path} holds a {type(content).__name__}, not an object with a list {key!r}.")
+    lists = [name for name, value in content.items() if isinstance(value, list) and value]
+    if key not in lists:
+        raise ValueError(f"Data list {path} has no entries under the key {key!r}; keys with entries: {lists}.")
+    return content[key]
+
+
+def _to_item(entry: object, index: int, base: str, path: Path) -> dict:
+    entry = {"image": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
+        raise ValueError(
+            f"Entry {index} of data list {path} has no single 'image' path: {entry!r}. Each entry must be a path or an "
+            "object with one path under 'image'."
+        )
+    item = {name: entry[name] for name in _KEPT_KEYS if name in entry}
+    item["image"] = os.path.normpath(os.path.join(base, os.path.expanduser(entry["image"])))
+    return item
+
+
+def _is_supported(path: str) -> bool:
+    return (
+        file_suffix(path) in SUPPORTED_SUFFIXES
+        or not _has_known_suffix(path)
+        or os.path.isdir(path)
+        or is_dicom_file(path)
+    )
+
+
+def _few(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def split_datalist(items: Iterable[Mapping], validation_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Split items at random into a training and a validation part.
+
+    The split depends on the seed and on which items there are, not on their order. With a fraction above 0 the
+    validation part has at least one item and leaves at least one for training; a single item serves as both.
+
+    Args:
+        items: data items with ``"image"``.
+        validation_fraction: share of the items to validate on, in [0, 1).
+        seed: of the random choice.
+
+    Returns:
+        The training items and the validation items, each ordered by path.
+
+    Raises:
+        ValueError: the fraction is outside [0, 1).
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}.")
+    ordered = sorted((dict(item) for item in items), key=item_name)
+    if validation_fraction == 0 or not ordered:
+        return ordered, []
+    if len(ordered) == 1:
+        logger.warning("Only one volume, %s: it serves for training and for validation.", item_name(ordered[0]))
+        return ordered, [dict(ordered[0])]
+    count = min(max(1, round(validation_fraction * len(ordered))), len(ordered) - 1)
+    chosen = set(np.random.RandomState(seed).permutation(len(ordered))[:count].tolist())
+    train = [item for index, item in enumerate(ordered) if index not in chosen]
+    return train, [ordered[index] for index in sorted(chosen)]
