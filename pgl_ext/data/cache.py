@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import threading
 import time
 import types
 import uuid
@@ -123,8 +124,8 @@ class VolumeCache:
 
         Returns:
             Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta`` holds ``"affine"``
-            (4 x 4 lists: voxel index of the preprocessed volume -> mm), ``"source"``, ``"source_shape"`` and
-            ``"source_affine"``, the last two ``None`` if the preprocessing did not keep them.
+            (4 x 4 lists: voxel index of the preprocessed volume -> mm), ``"source"`` (the path),
+            ``"series_uid"``, ``"source_shape"`` and ``"source_affine"``, each ``None`` if not known.
 
         Raises:
             FileNotFoundError: the source does not exist.
@@ -200,14 +201,14 @@ class VolumeCache:
             return
         # Not fork: the calling process may hold CUDA, and has threads.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(self,))
         try:
-            for future in as_completed([pool.submit(self._prepare_one, item) for item in items]):
+            for future in as_completed([pool.submit(_prepare_in_worker, item) for item in items]):
                 yield future.result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"A worker process died while preparing volumes for {self.cache_dir}, perhaps for lack of memory. Use "
-                "fewer workers; num_workers=0 works in the main process and shows what happens."
+                f"A worker process died while preparing volumes for {self.cache_dir}, for lack of memory, or since a "
+                "script lacks `if __name__ == '__main__':`. Use fewer workers, or num_workers=0 for none."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -255,7 +256,8 @@ class VolumeCache:
         )
         meta = getattr(image, "meta", {})
         volume.vlmeta["affine"] = _as_list(getattr(image, "affine", np.eye(4)))
-        volume.vlmeta["source"] = name
+        volume.vlmeta["source"] = str(item["image"])
+        volume.vlmeta["series_uid"] = item.get("series_uid")
         volume.vlmeta["source_shape"] = _as_list(meta.get("spatial_shape"))
         volume.vlmeta["source_affine"] = _as_list(meta.get("original_affine"))
         return volume.to_cframe()
@@ -406,16 +408,27 @@ def _can_be_sent(cache: VolumeCache) -> bool:
     return True
 
 
-def _use_one_thread() -> None:
+_worker_cache: VolumeCache
+
+
+def _start_worker(cache: VolumeCache) -> None:
+    # Sent once, not with every item.
+    global _worker_cache
+    _worker_cache = cache
+    # The workers share the cores.
     torch.set_num_threads(1)
+
+
+def _prepare_in_worker(item: dict) -> tuple[str, str | None]:
+    return _worker_cache._prepare_one(item)
 
 
 def fingerprint(transform: object) -> str:
     """A digest of what a transform is set to do, the same in every process and run.
 
     It is made of class names and attributes, recursively: of transforms, containers, arrays, tensors, functions
-    (their code) and other objects. Random states, locks, loggers, attributes called ``*cache*`` and memory addresses
-    don't count.
+    (their code) and other objects. Random states, locks, thread-local values, loggers, attributes called ``*cache*``
+    and memory addresses don't count.
 
     Args:
         transform: any transform, usually a ``Compose``.
@@ -426,9 +439,17 @@ def fingerprint(transform: object) -> str:
     return hashlib.sha256(_canonical(transform, ()).encode()).hexdigest()
 
 
-_IGNORED_TYPES = (np.random.RandomState, np.random.Generator, torch.Generator, logging.Logger)
+_IGNORED_TYPES = (
+    np.random.RandomState,
+    np.random.Generator,
+    torch.Generator,
+    logging.Logger,
+    threading.local,
+    type(threading.Lock()),
+    type(threading.RLock()),
+)
 # Of MONAI's Compose and random transforms; they change nothing in the result or change with every call.
-_IGNORED_ATTRIBUTES = ("log_stats", "_do_transform", "set_track_meta")
+_IGNORED_ATTRIBUTES = ("log_stats", "_do_transform")
 
 
 def _canonical(value: object, parents: tuple[int, ...]) -> str:

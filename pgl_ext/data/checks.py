@@ -53,16 +53,16 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
     affine = getattr(image, "affine", None)
     if affine is not None:
         _check_affine(np.asarray(affine, dtype=np.float64), source)
-    voxels = torch.as_tensor(np.asarray(image))
-    if voxels.numel() == 0:
-        raise BadVolumeError(f"{source} is empty: shape {tuple(voxels.shape)}")
-    # Minimum and maximum carry NaN and infinity along, so that a good volume is read only once.
-    low, high = (v.item() for v in torch.aminmax(voxels))
+    voxels = np.asarray(image)
+    if voxels.size == 0:
+        raise BadVolumeError(f"{source} is empty: shape {voxels.shape}")
+    # Minimum and maximum carry NaN and infinity along: no mask of the volume's size unless it is bad.
+    low, high = voxels.min(), voxels.max()
     if not np.isfinite([low, high]).all():
-        nan, inf = int(voxels.isnan().sum()), int(voxels.isinf().sum())
-        raise BadVolumeError(f"{source} has {nan} NaN and {inf} infinite of {voxels.numel()} voxels")
+        nan, inf = np.isnan(voxels).sum(), np.isinf(voxels).sum()
+        raise BadVolumeError(f"{source} has {nan} NaN and {inf} infinite of {voxels.size} voxels")
     if low == high:
-        raise BadVolumeError(f"{source} is constant: all {voxels.numel()} voxels are {low:g}")
+        raise BadVolumeError(f"{source} is constant: all {voxels.size} voxels are {low:g}")
 
 
 def _check_affine(affine: np.ndarray, source: str) -> None:

@@ -10,15 +10,43 @@ from pathlib import Path
 
 import numpy as np
 
-from pgl_ext.transforms.load import DICOM_SUFFIXES, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
-
-__all__ = ["find_volumes", "item_name", "load_datalist", "split_datalist"]
+__all__ = [
+    "SUPPORTED_SUFFIXES",
+    "file_suffix",
+    "find_volumes",
+    "is_dicom_file",
+    "item_name",
+    "load_datalist",
+    "split_datalist",
+]
 
 logger = logging.getLogger(__name__)
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+DICOM_SUFFIXES = (".dcm", ".ima")
+SUPPORTED_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES
+"""File endings that can be read, in lower case; a folder is read as a DICOM series."""
 
 _LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "imagests"}
 _KEPT_KEYS = ("image", "series_uid", "task", "group")
 _SUPPORTED = f"supported are {', '.join(SUPPORTED_SUFFIXES)} and folders that hold a DICOM series"
+
+
+def file_suffix(path: str | os.PathLike) -> str:
+    """The supported ending of ``path`` in lower case (``".nii.gz"``), else its last suffix (``".png"``, ``""``)."""
+    name = Path(path).name.lower()
+    matches = [s for s in SUPPORTED_SUFFIXES if name.endswith(s)]
+    return max(matches, key=len) if matches else Path(name).suffix
+
+
+def is_dicom_file(path: str | os.PathLike) -> bool:
+    """Whether ``path`` starts with the DICOM preamble: 128 free bytes, then ``DICM``."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def item_name(item: Mapping) -> str:

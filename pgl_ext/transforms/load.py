@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader
 from monai.transforms import EnsureChannelFirst, MapTransform
-from monai.utils import OptionalImportError
 
-__all__ = ["SUPPORTED_SUFFIXES", "LoadVolumed", "file_suffix", "is_dicom_file"]
+from pgl_ext.data.datalist import NIFTI_SUFFIXES, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-DICOM_SUFFIXES = (".dcm", ".ima")
-SUPPORTED_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES
-"""File endings that can be read, in lower case; a folder is read as a DICOM series."""
-
-
-def file_suffix(path: str | os.PathLike) -> str:
-    """The supported ending of ``path`` in lower case (``".nii.gz"``), else its last suffix (``".png"``, ``""``)."""
-    name = Path(path).name.lower()
-    matches = [s for s in SUPPORTED_SUFFIXES if name.endswith(s)]
-    return max(matches, key=len) if matches else Path(name).suffix
-
-
-def is_dicom_file(path: str | os.PathLike) -> bool:
-    """Whether ``path`` starts with the DICOM preamble: 128 free bytes, then ``DICM``."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+__all__ = ["SUPPORTED_SUFFIXES", "LoadVolumed"]
 
 
 class LoadVolumed(MapTransform):
@@ -122,9 +100,10 @@ def _reader_for(path: str, series_uid: str | None) -> ImageReader:
                 "folders that hold a DICOM series. Convert the file or remove it from the data."
             )
     try:
-        return _SeriesReader(series_name=series_uid or "")
-    except OptionalImportError as error:
+        import itk  # noqa: F401
+    except ImportError as error:
         raise ImportError(f"Reading {path} needs the package 'itk': pip install itk") from error
+    return _SeriesReader(series_name=series_uid or "")
 
 
 class _SeriesReader(ITKReader):

@@ -1,0 +1,313 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientationd, SaveImage
+
+from pgl_ext.transforms.load import SUPPORTED_SUFFIXES, LoadVolumed
+
+SHAPE = (5, 6, 7)
+
+
+def voxels(shape=SHAPE) -> np.ndarray:
+    return np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
+
+
+def oblique(axes=(0, 1, 2), flips=(1, 1, 1)) -> np.ndarray:
+    """Affine to RAS mm of a scan turned by about 11 degrees, its axes permuted and flipped."""
+    c, s = np.cos(0.2), np.sin(0.2)
+    rotation = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    matrix = np.eye(4)
+    matrix[:3, :3] = (rotation @ np.diag(flips))[:, list(axes)] @ np.diag([1.5, 2.0, 2.5])
+    matrix[:3, 3] = [10, -20, 30]
+    return matrix
+
+
+def load(path: Path | str, **entries) -> MetaTensor:
+    return LoadVolumed("image")({"image": str(path), **entries})["image"]
+
+
+def save_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def sitk_image(array: np.ndarray, affine: np.ndarray):
+    """A SimpleITK image of voxels (X, Y, Z); ITK's world is LPS."""
+    sitk = pytest.importorskip("SimpleITK")
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    to_lps = np.diag([-1, -1, 1]) @ affine[:3]
+    spacing = np.linalg.norm(to_lps[:, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((to_lps[:, :3] / spacing).ravel().tolist())
+    image.SetOrigin(to_lps[:, 3].tolist())
+    return image
+
+
+def save_dicom_series(folder: Path, array: np.ndarray, affine: np.ndarray, uid: str, prefix: str = "") -> Path:
+    """One file per slice, the names in reverse order of the slices."""
+    sitk = pytest.importorskip("SimpleITK")
+    folder.mkdir(parents=True, exist_ok=True)
+    volume = sitk_image(array, affine)
+    direction = np.reshape(volume.GetDirection(), (3, 3))
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    count = array.shape[2]
+    for index in range(count):
+        image = volume[:, :, index : index + 1]
+        tags = {
+            "0008|0060": "CT",
+            "0020|000d": "1.2",
+            "0020|000e": uid,
+            "0020|0032": "\\".join(f"{x:.10g}" for x in image.GetOrigin()),
+            "0020|0037": "\\".join(f"{x:.10g}" for x in [*direction[:, 0], *direction[:, 1]]),
+            "0020|0013": str(count - index),
+        }
+        for tag, value in tags.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{prefix}{count - index:03}.dcm"))
+        writer.Execute(image)
+    return folder
+
+
+def assert_volume(image: MetaTensor, array: np.ndarray, affine: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert isinstance(image, MetaTensor)
+    assert image.dtype == torch.float32
+    np.testing.assert_array_equal(image.numpy()[0], array)
+    np.testing.assert_allclose(image.affine.numpy(), affine, atol=tolerance)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII.GZ"])
+def test_nifti(tmp_path, suffix):
+    path = save_nifti(tmp_path / "a.nii.gz", voxels(), oblique()).rename(tmp_path / f"b{suffix}")
+    if suffix == ".nii":
+        save_nifti(path, voxels(), oblique())
+    image = load(path)
+    assert_volume(image, voxels(), oblique())
+    assert image.meta["filename_or_obj"] == str(path)
+
+
+def test_nifti_scale_factors_are_applied(tmp_path):
+    image = nibabel.Nifti1Image(voxels(), np.eye(4))
+    image.header.set_slope_inter(2, -5)
+    nibabel.save(image, tmp_path / "a.nii")
+    np.testing.assert_array_equal(load(tmp_path / "a.nii").numpy()[0], nibabel.load(tmp_path / "a.nii").get_fdata())
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, -1)])
+def test_orientation_agrees_with_nibabel(tmp_path, axes, flips):
+    path = save_nifti(tmp_path / "a.nii.gz", voxels(), oblique(axes, flips))
+    canonical = nibabel.as_closest_canonical(nibabel.load(path))
+    image = Orientationd("image", axcodes="RAS", labels=None)({"image": load(path)})["image"]
+    assert_volume(image, canonical.get_fdata(), canonical.affine)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd"])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)])
+def test_nrrd_and_metaimage(tmp_path, suffix, axes):
+    pytest.importorskip("itk")
+    sitk = pytest.importorskip("SimpleITK")
+    path = tmp_path / f"a{suffix}"
+    sitk.WriteImage(sitk_image(voxels(), oblique(axes)), str(path), True)
+    image = load(path)
+    assert_volume(image, voxels(), oblique(axes))
+    assert image.meta["filename_or_obj"] == str(path)
+
+
+@pytest.mark.parametrize(
+    ("space", "signs"),
+    [("left-posterior-superior", (-1, -1)), ("right-anterior-superior", (1, 1)), ("left-anterior-superior", (-1, 1))],
+)
+def test_nrrd_spaces(tmp_path, space, signs):
+    pytest.importorskip("itk")
+    nrrd = pytest.importorskip("nrrd")
+    header = {"space": space, "space directions": np.diag([2.0, 3.0, 4.0]), "space origin": [1.0, 2.0, 3.0]}
+    nrrd.write(str(tmp_path / "a.nrrd"), voxels(), header=header)
+    expected = np.diag([*signs, 1, 1]) @ np.array([[2, 0, 0, 1], [0, 3, 0, 2], [0, 0, 4, 3], [0, 0, 0, 1]])
+    assert_volume(load(tmp_path / "a.nrrd"), voxels(), expected)
+
+
+def test_dicom_series(tmp_path):
+    pytest.importorskip("itk")
+    affine = oblique(flips=(-1, -1, 1))
+    folder = save_dicom_series(tmp_path / "case", voxels(), affine, "1.2.3")
+    image = load(folder)
+    assert_volume(image, voxels(), affine, 1e-4)
+    assert image.meta["filename_or_obj"] == str(folder)
+
+
+def test_two_dicom_series_in_one_folder(tmp_path):
+    pytest.importorskip("itk")
+    pytest.importorskip("pydicom")
+    from pgl_ext.data.datalist import find_volumes
+
+    affine = oblique(flips=(-1, -1, 1))
+    # The UID of one is the beginning of the other's.
+    arrays = {"1.2.3": voxels(), "1.2.3.4": voxels((4, 5, 3)) + 7}
+    for uid, array in arrays.items():
+        save_dicom_series(tmp_path, array, affine, uid, prefix=uid)
+    items = find_volumes(tmp_path)
+    assert [item["series_uid"] for item in items] == list(arrays)
+    for item in items:
+        assert_volume(LoadVolumed("image")(item)["image"], arrays[item["series_uid"]], affine, 1e-4)
+    with pytest.raises(ValueError, match=r"holds 2 DICOM series: set 'series_uid' to one of 1\.2\.3, 1\.2\.3\.4"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"has no DICOM series '9\.9'"):
+        load(tmp_path, series_uid="9.9")
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7, 1), (5, 6, 7, 1, 1)])
+def test_trailing_singletons_are_dropped(tmp_path, shape):
+    image = load(save_nifti(tmp_path / "a.nii", voxels(shape), oblique()))
+    assert_volume(image, voxels(shape).reshape(SHAPE), oblique())
+
+
+def test_nothing_but_the_image_changes_and_several_keys_work(tmp_path):
+    path = str(save_nifti(tmp_path / "a.nii", voxels()))
+    item = {"image": path, "label": path, "task": "liver"}
+    out = LoadVolumed(["image", "label", "absent"], allow_missing_keys=True)(item)
+    assert item["image"] == path
+    assert out["task"] == "liver"
+    assert torch.equal(out["image"], out["label"])
+    with pytest.raises(KeyError):
+        LoadVolumed("absent")(item)
+
+
+def test_saving_restores_the_file(tmp_path):
+    path = save_nifti(tmp_path / "scan.nii.gz", voxels(), oblique((2, 0, 1)))
+    SaveImage(tmp_path / "out", output_postfix="seg", print_log=False)(load(path))
+    saved = nibabel.load(tmp_path / "out" / "scan" / "scan_seg.nii.gz")
+    np.testing.assert_array_equal(saved.get_fdata(), voxels())
+    np.testing.assert_allclose(saved.affine, oblique((2, 0, 1)), atol=1e-5)
+
+
+def write_garbage(path: Path) -> None:
+    path.write_bytes(b"garbage" * 100)
+
+
+def write_truncated_nifti(path: Path) -> None:
+    save_nifti(path, np.random.default_rng(0).normal(size=(20, 20, 20)))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_truncated_itk(path: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(sitk_image(voxels((20, 20, 20)), np.eye(4)), str(path), True)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_empty(path: Path) -> None:
+    path.touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.nii", write_garbage),
+        ("a.nii.gz", write_garbage),
+        ("a.nii.gz", write_empty),
+        ("a.nii", write_truncated_nifti),
+        ("a.nii.gz", write_truncated_nifti),
+        ("a.mha", write_garbage),
+        ("a.mha", write_truncated_itk),
+        ("a.nrrd", write_garbage),
+        ("a.nrrd", write_truncated_itk),
+        ("a.dcm", write_garbage),
+    ],
+)
+def test_unreadable_file_is_named(tmp_path, name, write):
+    if not name.startswith("a.nii"):
+        pytest.importorskip("itk")
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=r"Cannot read .*restore or convert it, or remove it") as error:
+        load(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def write_rgb_nifti(path: Path) -> None:
+    colour = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    save_nifti(path, np.zeros(SHAPE, colour))
+
+
+def write_4d_nifti(path: Path) -> None:
+    save_nifti(path, voxels((5, 6, 7, 3)))
+
+
+def write_2d_nifti(path: Path) -> None:
+    save_nifti(path, voxels((5, 6)))
+
+
+def write_rgb_itk(path: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 6, 5, 3), np.uint8), isVector=True), str(path))
+
+
+def write_4d_itk(path: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 7, 6, 5), np.uint8), isVector=False), str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "shape"),
+    [
+        ("a.nii.gz", write_4d_nifti, (5, 6, 7, 3)),
+        ("a.nii.gz", write_rgb_nifti, (5, 6, 7, 3)),
+        ("a.nii.gz", write_2d_nifti, (5, 6)),
+        ("a.mha", write_4d_itk, (5, 6, 7, 3)),
+        ("a.mha", write_rgb_itk, (5, 6, 7, 3)),
+        ("a.nrrd", write_rgb_itk, (5, 6, 7, 3)),
+    ],
+)
+def test_other_than_single_channel_3d_is_refused(tmp_path, name, write, shape):
+    if name != "a.nii.gz":
+        pytest.importorskip("itk")
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match="only single-channel 3D volumes are supported") as error:
+        load(tmp_path / name)
+    assert f"{tmp_path / name} has shape {shape}" in str(error.value)
+
+
+def test_unsupported_type_and_missing_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a\.png is of an unsupported type '\.png'") as error:
+        load(tmp_path / "a.png")
+    assert all(suffix in str(error.value) for suffix in SUPPORTED_SUFFIXES)
+    with pytest.raises(FileNotFoundError, match=r"b\.nii does not exist"):
+        load(tmp_path / "b.nii")
+
+
+def test_folder_without_dicom(tmp_path):
+    pytest.importorskip("itk")
+    with pytest.raises(ValueError, match="holds no DICOM series"):
+        load(tmp_path)
+
+
+def test_works_without_the_optional_packages(tmp_path):
+    save_nifti(tmp_path / "a.nii", voxels())
+    for name in ("a.mha", "a.dcm"):
+        write_garbage(tmp_path / name)
+    script = """
+import sys
+sys.modules.update(dict.fromkeys(["itk", "nrrd", "pydicom", "SimpleITK"]))
+from pgl_ext.data.datalist import find_volumes
+from pgl_ext.transforms.load import LoadVolumed
+print(tuple(LoadVolumed("image")({"image": "a.nii"})["image"].shape))
+for attempt in (lambda: LoadVolumed("image")({"image": "a.mha"}), lambda: find_volumes(".")):
+    try:
+        attempt()
+    except ImportError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shape, metaimage, dicom = run.stdout.splitlines()
+    assert shape == "(1, 5, 6, 7)"
+    assert "a.mha" in metaimage
+    assert "pip install itk" in metaimage
+    assert "a.dcm" in dicom
+    assert "pip install pydicom" in dicom
