@@ -288,6 +288,7 @@ def test_folder_without_dicom(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_works_without_the_optional_packages(tmp_path):
     save_nifti(tmp_path / "a.nii", voxels())
     for name in ("a.mha", "a.dcm"):

@@ -125,7 +125,8 @@ class VolumeCache:
         Returns:
             Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta`` holds ``"affine"``
             (4 x 4 lists: voxel index of the preprocessed volume -> mm), ``"source"`` (the path),
-            ``"series_uid"``, ``"source_shape"`` and ``"source_affine"``, each ``None`` if not known.
+            ``"series_uid"``, ``"source_shape"`` and ``"source_affine"``, each ``None`` if not known. Keep the array
+            while using ``vlmeta``, which only refers to it.
 
         Raises:
             FileNotFoundError: the source does not exist.
