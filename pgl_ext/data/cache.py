@@ -244,15 +244,17 @@ class VolumeCache:
             raise _BadSourceError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
         check_volume(image, name)
         voxels = np.asarray(image)
-        if np.abs(voxels).max() > _FLOAT16_MAX:
+        largest = max(abs(voxels.min()), abs(voxels.max()))
+        if largest > _FLOAT16_MAX:
             raise BadVolumeError(
-                f"{name} has values up to {np.abs(voxels).max():g} after preprocessing, too large for float16: clip or "
-                "normalise the intensities"
+                f"{name} has values up to {largest:g} after preprocessing, too large for float16: clip or normalise "
+                "the intensities"
             )
         volume = blosc2.asarray(
-            np.ascontiguousarray(voxels, dtype=np.float16),
-            chunks=tuple(min(c, n) for c, n in zip(_CHUNK, _CHUNK[:1] + voxels.shape[1:], strict=True)),
-            blocks=tuple(min(b, n) for b, n in zip(_BLOCK, _BLOCK[:1] + voxels.shape[1:], strict=True)),
+            # Readers give volumes in Fortran order; torch turns and converts them three times faster than NumPy.
+            torch.as_tensor(voxels).half().contiguous().numpy(),
+            chunks=tuple(map(min, _CHUNK, voxels.shape)),
+            blocks=tuple(map(min, _BLOCK, voxels.shape)),
             cparams={**_COMPRESSION, "nthreads": 1},
         )
         meta = getattr(image, "meta", {})
