@@ -435,7 +435,7 @@ def generate_case(
 
     Example:
         >>> image, label, affine = generate_case(0, shape=(64, 64, 32))
-        >>> image.shape, label.max()
+        >>> image.shape, int(label.max())
         ((64, 64, 32), 8)
     """
     if orientation not in (None, *ORIENTATIONS):
