@@ -1,0 +1,21 @@
+"""Transforms: loading, two overlapping views, intensity augmentations of whole batches."""
+
+from pgl_ext.transforms.intensity import (
+    BatchIntensityd,
+    RandBatchBlur,
+    RandBatchBrightness,
+    RandBatchGamma,
+    RandBatchNoise,
+)
+from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.transforms.views import RandOverlappingViewsd
+
+__all__ = [
+    "BatchIntensityd",
+    "LoadVolumed",
+    "RandBatchBlur",
+    "RandBatchBrightness",
+    "RandBatchGamma",
+    "RandBatchNoise",
+    "RandOverlappingViewsd",
+]

@@ -1,0 +1,163 @@
+"""The PGL paper's intensity augmentations (section 3.2, steps 3 to 6), batched, on any device.
+
+Each takes ``(B, C, X, Y, Z)``, draws its parameters per sample from its own MONAI random state, and changes only the
+samples that it is applied to. They run after loading, on the device that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.transforms import Compose, Randomizable
+
+__all__ = ["BatchIntensityd", "RandBatchBlur", "RandBatchBrightness", "RandBatchGamma", "RandBatchNoise"]
+
+
+class _RandBatchTransform(Randomizable):
+    """Apply ``transform`` to each sample with probability ``prob``, its parameter drawn from ``value_range``."""
+
+    def __init__(self, prob: float, value_range: Sequence[float]) -> None:
+        if not 0 <= prob <= 1:
+            raise ValueError(f"prob must lie in [0, 1], got {prob}.")
+        if len(value_range) != 2 or value_range[0] > value_range[1]:
+            raise ValueError(f"the parameter's range must be two increasing numbers, got {tuple(value_range)}.")
+        self.prob = prob
+        self.value_range = tuple(value_range)
+
+    def randomize(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw which samples are changed, as indices (n,), and their parameters (n,)."""
+        applied = self.R.random_sample(batch_size) < self.prob
+        values = self.R.uniform(*self.value_range, size=batch_size)
+        return torch.from_numpy(applied.nonzero()[0]), torch.from_numpy(values[applied]).float()
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Augment (B, C, X, Y, Z); returns a new tensor of the same shape and dtype."""
+        if images.ndim != 5:
+            raise ValueError(f"expected a batch (B, C, X, Y, Z), got shape {tuple(images.shape)}.")
+        index, values = self.randomize(images.shape[0])
+        if len(index) == 0:
+            return images
+        index = index.to(images.device, non_blocking=True)
+        values = values.to(images.device, images.dtype, non_blocking=True)[:, None, None, None, None]
+        return images.index_copy(0, index, self.transform(images[index], values))
+
+    def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Change all of ``images`` (n, C, X, Y, Z) with their parameters ``values`` (n, 1, 1, 1, 1)."""
+        raise NotImplementedError
+
+
+class RandBatchNoise(_RandBatchTransform):
+    """Add white Gaussian noise whose variance is drawn uniformly (step 3).
+
+    Args:
+        prob: probability per sample.
+        variance: range of the variance, in squared units of the normalised intensity.
+    """
+
+    def __init__(self, prob: float = 0.1, variance: Sequence[float] = (0.0, 0.1)) -> None:
+        super().__init__(prob, variance)
+
+    def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(images.device).manual_seed(int(self.R.randint(2**31)))
+        noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        return torch.addcmul(images, noise, values.sqrt())
+
+
+class RandBatchBlur(_RandBatchTransform):
+    """Gaussian blur (step 4).
+
+    Args:
+        prob: probability per sample.
+        sigma: range of the standard deviation, in voxels.
+    """
+
+    def __init__(self, prob: float = 0.2, sigma: Sequence[float] = (0.5, 1.0)) -> None:
+        super().__init__(prob, sigma)
+        if sigma[0] <= 0:
+            raise ValueError(f"sigma must be positive, got {tuple(sigma)}.")
+        # Four standard deviations hold all but 6e-5 of the weight.
+        self.radius = max(1, int(4 * sigma[1] + 0.5))
+
+    def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        n, channels = images.shape[:2]
+        distance = torch.arange(-self.radius, self.radius + 1, device=images.device, dtype=images.dtype)
+        kernels = torch.exp(-0.5 * (distance / values.view(n, 1)).square())
+        kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+        # One group per sample and channel, so that each sample has its own kernel.
+        blurred = images.reshape(1, n * channels, *images.shape[2:])
+        for axis in range(3):
+            shape = [n * channels, 1, 1, 1, 1]
+            shape[2 + axis] = -1
+            padding = [0] * 6
+            padding[4 - 2 * axis] = padding[5 - 2 * axis] = self.radius
+            padded = F.pad(blurred, padding, mode="replicate")
+            blurred = F.conv3d(padded, kernels.view(shape), groups=n * channels)
+        return blurred.view(images.shape)
+
+
+class RandBatchBrightness(_RandBatchTransform):
+    """Multiply by a constant and clip to the sample's original range (step 5).
+
+    Args:
+        prob: probability per sample.
+        factor: range of the factor.
+    """
+
+    def __init__(self, prob: float = 0.5, factor: Sequence[float] = (0.75, 1.25)) -> None:
+        super().__init__(prob, factor)
+
+    def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        lowest, highest = _range(images)
+        return torch.clamp(images * values, lowest, highest)
+
+
+class RandBatchGamma(_RandBatchTransform):
+    """Gamma transformation (step 6): rescale the sample to [0, 1], raise to the power of gamma, rescale back.
+
+    Args:
+        prob: probability per sample.
+        gamma: range of the exponent.
+    """
+
+    def __init__(self, prob: float = 0.5, gamma: Sequence[float] = (0.7, 1.5)) -> None:
+        super().__init__(prob, gamma)
+        if gamma[0] <= 0:
+            raise ValueError(f"gamma must be positive, got {tuple(gamma)}.")
+
+    def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        lowest, highest = _range(images)
+        # A constant sample has no range: it stays as it is.
+        span = (highest - lowest).clamp_min(1e-7)
+        return ((images - lowest) / span).clamp(0, 1).pow(values) * span + lowest
+
+
+def _range(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return images.amin((1, 2, 3, 4), keepdim=True), images.amax((1, 2, 3, 4), keepdim=True)
+
+
+class BatchIntensityd(Randomizable):
+    """Run intensity augmentations on the views of a batch.
+
+    Args:
+        keys: key of the views, (B, V, C, X, Y, Z) or (B, C, X, Y, Z).
+        transforms: batched augmentations in their order, each (B, C, X, Y, Z) to the same shape.
+    """
+
+    def __init__(self, keys: str, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        self.key = keys
+        self.transforms = Compose(list(transforms), map_items=False)
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> BatchIntensityd:
+        self.transforms.set_random_state(seed, state)
+        return self
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with augmented views; each view draws its own parameters."""
+        views = batch[self.key]
+        flat = views.reshape(-1, *views.shape[-4:])
+        for transform in self.transforms.transforms:
+            flat = transform(flat)
+        return {**batch, self.key: flat.view(views.shape)}
