@@ -31,6 +31,7 @@ class ResNetEncoder(ResNet):
         stride: output stride of the deepest feature map, per axis, in voxels.
         strides: the same for each level of the pyramid.
         channels: channels of each level of the pyramid (stem, stage 1, ..., stage 4).
+        architecture: the arguments that build this encoder again, as plain values.
 
     Example:
         >>> encoder = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.25)
@@ -69,6 +70,14 @@ class ResNetEncoder(ResNet):
         del self.fc
         if last_stage_stride == 1:
             _dilate(self.layer4)
+        self.architecture = {
+            "layers": list(layers),
+            "block": block,
+            "widen_factor": widen_factor,
+            "in_channels": in_channels,
+            "stem_stride": list(stem_stride),
+            "last_stage_stride": last_stage_stride,
+        }
         width = [int(planes * widen_factor) for planes in get_inplanes()]
         expansion = self.layer1[0].expansion
         factors = (1, 2, 4, 8, 8 * last_stage_stride)

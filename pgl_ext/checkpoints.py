@@ -1,0 +1,219 @@
+"""Checkpoints from which a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+
+from pgl_ext.weights import load_state, save_encoder, write_atomically
+
+__all__ = ["CheckpointFolder", "CheckpointHandler"]
+
+logger = logging.getLogger(__name__)
+
+_NAME = "checkpoint_{:08d}.pt"
+_PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, named by optimiser step.
+
+    Args:
+        folder: where they lie; made when the first is written.
+        keep_last: how many are kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep_last: int = 3) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}.")
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint_*.pt") if _PATTERN.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(_PATTERN.fullmatch(path.name)[1]))
+
+    def write(self, content: Mapping[str, Any], step: int) -> Path:
+        """Write the checkpoint of a step, complete or not at all, and remove the oldest ones."""
+        path = self.folder / _NAME.format(step)
+        write_atomically(lambda file: torch.save(dict(content), file), path)
+        for old in self.paths()[: -self.keep_last]:
+            old.unlink()
+        return path
+
+    def newest_intact(self) -> tuple[Path, dict[str, Any]]:
+        """The newest checkpoint that can be read, and its content; damaged ones are passed over with a warning.
+
+        Raises:
+            FileNotFoundError: where there is none.
+        """
+        for path in reversed(self.paths()):
+            try:
+                return path, load_state(path)
+            except ValueError as error:
+                logger.warning("passed over a damaged checkpoint: %s", error)
+        raise FileNotFoundError(
+            f"nothing to resume from: {self.folder} holds no intact checkpoint. Start anew without --resume."
+        )
+
+
+class CheckpointHandler:
+    """Saves, resumes, and stops on SIGTERM; rank 0 alone writes.
+
+    A checkpoint holds the network (online and target), optimiser, schedule, loss scaler, the state of every object
+    given, step and epoch, the sampler's position and the random states. Files hold tensors and plain values only.
+
+    Args:
+        folder: folder of the checkpoints.
+        network: the method itself, not its distributed wrapper.
+        objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
+        sampler: the training data's ``PairBatchSampler``.
+        encoder_path: encoder file written with every checkpoint.
+        description: what the encoder file's JSON says beside architecture, method and steps.
+        interval: epochs between checkpoints; the end of the run is always saved.
+        keep_last: how many are kept.
+        resume: go on from the newest intact checkpoint.
+        rank: this process.
+
+    Raises:
+        FileExistsError: from ``check``, where the folder holds another run's checkpoints and ``resume`` is false.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        network: torch.nn.Module,
+        objects: Mapping[str, Any],
+        sampler: Any,
+        encoder_path: str | os.PathLike,
+        description: Mapping[str, Any],
+        interval: int = 5,
+        keep_last: int = 3,
+        resume: bool = False,
+        rank: int = 0,
+    ) -> None:
+        self.folder = CheckpointFolder(folder, keep_last)
+        self.network = network
+        self.objects = dict(objects)
+        self.sampler = sampler
+        self.encoder_path = encoder_path
+        self.description = dict(description)
+        self.interval = interval
+        self.resume = resume
+        self.rank = rank
+        self._saved_step = -1
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_agreed)
+        engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def _start(self, engine: Engine) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: setattr(engine, "stop_requested", True))
+        if self.resume:
+            self._load(engine)
+        elif self.folder.paths():
+            raise FileExistsError(
+                f"{self.folder.folder} already holds checkpoints: go on with --resume true, or choose another "
+                "--output_dir."
+            )
+
+    def _stop_if_agreed(self, engine: Engine) -> None:
+        if engine.stop_agreed:
+            self.save(engine)
+            logger.warning("stopped on request at step %d; go on with --resume true", engine.state.iteration)
+            engine.terminate()
+
+    def save(self, engine: Engine) -> None:
+        """Write a checkpoint and the encoder file, once per step."""
+        step = engine.state.iteration
+        if self.rank > 0 or step == self._saved_step:
+            return
+        description = self._describe(engine)
+        content = {
+            "network": self.network.state_dict(),
+            "optimizer": engine.optimizer.state_dict(),
+            "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else {},
+            "scaler": engine.scaler.state_dict(),
+            "objects": {name: item.state_dict() for name, item in self.objects.items()},
+            "step": step,
+            "epoch_length": engine.state.epoch_length,
+            "max_epochs": engine.state.max_epochs,
+            "read_errors": engine.read_errors,
+            "sampler": self.sampler.state_dict(),
+            "random": _random_state(),
+            "description": description,
+        }
+        path = self.folder.write(content, step)
+        save_encoder(self.network.encoder, self.encoder_path, description)
+        self._saved_step = step
+        logger.info("saved %s and %s", path, self.encoder_path)
+
+    def _describe(self, engine: Engine) -> dict[str, Any]:
+        encoder = self.network.encoder
+        return {
+            "architecture": encoder.architecture,
+            "stride": list(encoder.stride),
+            "channels": list(encoder.channels),
+            "method": type(self.network).__name__,
+            "steps": engine.state.iteration,
+            "pairs": self.sampler.draws * engine.state.iteration // engine.state.epoch_length,
+            **self.description,
+        }
+
+    def _load(self, engine: Engine) -> None:
+        path, content = self.folder.newest_intact()
+        if (content["epoch_length"], content["max_epochs"]) != (engine.state.epoch_length, engine.state.max_epochs):
+            raise ValueError(
+                f"{path} belongs to a run of {content['max_epochs']} epochs of {content['epoch_length']} steps, this "
+                f"one has {engine.state.max_epochs} of {engine.state.epoch_length}: resume with the same data and "
+                "settings."
+            )
+        self.sampler.resume(content["step"], content["sampler"])
+        self.network.load_state_dict(content["network"])
+        engine.optimizer.load_state_dict(content["optimizer"])
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.load_state_dict(content["lr_scheduler"])
+        engine.scaler.load_state_dict(content["scaler"])
+        for name, item in self.objects.items():
+            item.load_state_dict(content["objects"][name])
+        engine.read_errors = content["read_errors"]
+        position = {key: content[key] for key in ("epoch_length", "max_epochs")}
+        engine.load_state_dict({**position, "iteration": content["step"]})
+        if self.rank == 0:
+            _set_random_state(content["random"])
+        logger.info("resumed from %s at step %d", path, content["step"])
+
+
+def _random_state() -> dict[str, Any]:
+    """Python's, NumPy's and PyTorch's random states, as tensors and plain values."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,233 @@
+"""From cached volumes to batches of view pairs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import torch.distributed as dist
+from torch.utils.data import Dataset, Sampler
+
+from pgl_ext.data.cache import VolumeCache, resolve_bad
+from pgl_ext.data.datalist import find_volumes, item_name, load_datalist, split_datalist
+
+__all__ = ["PairBatchSampler", "PretrainDataset", "prepare_volumes"]
+
+logger = logging.getLogger(__name__)
+
+_READ_ATTEMPTS = 3
+_SECONDS_BETWEEN_ATTEMPTS = 0.2
+
+
+def prepare_volumes(
+    cache: VolumeCache,
+    dataset_dir: str | None = None,
+    data_list_file_path: str | None = None,
+    data_list_key: str = "training",
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    skip_bad_files: bool = False,
+    report_path: str | None = None,
+) -> dict[str, list[dict]]:
+    """The start-up scan: find the volumes, check and cache each, and hold some out for validation.
+
+    In a distributed run every process caches its share and learns of the others' bad files.
+
+    Args:
+        cache: where the preprocessed volumes are kept.
+        dataset_dir: folder that is searched recursively, or that the data list's paths are relative to.
+        data_list_file_path: Decathlon-style JSON to use instead of searching.
+        data_list_key: the list in that JSON.
+        validation_fraction: share of the volumes held out, at least one.
+        seed: of the split.
+        skip_bad_files: go on without bad files and write their list to ``report_path``.
+        report_path: text file, one ``path<TAB>reason`` per line.
+
+    Returns:
+        ``training`` and ``validation``: lists of items.
+
+    Raises:
+        BadVolumesError: listing all bad files at once.
+        FileNotFoundError, ValueError: where folder or list are missing or empty.
+    """
+    if data_list_file_path:
+        items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
+    else:
+        items = find_volumes(dataset_dir)
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)
+    if distributed:
+        gathered: list[dict] = [{} for _ in range(world_size)]
+        dist.all_gather_object(gathered, bad)
+        bad = {name: reason for part in gathered for name, reason in part.items()}
+    items = resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)
+    training, validation = split_datalist(items, validation_fraction, seed)
+    if rank == 0:
+        logger.info("%d volumes for training, %d held out for validation.", len(training), len(validation))
+    return {"training": training, "validation": validation}
+
+
+class PretrainDataset(Dataset):
+    """Pairs of views of cached volumes, each a function of (seed, epoch, index) alone.
+
+    The same views come whatever the number of workers, and after a resume. Volumes are held in memory as long as they
+    fit; the others' crops are read from the cache.
+
+    Args:
+        data: items of a data list.
+        cache: the cache they were prepared in.
+        transform: takes ``{"image": (C, X, Y, Z) array}`` and returns the sample; a MONAI randomizable transform.
+        seed: of all views.
+        memory_limit_gib: memory for volumes, in GiB; default: half of what is available to this process' share of the
+            machine (``processes``). 0 reads everything from the cache.
+        processes: training processes on this machine.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict],
+        cache: VolumeCache,
+        transform: Callable[[dict], dict],
+        seed: int = 0,
+        memory_limit_gib: float | None = None,
+        processes: int = 1,
+    ) -> None:
+        self.data = list(data)
+        self.cache = cache
+        self.transform = transform
+        self.seed = seed
+        if memory_limit_gib is None:
+            memory_limit_gib = 0.5 * psutil.virtual_memory().available / processes / 2**30
+        self._in_memory = self._load(memory_limit_gib * 2**30)
+
+    def _load(self, limit: float) -> dict[int, np.ndarray]:
+        # Loaded before the workers are forked: they share these pages with this process.
+        volumes: dict[int, np.ndarray] = {}
+        for index, item in enumerate(self.data):
+            limit -= self.cache.nbytes(item)
+            if limit < 0:
+                break
+            volumes[index] = self.cache.open(item)[:]
+        return volumes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        """Return the sample drawn for ``index`` or ``(epoch, index)``; index modulo length is the volume.
+
+        ``read_errors`` counts volumes that could not be read and were replaced by the next one.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        for skipped in range(len(self.data)):
+            volume = (index + skipped) % len(self.data)
+            seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
+            self.transform.set_random_state(seed)
+            try:
+                sample = self._read_and_transform(volume)
+            except OSError as error:
+                logger.warning("skipped %s: %s", item_name(self.data[volume]), error)
+                continue
+            return {**sample, "read_errors": skipped}
+        raise OSError(f"none of the {len(self.data)} volumes could be read from {self.cache.cache_dir}.")
+
+    def _read_and_transform(self, volume: int) -> dict[str, Any]:
+        if volume in self._in_memory:
+            return self.transform({"image": self._in_memory[volume]})
+        for attempt in range(_READ_ATTEMPTS):
+            try:
+                return self.transform({"image": self.cache.open(self.data[volume])})
+            except Exception as error:
+                # Network file systems fail for moments; a broken cache file is rebuilt by open().
+                if attempt == _READ_ATTEMPTS - 1:
+                    raise OSError(f"{type(error).__name__}: {error}") from error
+                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        raise AssertionError("unreachable")
+
+
+class PairBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for ``PretrainDataset``, through all epochs without a pause.
+
+    In an epoch every volume is drawn ``patches_per_volume`` times, each draw by one process. The draws are cut into
+    batches as even as possible, at most ``batch_size`` over all processes: no volume is dropped and no batch is tiny.
+
+    Args:
+        num_volumes: volumes in the data set.
+        batch_size: largest number of pairs per optimiser step, over all processes.
+        max_epochs: epochs to run through.
+        patches_per_volume: pairs per volume and epoch.
+        seed: of the order.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: where there are fewer pairs per step than processes.
+    """
+
+    def __init__(
+        self,
+        num_volumes: int,
+        batch_size: int,
+        max_epochs: int,
+        patches_per_volume: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if min(num_volumes, batch_size, max_epochs, patches_per_volume) < 1:
+            raise ValueError(
+                "num_volumes, batch_size, max_epochs and patches_per_volume must be at least 1, got "
+                f"{num_volumes}, {batch_size}, {max_epochs} and {patches_per_volume}."
+            )
+        self.draws = num_volumes * patches_per_volume
+        self.steps = math.ceil(self.draws / batch_size)
+        if self.draws // self.steps < world_size:
+            raise ValueError(
+                f"{self.draws} pairs in {self.steps} steps leave some of {world_size} processes without work: use "
+                "fewer processes, a larger --batch_size or a larger --patches_per_volume."
+            )
+        self.max_epochs = max_epochs
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start_step = 0
+
+    def __len__(self) -> int:
+        """Optimiser steps per epoch."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """All batches from ``start_step`` on.
+
+        An iterator that ended with each epoch would empty the workers' queues.
+        """
+        step = self.start_step
+        while step < self.max_epochs * self.steps:
+            epoch = step // self.steps
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.draws)
+            for batch in np.array_split(order, self.steps)[step % self.steps :]:
+                yield [(epoch, int(index)) for index in batch[self.rank :: self.world_size]]
+                step += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """What the order depends on; compared on resume."""
+        return {"draws": self.draws, "steps": self.steps, "seed": self.seed}
+
+    def resume(self, step: int, state: dict[str, int]) -> None:
+        """Go on after ``step`` optimiser steps of a run whose ``state_dict`` was ``state``.
+
+        Raises:
+            ValueError: where the data or the batch size have changed since.
+        """
+        if state != self.state_dict():
+            raise ValueError(
+                f"the checkpoint was written with {state} (pairs and steps per epoch, seed), this run has "
+                f"{self.state_dict()}: resume with the same data, batch_size, patches_per_volume and seed."
+            )
+        self.start_step = step

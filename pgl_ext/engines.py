@@ -1,0 +1,295 @@
+"""One trainer and one evaluator for every self-supervised method."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ignite.engine import EventEnum
+from ignite.metrics import Average
+from monai.engines import Evaluator, Trainer
+from monai.inferers import Inferer, SimpleInferer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pgl_ext.retrieval import correspondence_retrieval
+
+__all__ = ["PretrainEvaluator", "PretrainEvents", "PretrainTrainer", "prepare_network"]
+
+# Affines are tiny and stay on the CPU: the aligner checks them there without waiting for the accelerator.
+_HOST_KEYS = ("affines", "read_errors")
+
+
+class PretrainEvents(EventEnum):
+    """``OPTIMIZER_STEP_COMPLETED``: the weights have changed (not fired where a step was skipped)."""
+
+    OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
+
+
+class PretrainTrainer(Trainer):
+    """Trains a method; one Ignite iteration is one optimiser step, over one batch in one or more micro-batches.
+
+    ``state.output`` is ``[{"loss": ..., ...}]`` with what the method logs, averaged over all processes, and
+    ``state.metrics`` holds the same beside the learning rate and the number of read errors so far.
+
+    Args:
+        device: where to train.
+        max_epochs: epochs to run.
+        train_data_loader: yields batches for one optimiser step of this process.
+        network: the method, or ``DistributedDataParallel`` around it.
+        optimizer: of the method's parameters that need gradients.
+        lr_scheduler: stepped once per optimiser step.
+        batch_transform: runs on each batch on the device, such as the intensity augmentations; its random state is set
+            from seed, process and iteration before each, so that a resumed run draws the same.
+        micro_batch_size: samples per forward and backward pass; gradients are accumulated over the batch. Batch norm
+            sees one micro-batch. Default: the whole batch.
+        amp: mixed precision.
+        amp_dtype: ``"bfloat16"``, or ``"float16"`` with loss scaling.
+        seed: of ``batch_transform``.
+        max_non_finite: stop after this many consecutive steps with a loss that is not finite; each is skipped.
+        inferer: calls the network with the batch.
+        train_handlers: Ignite handlers with ``attach``.
+        kwargs: further arguments of ``monai.engines.Trainer``.
+
+    Raises:
+        FloatingPointError: where the loss stays non-finite.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRScheduler | None = None,
+        batch_transform: Callable[[dict], dict] | None = None,
+        micro_batch_size: int | None = None,
+        amp: bool = False,
+        amp_dtype: str = "bfloat16",
+        seed: int = 0,
+        max_non_finite: int = 10,
+        inferer: Inferer | None = None,
+        train_handlers: Sequence | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.batch_transform = batch_transform
+        self.micro_batch_size = micro_batch_size
+        self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
+        self.seed = seed
+        self.max_non_finite = max_non_finite
+        self.inferer = SimpleInferer() if inferer is None else inferer
+        self.read_errors = 0
+        self.stop_requested = False  # by a signal to this process
+        self.stop_agreed = False  # by any process, known to all
+        self._non_finite = 0
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            data_loader=train_data_loader,
+            handlers=train_handlers,
+            amp=amp,
+            decollate=False,
+            event_names=[PretrainEvents],
+            **kwargs,
+        )
+        self.scaler = torch.amp.GradScaler(self.state.device.type, enabled=self.amp_dtype == torch.float16)
+
+    def run(self) -> None:
+        """Train until the end, or until a stop is requested.
+
+        Raises:
+            SystemExit: with status 143 where a signal stopped the run before its end.
+        """
+        # Not Trainer.run: it makes a new loss scaler, which would forget a resumed one's state.
+        super(Trainer, self).run()
+        if self.stop_agreed and self.state.iteration < self.state.max_epochs * self.state.epoch_length:
+            raise SystemExit(143)
+
+    def _iteration(self, engine: PretrainTrainer, batchdata: dict[str, Any]) -> list[dict[str, float]]:
+        batch = _to_device(batchdata, self.state.device, self.non_blocking)
+        if self.batch_transform is not None:
+            entropy = [self.seed, self.state.rank, self.state.iteration]
+            self.batch_transform.set_random_state(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            batch = self.batch_transform(batch)
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        logged = self._accumulate_gradients(batch)
+        logged = self._over_processes(logged, batchdata)
+        if self._check_finite(logged["loss"]):
+            self._step()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.state.metrics.update(logged, lr=self.optimizer.param_groups[0]["lr"], read_errors=self.read_errors)
+        return [logged]
+
+    def _accumulate_gradients(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Backward passes of all micro-batches; returns the averages of what the method logs."""
+        parts = _split(batch, self.micro_batch_size)
+        total = sum(size for size, _ in parts)
+        logged: dict[str, torch.Tensor] = {}
+        for number, (size, part) in enumerate(parts, start=1):
+            with self._synchronised(number == len(parts)):
+                with _autocast(self.state.device, self.amp_dtype):
+                    output = self.inferer(part, self.network)
+                self.scaler.scale(output["loss"] * (size / total)).backward()
+            for key, value in output.items():
+                logged[key] = logged.get(key, 0) + value.detach() * (size / total)
+        return logged
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients travel between processes once per step, with the last micro-batch."""
+        if last or not hasattr(self.network, "no_sync"):
+            return contextlib.nullcontext()
+        return self.network.no_sync()
+
+    def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict[str, Any]) -> dict[str, float]:
+        """Average over processes, count read errors, and agree on stopping, in one exchange."""
+        values = torch.stack([value.float() for value in logged.values()])
+        read_errors = float(torch.as_tensor(batchdata.get("read_errors", 0)).sum())
+        counts = values.new_tensor([read_errors, float(self.stop_requested)])
+        values = torch.cat([values, counts])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values)
+            values[:-2] /= dist.get_world_size()
+        *averages, read_errors, stop = values.tolist()
+        self.read_errors += int(read_errors)
+        self.stop_agreed = stop > 0
+        return dict(zip(logged, averages, strict=True))
+
+    def _check_finite(self, loss: float) -> bool:
+        if math.isfinite(loss):
+            self._non_finite = 0
+            return True
+        self._non_finite += 1
+        self.logger.warning("step %d skipped: the loss is %s", self.state.iteration, loss)
+        if self._non_finite >= self.max_non_finite:
+            raise FloatingPointError(
+                f"the loss has been {loss} for {self._non_finite} steps in a row, up to step {self.state.iteration}: "
+                "lower the learning rate (--lr) or use --amp_dtype bfloat16, and resume from the last checkpoint."
+            )
+        return False
+
+    def _step(self) -> None:
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # The scale falls exactly where gradients overflowed and the step was skipped.
+        if self.scaler.get_scale() >= scale:
+            self.fire_event(PretrainEvents.OPTIMIZER_STEP_COMPLETED)
+
+
+class PretrainEvaluator(Evaluator):
+    """Label-free validation: loss, feature standard deviation and correspondence retrieval on held-out volumes.
+
+    ``state.metrics`` after a run: ``val_loss``, ``val_feature_std`` and whatever else the method logs,
+    ``val_retrieval_top1`` and ``val_retrieval_chance`` (see ``retrieval.correspondence_retrieval``).
+
+    Args:
+        device: where to evaluate.
+        val_data_loader: batches of the same form as in training, the same ones each time.
+        network: the method itself, with ``encoder``.
+        amp: mixed precision.
+        amp_dtype: ``"bfloat16"`` or ``"float16"``.
+        inferer: calls the network with the batch.
+        kwargs: further arguments of ``monai.engines.Evaluator``.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        val_data_loader: Iterable,
+        network: torch.nn.Module,
+        amp: bool = False,
+        amp_dtype: str = "bfloat16",
+        inferer: Inferer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.network = network
+        self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
+        self.inferer = SimpleInferer() if inferer is None else inferer
+        super().__init__(device=device, val_data_loader=val_data_loader, amp=amp, decollate=False, **kwargs)
+        for name in ("loss", "feature_std", "retrieval_top1", "retrieval_chance"):
+            Average(output_transform=lambda output, name=name: output[0][name]).attach(self, f"val_{name}")
+
+    def _iteration(self, engine: PretrainEvaluator, batchdata: dict[str, Any]) -> list[dict[str, float]]:
+        batch = _to_device(batchdata, self.state.device, self.non_blocking)
+        views, affines = batch["views"], batch["affines"]
+        view_size = tuple(views.shape[3:])
+        self.network.eval()
+        with torch.no_grad(), _autocast(self.state.device, self.amp_dtype):
+            logged = {key: float(value) for key, value in self.inferer(batch, self.network).items()}
+            features = self.network.encoder(views.flatten(0, 1))[-1].unflatten(0, views.shape[:2])
+        logged["retrieval_top1"] = float(correspondence_retrieval(features, affines, view_size).mean())
+        logged["retrieval_chance"] = 1 / math.prod(features.shape[3:])
+        return [logged]
+
+
+def prepare_network(
+    method: torch.nn.Module,
+    device: torch.device | str,
+    channels_last: bool = False,
+    compile: bool = False,
+    sync_batch_norm: bool = False,
+) -> torch.nn.Module:
+    """Make a method ready to train, in place; its parameter names stay as they are.
+
+    Args:
+        method: the method.
+        device: where to train.
+        channels_last: memory layout ``channels_last_3d``, which tensor cores like.
+        compile: ``torch.compile`` the method's networks (not the aligner, whose checks look at values).
+        sync_batch_norm: batch-norm statistics over all processes, of online and target networks.
+
+    Returns:
+        the same method.
+    """
+    if sync_batch_norm:
+        method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    method.to(device)
+    if channels_last:
+        method.to(memory_format=torch.channels_last_3d)
+    if compile:
+        for child in method.children():
+            if any(True for _ in child.parameters()):
+                child.compile()
+    return method
+
+
+def _to_device(batch: dict[str, Any], device: torch.device, non_blocking: bool) -> dict[str, Any]:
+    return {
+        key: value if key in _HOST_KEYS or not torch.is_tensor(value) else value.to(device, non_blocking=non_blocking)
+        for key, value in batch.items()
+    }
+
+
+def _split(batch: dict[str, Any], micro_batch_size: int | None) -> list[tuple[int, dict[str, Any]]]:
+    """Cut a batch into (size, micro-batch), as even as possible."""
+    total = len(next(iter(batch.values())))
+    parts = 1 if micro_batch_size is None else math.ceil(total / micro_batch_size)
+    edges = [round(total * i / parts) for i in range(parts + 1)]
+    return [
+        (stop - start, {key: value[start:stop] for key, value in batch.items()})
+        for start, stop in itertools.pairwise(edges)
+    ]
+
+
+def _amp_dtype(name: str) -> torch.dtype:
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"amp_dtype must be one of {sorted(dtypes)}, got {name!r}.")
+    return dtypes[name]
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

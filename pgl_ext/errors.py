@@ -1,0 +1,33 @@
+"""One clear message where the cause of a stop lies in the input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+__all__ = ["report_root_cause", "root_cause"]
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that a chain of wrapped errors began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def report_root_cause() -> None:
+    """Have uncaught errors about files and values end the program with their message alone.
+
+    A bundle's config machinery wraps each error in a tower of its own, dozens of lines with the cause at the top.
+    ``PGL_TRACEBACK=1`` shows it all; other errors always do.
+    """
+    sys.excepthook = _print_cause
+
+
+def _print_cause(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    cause = root_cause(error)
+    if not isinstance(cause, (OSError, ValueError, FloatingPointError)) or os.environ.get("PGL_TRACEBACK"):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print(f"\nerror: {cause}\n(set PGL_TRACEBACK=1 to see where it was raised)", file=sys.stderr)

@@ -1,0 +1,274 @@
+"""Ignite handlers around a method: momentum, logs, pictures, warnings."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pgl_ext.engines import PretrainEvents
+from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
+
+__all__ = ["CollapseWarning", "MetricsLog", "ProgressBar", "TargetEMA", "ViewPictures"]
+
+logger = logging.getLogger(__name__)
+
+
+class TargetEMA:
+    """Moves a method's target modules after every optimiser step: xi <- tau xi + (1 - tau) theta (equation 10).
+
+    tau_k = 1 - (1 - base_momentum) (cos(pi k / K) + 1) / 2 rises from ``base_momentum`` to 1 over K optimiser steps.
+    Only parameters move: the target's batch-norm statistics come from its own forward passes.
+
+    Args:
+        method: has ``momentum_pairs()``.
+        total_steps: K.
+        base_momentum: tau at the start.
+    """
+
+    def __init__(self, method: Any, total_steps: int, base_momentum: float = 0.996) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
+        if not 0 <= base_momentum <= 1:
+            raise ValueError(f"base_momentum must lie in [0, 1], got {base_momentum}.")
+        self.method = method
+        self.total_steps = total_steps
+        self.base_momentum = base_momentum
+        self.step = 0
+
+    @property
+    def momentum(self) -> float:
+        """tau for the next update."""
+        progress = min(self.step / self.total_steps, 1.0)
+        return 1 - (1 - self.base_momentum) * (math.cos(math.pi * progress) + 1) / 2
+
+    def attach(self, engine: Engine) -> None:
+        # A trainer without loss scaling never skips a step, so that its iterations are its optimiser steps.
+        event = PretrainEvents.OPTIMIZER_STEP_COMPLETED
+        engine.add_event_handler(event if engine.has_registered_events(event) else Events.ITERATION_COMPLETED, self)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> None:
+        tau = self.momentum
+        for online, target in self.method.momentum_pairs():
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
+        self.step += 1
+        engine.state.metrics["tau"] = tau
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class ProgressBar:
+    """A bar over all optimiser steps: loss, learning rate, tau, pairs per second and time left."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+        engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._close)
+
+    def _start(self, engine: Engine) -> None:
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self._bar = tqdm(total=total, initial=engine.state.iteration, desc="pre-training", unit="step", smoothing=0.05)
+
+    def _update(self, engine: Engine) -> None:
+        metrics = engine.state.metrics
+        shown = {name: f"{metrics[name]:.4g}" for name in ("loss", "lr", "tau", "pairs_per_s") if name in metrics}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def _close(self, engine: Engine, error: BaseException | None = None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if error is not None:
+            raise error
+
+
+class MetricsLog:
+    """Writes metrics.csv and TensorBoard scalars, measures pairs per second, and draws the curves at the end.
+
+    Args:
+        output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
+        evaluator: its metrics are written after each of its runs. Its first run, before the first step, is the
+            untrained encoder, whose retrieval is repeated beside the later ones.
+        pairs_per_epoch: over all processes.
+        interval: optimiser steps between rows.
+        healthy_std: standard deviation of features that have not collapsed, drawn as a line.
+        rank: this process; only rank 0 writes.
+    """
+
+    columns = (
+        "step",
+        "epoch",
+        "loss",
+        "feature_std",
+        "lr",
+        "tau",
+        "pairs_per_s",
+        "read_errors",
+        "val_loss",
+        "val_feature_std",
+        "val_retrieval_top1",
+        "val_retrieval_untrained",
+        "val_retrieval_chance",
+    )
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        evaluator: Engine,
+        pairs_per_epoch: int,
+        interval: int = 10,
+        healthy_std: float | None = None,
+        rank: int = 0,
+    ) -> None:
+        self.rank = rank
+        self.folder = Path(output_dir)
+        self.path = self.folder / "metrics.csv"
+        self.evaluator = evaluator
+        self.pairs_per_epoch = pairs_per_epoch
+        self.interval = interval
+        self.healthy_std = healthy_std
+        self.untrained: float | None = None
+
+    def attach(self, engine: Engine) -> None:
+        if self.rank > 0:
+            return
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure_speed)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._log_training)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+        self.evaluator.add_event_handler(Events.COMPLETED, self._log_validation, engine)
+
+    def _start(self, engine: Engine) -> None:
+        step = engine.state.iteration
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if step > 0 and self.path.is_file():
+            # Rows of steps that are going to be done again would stand there twice.
+            with open(self.path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._clock, self._clock_step = time.perf_counter(), step
+
+    def _measure_speed(self, engine: Engine) -> None:
+        elapsed = time.perf_counter() - self._clock
+        # A second smooths enough, and leaves validation and checkpoints in: it is the speed that the user gets.
+        if elapsed > 1:
+            pairs = (engine.state.iteration - self._clock_step) * self.pairs_per_epoch / engine.state.epoch_length
+            engine.state.metrics["pairs_per_s"] = pairs / elapsed
+            self._clock, self._clock_step = time.perf_counter(), engine.state.iteration
+
+    def _log_training(self, engine: Engine) -> None:
+        self._write(engine, {key: value for key, value in engine.state.metrics.items() if not key.startswith("val_")})
+
+    def _log_validation(self, evaluator: Engine, engine: Engine) -> None:
+        metrics = dict(evaluator.state.metrics)
+        if engine.state.iteration == 0:
+            self.untrained = metrics["val_retrieval_top1"]
+        if self.untrained is not None:
+            metrics["val_retrieval_untrained"] = self.untrained
+        engine.state.metrics.update(metrics)
+        self._write(engine, metrics)
+        logger.info(
+            "step %d, held-out volumes: loss %.4f, feature std %.4f, retrieval top-1 %.3f (untrained %s, chance %.3f)",
+            engine.state.iteration,
+            metrics["val_loss"],
+            metrics["val_feature_std"],
+            metrics["val_retrieval_top1"],
+            "unknown" if self.untrained is None else f"{self.untrained:.3f}",
+            metrics["val_retrieval_chance"],
+        )
+
+    def _write(self, engine: Engine, values: dict[str, float]) -> None:
+        step = engine.state.iteration
+        with open(self.path, "a", newline="") as file:
+            row = {"step": step, "epoch": engine.state.epoch, **{k: f"{v:.6g}" for k, v in values.items()}}
+            csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
+        for name, value in values.items():
+            group = "validation/" + name.removeprefix("val_") if name.startswith("val_") else "training/" + name
+            self._writer.add_scalar(group, value, step)
+
+    def _finish(self, engine: Engine) -> None:
+        self._writer.close()
+        plot_metrics(self.path, self.folder / "metrics.png", self.healthy_std)
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {"untrained": self.untrained}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        self.untrained = state["untrained"]
+
+
+class ViewPictures:
+    """Draws aligned views with their overlap, to TensorBoard and to ``views.png``.
+
+    Args:
+        output_dir: folder of ``views.png`` and ``tensorboard/``.
+        interval: epochs between pictures; one is always drawn at the first step.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, interval: int = 50) -> None:
+        self.folder = Path(output_dir)
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._draw)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._draw)
+
+    def _draw(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        figure = plot_views(batch["views"], batch["affines"], self.folder / "views.png")
+        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
+            writer.add_image("views", figure_to_array(figure), engine.state.iteration, dataformats="HWC")
+
+
+class CollapseWarning:
+    """Warns where the features' standard deviation stays far below its healthy value.
+
+    Args:
+        healthy_std: 1 / sqrt(channels of the compared features).
+        fraction: warn below this share of the healthy value.
+        patience: consecutive steps below before a warning; it is repeated every ten times as many.
+    """
+
+    def __init__(self, healthy_std: float, fraction: float = 0.2, patience: int = 20) -> None:
+        self.healthy_std = healthy_std
+        self.fraction = fraction
+        self.patience = patience
+        self._below = 0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        value = engine.state.metrics["feature_std"]
+        self._below = self._below + 1 if value < self.fraction * self.healthy_std else 0
+        if self._below == self.patience or (self._below and self._below % (10 * self.patience) == 0):
+            logger.warning(
+                "THE FEATURES ARE COLLAPSING: their standard deviation is %.5f at step %d, healthy is about %.5f. The "
+                "encoder is learning to answer the same everywhere. Use a larger micro_batch_size (batch norm needs "
+                "several samples), a lower --lr, or start from another seed.",
+                value,
+                engine.state.iteration,
+                self.healthy_std,
+            )

@@ -1,0 +1,54 @@
+"""What every self-supervised method offers to the trainer and its handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["Method", "feature_std"]
+
+
+class Method(nn.Module):
+    """A self-supervised method: an ``nn.Module`` that turns a batch into a loss.
+
+    Momentum, schedules, logging and checkpoints are handlers around it; the trainer knows no method by name.
+
+    Attributes:
+        encoder: the encoder that is pre-trained, and exported when training ends.
+    """
+
+    encoder: nn.Module
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Compute the loss of a batch.
+
+        Args:
+            batch: ``views`` (B, V, C, X, Y, Z) and ``affines`` (B, V, 4, 4), view voxel index to source voxel index.
+
+        Returns:
+            ``loss``, a scalar with gradient, and any other scalars to be logged, without.
+        """
+        raise NotImplementedError
+
+    def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Pairs (online, target) of modules where the target follows the online one; none by default."""
+        return iter(())
+
+
+def feature_std(features: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of normalised features, averaged over channels: the measure of collapse.
+
+    About 1 / sqrt(C) where features spread over the sphere, 0 where all are the same.
+
+    Args:
+        features: (B, C, ...).
+
+    Returns:
+        scalar without gradient.
+    """
+    normalised = F.normalize(features.detach().float(), dim=1, eps=1e-6).transpose(0, 1).flatten(1)
+    return normalised.std(dim=1, unbiased=False).mean()

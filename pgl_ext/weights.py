@@ -1,0 +1,182 @@
+"""Encoder files: what pre-training leaves behind and fine-tuning starts from.
+
+An encoder file is a plain state dict with keys ``encoder.*``; a JSON file of the same name beside it says how to build
+the encoder and how its input was prepared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["EncoderReport", "export_encoder", "load_encoder", "read_description", "save_encoder", "write_atomically"]
+
+_PREFIX = "encoder."
+_LAYOUTS = ("pgl", "monai_resnet")
+
+
+def write_atomically(save: Any, path: str | os.PathLike) -> None:
+    """Have ``save(file object)`` write a file that is either complete or absent, also after a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_encoder(encoder: nn.Module, path: str | os.PathLike, description: Mapping[str, Any]) -> None:
+    """Write ``path`` (keys ``encoder.*``) and the description as JSON beside it.
+
+    Args:
+        encoder: the encoder; its tensors are stored on the CPU.
+        path: file to write, ending in ``.pt``.
+        description: architecture, stride, normalization, spacing, method, steps, data, version.
+    """
+    _write(encoder.state_dict(), path, description, _PREFIX)
+
+
+def _write(state: Mapping[str, torch.Tensor], path: str | os.PathLike, description: Mapping, prefix: str) -> None:
+    path = Path(path)
+    state = {prefix + key: value.detach().cpu().contiguous() for key, value in state.items()}
+    write_atomically(lambda file: torch.save(state, file), path)
+    text = json.dumps(dict(description), indent=4) + "\n"
+    write_atomically(lambda file: file.write(text.encode()), path.with_suffix(".json"))
+
+
+def read_description(path: str | os.PathLike) -> dict[str, Any]:
+    """Read the JSON beside an encoder file.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    path = Path(path).with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(f"no description {path} beside the encoder file: copy both, they belong together.")
+    return json.loads(path.read_text())
+
+
+def load_state(path: str | os.PathLike) -> dict[str, Any]:
+    """``torch.load`` on the CPU, tensors and plain values only, with an error that names the file.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: where it is truncated, damaged, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} can not be read as PyTorch weights ({type(error).__name__}: {str(error).splitlines()[0]}). It is "
+            "damaged, incomplete, or not a weights file: copy or export it again."
+        ) from error
+
+
+@dataclass
+class EncoderReport:
+    """What became of each tensor when an encoder file was loaded.
+
+    Attributes:
+        loaded: tensors copied into the encoder.
+        missing: the encoder's tensors that the file lacks.
+        unexpected: the file's tensors that the encoder lacks.
+        mismatched: tensors of another shape, as ``name: file shape, encoder shape``.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.missing) + len(self.mismatched)
+        lines = [f"{len(self.loaded)} of {total} encoder tensors loaded"]
+        for name in ("missing", "unexpected", "mismatched"):
+            entries = getattr(self, name)
+            if entries:
+                lines.append(f"{name} ({len(entries)}): {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}")
+        return "; ".join(lines)
+
+
+def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
+    """Load an encoder file into a network's encoder: all of its tensors, or none.
+
+    Besides encoder files (keys ``encoder.*``), plain state dicts of MONAI's ResNet are accepted, also those wrapped as
+    ``{"state_dict": {"module.*": ...}}`` (MedicalNet).
+
+    Args:
+        network: a network with ``.encoder``, or an encoder.
+        path: the file.
+
+    Returns:
+        the report; everything was loaded, tensors that the encoder has no place for are listed as unexpected.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: where it is damaged, or a tensor of the encoder is missing from it or has another shape.
+    """
+    encoder = getattr(network, "encoder", network)
+    state = load_state(path)
+    state = state.get("state_dict", state)
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if any(key.startswith(_PREFIX) for key in state):
+        state = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+    own = encoder.state_dict()
+    report = EncoderReport(unexpected=sorted(set(state) - set(own)))
+    for key, value in own.items():
+        if key not in state:
+            report.missing.append(key)
+        elif state[key].shape != value.shape:
+            report.mismatched.append(f"{key}: {tuple(state[key].shape)}, {tuple(value.shape)}")
+        else:
+            report.loaded.append(key)
+    if report.missing or report.mismatched:
+        raise ValueError(
+            f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
+            f"{Path(path).with_suffix('.json').name}, or choose the file that belongs to it."
+        )
+    encoder.load_state_dict({key: state[key] for key in own})
+    return report
+
+
+def export_encoder(checkpoint: str | os.PathLike, out: str | os.PathLike, layout: str = "pgl") -> Path:
+    """Write the encoder of a training checkpoint to a file of its own.
+
+    Args:
+        checkpoint: a file written during pre-training.
+        out: file to write, ending in ``.pt``.
+        layout: ``"pgl"`` for keys ``encoder.*``; ``"monai_resnet"`` for the keys of MONAI's ResNet, which loads with
+            ``strict=True`` into ``monai.networks.nets.resnet50(feed_forward=False, ...)`` for the default encoder.
+
+    Returns:
+        the path written.
+
+    Raises:
+        FileNotFoundError: where the checkpoint is missing.
+        ValueError: where it is damaged or holds no encoder, or the layout is unknown.
+    """
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
+    content = load_state(checkpoint)
+    network = content.get("network", {})
+    state = {key.removeprefix(_PREFIX): value for key, value in network.items() if key.startswith(_PREFIX)}
+    if not state:
+        raise ValueError(f"{checkpoint} holds no encoder (keys: {sorted(content)[:8]}): give a training checkpoint.")
+    out = Path(out)
+    _write(state, out, content["description"], _PREFIX if layout == "pgl" else "")
+    return out
