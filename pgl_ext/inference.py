@@ -1,0 +1,406 @@
+"""Inference with a pre-trained encoder: which scans to run on, their feature maps as files, a point in other scans."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from pgl_ext.data.datalist import file_suffix, find_volumes, item_name, load_datalist
+from pgl_ext.figures import plot_similarity
+from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
+from pgl_ext.weights import read_description
+
+__all__ = ["PointSimilarity", "SaveFeatureMapd", "feature_at", "inference_items", "recorded_input", "upsample_features"]
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX = "_features.nii.gz"
+
+
+# --- what to run on -------------------------------------------------------------------------------------------------
+
+
+def recorded_input(path: str | os.PathLike) -> dict[str, Any]:
+    """How the input of a trained encoder was prepared, as recorded in the JSON beside its file.
+
+    Args:
+        path: encoder file; neither it nor the JSON need exist.
+
+    Returns:
+        ``hu_window``: (low, high) that intensities are clipped to, None: not clipped; ``spacing`` in mm, None: as
+        stored. What is not recorded has the paper's value: [-1024, 325] HU, and the stored spacing.
+    """
+    settings = {"hu_window": [-1024, 325], "spacing": None}
+    if Path(path).with_suffix(".json").is_file():
+        description = read_description(path)
+        recorded = {**description, **(description.get("normalization") or {})}
+        settings.update({name: recorded[name] for name in settings if name in recorded})
+    return settings
+
+
+def inference_items(
+    dataset_dir: str | os.PathLike | None = None,
+    data_list_file_path: str | os.PathLike | None = None,
+    data_list_key: str = "training",
+    query_volume: str | int | None = None,
+) -> list[dict]:
+    """The scans to run on, the query scan first.
+
+    Feature maps that an earlier run wrote below ``dataset_dir`` are passed over.
+
+    Args:
+        dataset_dir: folder of scans, or one file; with a data list the folder that its paths start from.
+        data_list_file_path: JSON data list to take the scans from instead.
+        data_list_key: which list of the file to take.
+        query_volume: the scan that holds the query point: its name (with or without ending or folder), or its place
+            in the order of the paths, from 0. None: the first.
+
+    Returns:
+        Items with ``"image"``, ``"name"`` (unique, usable as a file name) and ``"series_uid"`` for a DICOM series.
+
+    Raises:
+        ValueError: there is nothing to run on, or ``query_volume`` names none or several of the scans.
+    """
+    if data_list_file_path is not None:
+        items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
+    elif dataset_dir is None:
+        raise ValueError("dataset_dir is not set: give a folder of scans, or one file, with --dataset_dir PATH.")
+    elif os.path.isfile(dataset_dir):
+        items = [{"image": os.path.abspath(dataset_dir)}]
+    else:
+        items = [item for item in find_volumes(dataset_dir) if not item["image"].endswith(_SUFFIX)]
+    if not items:
+        raise ValueError(f"Dataset folder {dataset_dir} holds only feature maps: set it to a folder of scans.")
+    items = [{**item, "name": name} for item, name in zip(items, _names(items), strict=True)]
+    query = _find(items, query_volume)
+    return [items[query], *items[:query], *items[query + 1 :]]
+
+
+def _stem(path: str) -> str:
+    """The name of a file without its ending, or of a folder."""
+    name = Path(path).name
+    return name if os.path.isdir(path) else name[: len(name) - len(file_suffix(name))]
+
+
+def _names(items: Sequence[Mapping]) -> list[str]:
+    """File names for outputs: the scan's own where no other scan has it, else with its folders or series before it."""
+    names = [_stem(item["image"]) for item in items]
+    if len(set(names)) == len(names):
+        return names
+    root = os.path.commonpath([os.path.dirname(item["image"]) for item in items])
+    count = Counter(names)
+    for index, item in enumerate(items):
+        if count[names[index]] > 1:
+            folder = os.path.relpath(os.path.dirname(item["image"]), root)
+            parts = [*Path(folder).parts, names[index], *([item["series_uid"]] if "series_uid" in item else [])]
+            names[index] = "_".join(parts)
+    # Two formats of one scan in one folder, or a scan that a data list has twice.
+    return [name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)]
+
+
+def _find(items: Sequence[Mapping], query: str | int | None) -> int:
+    if query is None:
+        return 0
+    text = str(query)
+    found = [
+        index
+        for index, item in enumerate(items)
+        if text in (item["name"], item["image"], item_name(item), Path(item["image"]).name, item.get("series_uid"))
+    ]
+    if len(found) == 1:
+        return found[0]
+    if not found and isinstance(query, int) and 0 <= query < len(items):
+        return query
+    names = ", ".join(item["name"] for item in items[:8]) + (", ..." if len(items) > 8 else "")
+    raise ValueError(
+        f"query_volume {query!r} names {'none' if not found else 'several'} of the {len(items)} scans: give one of the "
+        f"names ({names}) or a number from 0 to {len(items) - 1}."
+    )
+
+
+# --- feature maps ---------------------------------------------------------------------------------------------------
+
+
+class SaveFeatureMapd(MapTransform):
+    """Write feature maps as compressed 4D NIfTI files that overlay their scans in a viewer.
+
+    Features lie along the fourth axis. Feature j of an axis is placed on voxel ``stride * j`` of the preprocessed
+    scan: the affine is the scan's times ``diag(stride)``. NIfTI has no float16; values are rounded to it, where they
+    are in its range, and stored as float32, which halves the size of the file. The item's map gets the affine too.
+
+    Args:
+        keys: keys of the feature maps (F, x, y, z).
+        output_dir: folder of ``NAME_features.nii.gz``; made if missing.
+        stride: output stride of the network per axis, in voxels.
+        image_key: key of the preprocessed scan (C, X, Y, Z), whose affine counts.
+        name_key: key of the name.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: str | os.PathLike,
+        stride: Sequence[int],
+        image_key: str = "image",
+        name_key: str = "name",
+    ) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+        self.stride = tuple(stride)
+        self.image_key = image_key
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        out = dict(data)
+        affine = _affine(out[self.image_key]) @ np.diag([*self.stride, 1.0])
+        for key in self.key_iterator(out):
+            out[key] = MetaTensor(torch.as_tensor(_array(out[key])), affine=torch.from_numpy(affine))
+            self._write(_array(out[key]), affine, f"{out[self.name_key]}{_SUFFIX}")
+        return out
+
+    def _write(self, features: np.ndarray, affine: np.ndarray, name: str) -> None:
+        with np.errstate(over="ignore"):
+            rounded = features.astype(np.float16)
+        features = (rounded if np.isfinite(rounded).all() else features).astype(np.float32)
+        image = nib.Nifti1Image(np.moveaxis(features, 0, -1), affine)
+        image.header.set_xyzt_units("mm")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        nib.save(image, self.output_dir / name)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return torch.as_tensor(tensor).detach().float().cpu().numpy()
+
+
+def _affine(image: MetaTensor) -> np.ndarray:
+    return np.asarray(image.affine, dtype=np.float64)
+
+
+# --- the same point in other scans ----------------------------------------------------------------------------------
+
+
+def _weights_at(positions: Sequence[np.ndarray], stride: Sequence[int], size: Sequence[int]) -> list[torch.Tensor]:
+    """Per axis the matrix that interpolates a feature map linearly at voxel positions."""
+    return [
+        linear_interpolation_matrix(torch.as_tensor(p, dtype=torch.float64)[None, :, None] / s, n)
+        for p, s, n in zip(positions, stride, size, strict=True)
+    ]
+
+
+def feature_at(features: torch.Tensor, point: Sequence[float], stride: Sequence[int]) -> torch.Tensor:
+    """The feature at a point, interpolated linearly.
+
+    Args:
+        features: (F, x, y, z); feature j lies on voxel ``stride * j``.
+        point: voxel index (x, y, z), not necessarily whole numbers.
+        stride: in voxels.
+
+    Returns:
+        (F,)
+    """
+    weights = _weights_at([np.atleast_1d(p) for p in point], stride, features.shape[1:])
+    return resample_axes(features[None], [w.to(features) for w in weights]).flatten()
+
+
+def upsample_features(features: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A map (F, x, y, z) at every voxel (F, X, Y, Z) of a volume: trilinear, feature j on voxel ``stride * j``."""
+    weights = _weights_at([np.arange(n) for n in size], stride, features.shape[1:])
+    return resample_axes(features[None], [w.to(features) for w in weights])[0]
+
+
+@dataclass
+class _Scan:
+    """One scan as the picture needs it. `volume` (X, Y, Z) and `similarity` (x, y, z) are on the preprocessed grid."""
+
+    name: str
+    image: str
+    size: tuple[int, ...]
+    affine: np.ndarray
+    file_affine: np.ndarray
+    similarity: np.ndarray
+    volume: np.ndarray | None
+
+    @property
+    def spacing(self) -> np.ndarray:
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    def to_file(self, point: Sequence[float]) -> np.ndarray:
+        return _map(np.linalg.inv(self.file_affine) @ self.affine, point)
+
+    def to_world(self, point: Sequence[float]) -> np.ndarray:
+        return _map(self.affine, point)
+
+
+def _map(affine: np.ndarray, point: Sequence[float]) -> np.ndarray:
+    return affine[:3, :3] @ np.asarray(point, dtype=np.float64) + affine[:3, 3]
+
+
+class PointSimilarity:
+    """Handler that finds a point of the first scan again in the others, by the cosine similarity of features.
+
+    Writes ``similarity.png``, which shows the first ``max_scans`` scans, and ``similarity.json`` with the most similar
+    place in every scan: voxel index in its own file, and mm (RAS+). Places are as fine as the network's stride. With a
+    single scan the point is looked for in that scan.
+
+    Args:
+        output_dir: folder of both files; made if missing.
+        stride: output stride of the network per axis, in voxels.
+        query_point: voxel index (x, y, z) in the file of the first scan. None: the voxel nearest to the middle of the
+            scan that is brighter than the scan's mean, so not air.
+        max_scans: number of scans in the picture beside the first.
+        image_key: key of the preprocessed scan (C, X, Y, Z), what the network sees.
+        scan_key: key of the scan in its own intensities, to be drawn; None: draw what the network sees.
+        pred_key: key of the feature map (F, x, y, z).
+
+    Raises:
+        ValueError: ``query_point`` is not three numbers, or lies outside the first scan.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        stride: Sequence[int],
+        query_point: Sequence[float] | None = None,
+        max_scans: int = 5,
+        image_key: str = "image",
+        scan_key: str | None = "scan",
+        pred_key: str = "pred",
+    ) -> None:
+        if query_point is not None and (isinstance(query_point, str) or np.shape(query_point) != (3,)):
+            raise ValueError(f'query_point must be three voxel indices, such as "[64, 64, 30]", got {query_point!r}.')
+        if max_scans < 1:
+            raise ValueError(f"max_scans must be at least 1, got {max_scans}.")
+        self.output_dir = Path(output_dir)
+        self.stride = tuple(stride)
+        self.query_point = query_point
+        self.max_scans = max_scans
+        self.image_key = image_key
+        self.scan_key = scan_key or image_key
+        self.pred_key = pred_key
+        self._reset()
+
+    def attach(self, engine: Engine) -> None:
+        """Look at each scan's features, and write the files at the end."""
+        engine.add_event_handler(Events.STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_all)
+        engine.add_event_handler(Events.COMPLETED, self._save)
+
+    def _reset(self) -> None:
+        self._scans: list[_Scan] = []
+        self._point: np.ndarray | None = None
+        self._query: torch.Tensor | None = None
+
+    def _add_all(self, engine: Engine) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            # Postprocessing may have left either of them to either dict.
+            self.add({**item, **output})
+
+    def add(self, data: Mapping[Hashable, Any]) -> None:
+        """Take in a scan; the first one holds the query point.
+
+        Args:
+            data: ``image``, ``scan``, ``pred`` and ``name``.
+        """
+        image, features = data[self.image_key], torch.as_tensor(_array(data[self.pred_key]))
+        scan = _Scan(
+            name=str(data.get("name", len(self._scans))),
+            image=str(image.meta.get("filename_or_obj", "")),
+            size=tuple(image.shape[1:]),
+            affine=_affine(image),
+            file_affine=np.asarray(image.meta.get("original_affine", image.affine), dtype=np.float64),
+            similarity=np.zeros(0),
+            volume=_array(data[self.scan_key])[0] if len(self._scans) <= self.max_scans else None,
+        )
+        if self._query is None:
+            self._point = self._default_point(_array(image)[0], scan) if self.query_point is None else self._given(scan)
+            self._query = F.normalize(feature_at(features, self._point, self.stride), dim=0)
+        scan.similarity = torch.einsum("f,fxyz->xyz", self._query, F.normalize(features, dim=0)).numpy()
+        self._scans.append(scan)
+
+    def _given(self, scan: _Scan) -> np.ndarray:
+        point = _map(np.linalg.inv(scan.affine) @ scan.file_affine, self.query_point)
+        last = np.array(scan.size) - 1
+        # Resampling may leave less than a voxel of the file's border outside.
+        if ((point < -1) | (point > last + 1)).any():
+            corners = scan.to_file([0, 0, 0]), scan.to_file(last)
+            low, high = np.rint(np.minimum(*corners)).astype(int), np.rint(np.maximum(*corners)).astype(int)
+            raise ValueError(
+                f"query_point {list(self.query_point)} lies outside {scan.image or scan.name}: its voxel indices go "
+                f"from {low.tolist()} to {high.tolist()}."
+            )
+        return point.clip(0, last)
+
+    @staticmethod
+    def _default_point(image: np.ndarray, scan: _Scan) -> np.ndarray:
+        middle = (np.array(scan.size) - 1) / 2
+        squares = [((np.arange(n) - m) * s) ** 2 for n, m, s in zip(scan.size, middle, scan.spacing, strict=True)]
+        distance = squares[0][:, None, None] + squares[1][:, None] + squares[2]
+        distance[image <= image.mean()] = np.inf
+        return np.array(np.unravel_index(np.argmin(distance), scan.size), dtype=np.float64)
+
+    def _save(self) -> None:
+        if not self._scans:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        others = self._scans[1:] or self._scans
+        report = {
+            "query": _place(self._scans[0], self._point),
+            "resolution_mm": _rounded(self._scans[0].spacing * self.stride),
+            "matches": [self._match(scan) for scan in others],
+        }
+        (self.output_dir / "similarity.json").write_text(json.dumps(report, indent=4) + "\n", encoding="utf-8")
+        self._draw([scan for scan in others if scan.volume is not None][: self.max_scans])
+        logger.info("Looked for %s in %d scans: %s", report["query"], len(others), self.output_dir / "similarity.json")
+
+    def _match(self, scan: _Scan) -> dict[str, Any]:
+        """Where a scan is most similar: linear interpolation has its maximum on a feature, stride * j."""
+        best = np.unravel_index(np.argmax(scan.similarity), scan.similarity.shape)
+        return {**_place(scan, np.multiply(best, self.stride)), "similarity": round(float(scan.similarity[best]), 4)}
+
+    def _draw(self, others: Sequence[_Scan]) -> None:
+        query = self._scans[0]
+        voxel = ", ".join(str(i) for i in np.rint(query.to_file(self._point)).astype(int))
+        plot_similarity(
+            query.volume,
+            self._point,
+            f"{_shortened(query.name)}\nvoxel {voxel}",
+            [
+                {
+                    "title": _shortened(scan.name),
+                    "volume": scan.volume,
+                    "similarity": upsample_features(torch.as_tensor(scan.similarity)[None], scan.size, self.stride)[0],
+                    "spacing": scan.spacing,
+                }
+                for scan in others
+            ],
+            self.output_dir / "similarity.png",
+            query.spacing,
+        )
+
+
+def _place(scan: _Scan, point: Sequence[float]) -> dict[str, Any]:
+    voxel = np.rint(scan.to_file(point)).astype(int).tolist()
+    return {"name": scan.name, "image": scan.image, "voxel": voxel, "mm": _rounded(scan.to_world(point))}
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(v), 2) for v in values]
+
+
+def _shortened(name: str, length: int = 26) -> str:
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}...{name[-(length // 2 - 2) :]}"
