@@ -44,7 +44,9 @@ class _RandBatchTransform(Randomizable):
             return images
         index = index.to(images.device, non_blocking=True)
         values = values.to(images.device, images.dtype, non_blocking=True)[:, None, None, None, None]
-        return images.index_copy(0, index, self.transform(images[index], values))
+        # Autocast would run the blur's convolutions in half precision.
+        with torch.autocast(images.device.type, enabled=False):
+            return images.index_copy(0, index, self.transform(images[index], values))
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Change all of ``images`` (n, C, X, Y, Z) with their parameters ``values`` (n, 1, 1, 1, 1)."""
@@ -61,6 +63,8 @@ class RandBatchNoise(_RandBatchTransform):
 
     def __init__(self, prob: float = 0.1, variance: Sequence[float] = (0.0, 0.1)) -> None:
         super().__init__(prob, variance)
+        if variance[0] < 0:
+            raise ValueError(f"variance must not be negative, got {tuple(variance)}.")
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(images.device).manual_seed(int(self.R.randint(2**31)))
