@@ -479,7 +479,7 @@ def plot_similarity(
         best = np.unravel_index(np.argmax(similarity), similarity.shape)
         _draw_planes(panels[:, column], other["volume"], best, other["spacing"], (similarity, scale))
         panels[0, column].set_title(f"{other['title']}\nbest {similarity[best]:.2f}", fontsize=10)
-    bar = figure.colorbar(mpl.cm.ScalarMappable(scale, "inferno"), ax=panels, shrink=0.6, pad=0.02)
+    bar = figure.colorbar(mpl.cm.ScalarMappable(scale, "inferno"), ax=panels, shrink=0.6, pad=0.02, panchor=False)
     bar.set_label("cosine similarity")
     _save(figure, out_path)
     return figure

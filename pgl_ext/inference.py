@@ -48,8 +48,8 @@ def recorded_input(path: str | os.PathLike) -> dict[str, Any]:
     settings = {"hu_window": [-1024, 325], "spacing": None}
     if Path(path).with_suffix(".json").is_file():
         description = read_description(path)
-        recorded = {**description, **(description.get("normalization") or {})}
-        settings.update({name: recorded[name] for name in settings if name in recorded})
+        settings["hu_window"] = description.get("normalization", {}).get("clip_hu", settings["hu_window"])
+        settings["spacing"] = description.get("spacing")
     return settings
 
 
@@ -402,5 +402,5 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [round(float(v), 2) for v in values]
 
 
-def _shortened(name: str, length: int = 26) -> str:
+def _shortened(name: str, length: int = 18) -> str:
     return name if len(name) <= length else f"{name[: length // 2 - 1]}...{name[-(length // 2 - 2) :]}"

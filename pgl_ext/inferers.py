@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ class FeatureMapInferer(SlidingWindowInferer):
 
     Differs from :class:`monai.inferers.SlidingWindowInferer` in what this takes: the volume is padded to a multiple of
     the stride at the end of each axis only, with its minimum; all windows start at multiples of the stride; and a
-    volume that fits into one window is passed whole, not padded to the window's size.
+    volume of at most twice a window's voxels is passed whole: faster, and without borders inside it.
 
     Args:
         stride: output stride of the network per axis, in voxels.
-        roi_size: size of the windows in voxels, a multiple of the stride.
+        roi_size: size of the windows in voxels, a multiple of the stride. Larger windows need more memory and lose
+            less at their borders.
         overlap: least overlap of neighbouring windows, in [0, 1), as a part of the window; rounded up to the stride.
         sw_batch_size: windows per forward pass.
         mode: ``"gaussian"`` gives a window's border, where the network sees zeros instead of the volume, little weight.
@@ -63,7 +65,7 @@ class FeatureMapInferer(SlidingWindowInferer):
     ) -> torch.Tensor:
         """Features (B, F, ceil(X / s_x), ceil(Y / s_y), ceil(Z / s_z)) of volumes (B, C, X, Y, Z)."""
         padded = self._pad(inputs)
-        roi_size = tuple(min(r, n) for r, n in zip(self.roi_size, padded.shape[2:], strict=True))
+        roi_size = self._window(padded.shape[2:])
         return sliding_window_inference(
             padded,
             roi_size,
@@ -76,6 +78,11 @@ class FeatureMapInferer(SlidingWindowInferer):
             device=self.device,
             progress=self.progress,
         )
+
+    def _window(self, size: Sequence[int]) -> tuple[int, ...]:
+        if math.prod(size) <= 2 * math.prod(self.roi_size):
+            return tuple(size)
+        return tuple(min(r, n) for r, n in zip(self.roi_size, size, strict=True))
 
     def _pad(self, inputs: torch.Tensor) -> torch.Tensor:
         missing = [-n % s for n, s in zip(inputs.shape[2:], self.stride, strict=True)]
