@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
+from pgl_ext import __version__
 from pgl_ext.weights import load_state, save_encoder, write_atomically
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
@@ -166,6 +167,7 @@ class CheckpointHandler:
     def _describe(self, engine: Engine) -> dict[str, Any]:
         encoder = self.network.encoder
         return {
+            "version": __version__,
             "architecture": encoder.architecture,
             "stride": list(encoder.stride),
             "channels": list(encoder.channels),

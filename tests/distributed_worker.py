@@ -1,0 +1,37 @@
+"""Started by torchrun in test_training.py: pre-trains through the bundle, then writes what this process saw and got."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from monai.bundle import ConfigWorkflow
+
+from pgl_ext.data.dataset import PretrainDataset
+
+
+def main() -> None:
+    arguments = json.loads(Path(sys.argv[1]).read_text())
+    seen: list[tuple[int, int]] = []
+    read = PretrainDataset.__getitem__
+
+    def record(self: PretrainDataset, key: tuple[int, int] | int) -> dict:
+        if isinstance(key, tuple):
+            seen.append(key)
+        return read(self, key)
+
+    PretrainDataset.__getitem__ = record
+    workflow = ConfigWorkflow(workflow_type="train", **arguments)
+    workflow.initialize()
+    workflow.run()
+    network = workflow.parser.get_parsed_content("network_def")
+    folder = Path(arguments["output_dir"])
+    rank = os.environ["RANK"]
+    torch.save({"state": network.state_dict(), "seen": seen}, folder.parent / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

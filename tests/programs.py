@@ -1,0 +1,70 @@
+"""Running the bundles as a user does: real processes, from another working directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "bundles" / "pgl_pretrain" / "configs"
+
+# A network and a schedule that take seconds; everything else is as in small.yaml.
+TINY = {
+    "view_size": [32, 32, 16],
+    "encoder#widen_factor": 0.125,
+    "network_def#hidden_channels": 32,
+    "network_def#out_channels": 16,
+    "patches_per_volume": 4,
+    "batch_size": 4,
+    "max_epochs": 3,
+    "log_interval": 1,
+    "picture_interval": 1000,
+}
+
+
+def environment() -> dict[str, str]:
+    """One thread per process: bit-identical sums, and no two processes waiting for each other's cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def training_arguments(*overlays: str, **overrides: object) -> list[str]:
+    """Arguments after ``python`` or ``torchrun`` that pre-train the tiny network."""
+    files = [str(CONFIGS / name) for name in ("train.json", "small.yaml", *overlays)]
+    arguments = ["-m", "monai.bundle", "run", "training", "--config_file", str(files)]
+    for name, value in {**TINY, **overrides}.items():
+        arguments += [f"--{name.replace('#', '::')}", str(value)]
+    return arguments
+
+
+def start(arguments: list[str], cwd: Path, log: Path) -> subprocess.Popen:
+    """Start ``python ARGUMENTS``, its output to ``log``."""
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=cwd, env=environment(), stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def run(arguments: list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run ``python ARGUMENTS`` and return its status and output."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    """Wait until ``condition()`` holds while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"nothing happened for {seconds} s:\n{log.read_text()[-3000:]}"
+        time.sleep(0.02)
