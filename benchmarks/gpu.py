@@ -1,4 +1,4 @@
-"""Pre-training speed on a GPU, the paper's configuration in bfloat16: pairs per second, share of the bare networks' speed.
+"""Pre-training speed on a GPU with the paper's configuration in bfloat16, beside the bare networks' speed.
 
     python benchmarks/gpu.py [--num_workers 14] [--micro_batch_size 64] [--compile]
 
