@@ -27,8 +27,9 @@ class FeatureMapInferer(SlidingWindowInferer):
             less at their borders.
         overlap: least overlap of neighbouring windows, in [0, 1), as a part of the window; rounded up to the stride.
         sw_batch_size: windows per forward pass.
-        mode: ``"gaussian"`` gives a window's border, where the network sees zeros instead of the volume, little weight.
-        kwargs: other arguments of ``SlidingWindowInferer``: ``sigma_scale``, ``sw_device``, ``device``, ``progress``.
+        sigma_scale: standard deviation of the windows' Gaussian weights, as a part of the window. They fall off towards
+            a window's border, where the network sees zeros instead of the volume.
+        kwargs: other arguments of ``SlidingWindowInferer``: ``sw_device``, ``device``, ``progress``.
 
     Raises:
         ValueError: ``roi_size`` is not a multiple of the stride, or ``overlap`` is outside [0, 1).
@@ -45,7 +46,7 @@ class FeatureMapInferer(SlidingWindowInferer):
         roi_size: Sequence[int] = (192, 192, 128),
         overlap: float = 0.5,
         sw_batch_size: int = 1,
-        mode: str = "gaussian",
+        sigma_scale: float = 0.125,
         **kwargs: Any,
     ) -> None:
         stride, roi_size = ensure_tuple_rep(stride, 3), ensure_tuple_rep(roi_size, 3)
@@ -57,7 +58,7 @@ class FeatureMapInferer(SlidingWindowInferer):
             )
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be in [0, 1), got {overlap}.")
-        super().__init__(roi_size=roi_size, sw_batch_size=sw_batch_size, overlap=overlap, mode=mode, **kwargs)
+        super().__init__(roi_size, sw_batch_size, overlap, "gaussian", sigma_scale, **kwargs)
         self.stride = stride
 
     def __call__(
@@ -70,10 +71,10 @@ class FeatureMapInferer(SlidingWindowInferer):
             padded,
             roi_size,
             self.sw_batch_size,
-            lambda windows: network(windows, *args, **kwargs),
+            # Half precision, as from autocast, could not hold the smallest weights.
+            lambda windows: network(windows, *args, **kwargs).float(),
             overlap=self._aligned_overlap(roi_size),
-            mode=self.mode,
-            sigma_scale=self.sigma_scale,
+            roi_weight_map=self._weights(roi_size),
             sw_device=self.sw_device,
             device=self.device,
             progress=self.progress,
@@ -83,6 +84,12 @@ class FeatureMapInferer(SlidingWindowInferer):
         if math.prod(size) <= 2 * math.prod(self.roi_size):
             return tuple(size)
         return tuple(min(r, n) for r, n in zip(self.roi_size, size, strict=True))
+
+    def _weights(self, roi_size: Sequence[int]) -> torch.Tensor:
+        """Product of three Gaussians. MONAI's has a floor of 1e-3, so that edges would weigh as much as each other."""
+        axes = [(torch.arange(n) - (n - 1) / 2) / (n * self.sigma_scale) for n in roi_size]
+        x, y, z = (torch.exp(-0.5 * axis.square()) for axis in axes)
+        return x[:, None, None] * y[:, None] * z
 
     def _pad(self, inputs: torch.Tensor) -> torch.Tensor:
         missing = [-n % s for n, s in zip(inputs.shape[2:], self.stride, strict=True)]

@@ -188,7 +188,8 @@ def test_bad_input_is_listed_at_once_and_can_be_skipped(volumes, tmp_path):
     ("overrides", "message"),
     [
         ({"dataset_dir": "nowhere"}, "does not exist"),
-        ({"dataset_dir": "."}, "."),
+        ({"dataset_dir": "."}, "no volumes"),
+        ({"dataset_dir": "None"}, "no scans given"),
         ({"view_size": [30, 32, 16]}, "not a multiple of the encoder's output stride (16, 16, 8)"),
     ],
 )

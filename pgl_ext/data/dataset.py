@@ -57,8 +57,10 @@ def prepare_volumes(
     """
     if data_list_file_path:
         items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
-    else:
+    elif dataset_dir:
         items = find_volumes(dataset_dir)
+    else:
+        raise ValueError("no scans given: set --dataset_dir to a folder of scans, or --data_list_file_path to a list.")
     distributed = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)

@@ -11,7 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import convert_to_tensor, ensure_tuple_rep
 
-from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
+from pgl_ext.geometry import resample_axes
 
 __all__ = ["RandOverlappingViewsd"]
 
@@ -74,6 +74,8 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         if not 0 <= flip_prob <= 1:
             raise ValueError(f"flip_prob must lie in [0, 1], got {flip_prob}.")
         self.view_size = ensure_tuple_rep(view_size, 3)
+        if min(self.view_size) < 1:
+            raise ValueError(f"view_size must be positive, got {self.view_size}.")
         self.scale_range = tuple(scale_range)
         self.min_overlap = min_overlap
         self.flip_prob = flip_prob
@@ -117,36 +119,39 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         if len(volume.shape) != 4:
             raise ValueError(f"expected a volume (C, X, Y, Z), got shape {tuple(volume.shape)}.")
         self.randomize(volume.shape[1:])
-        views, affines = zip(
-            *(self._cut(volume, *box) for box in zip(self.crop_start, self.crop_size, self.flip, strict=True)),
-            strict=True,
-        )
-        d["views"] = torch.stack(views)
-        d["affines"] = torch.stack(affines)
+        boxes = list(zip(self.crop_start, self.crop_size, self.flip, strict=True))
+        d["views"] = torch.stack([self._cut(volume, *box) for box in boxes])
+        d["affines"] = torch.stack([self._affine(*box) for box in boxes])
         return d
 
-    def _cut(
-        self, volume: Any, start: np.ndarray, size: np.ndarray, flip: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One view (C, X, Y, Z) and its affine (4, 4) in volume voxels."""
+    def _cut(self, volume: Any, start: np.ndarray, size: np.ndarray, flip: np.ndarray) -> torch.Tensor:
+        """One view (C, X, Y, Z)."""
         inside = [slice(max(0, a), min(n, a + c)) for a, c, n in zip(start, size, volume.shape[1:], strict=True)]
-        crop = volume[(slice(None), *inside)]
-        crop = convert_to_tensor(crop, track_meta=False) if isinstance(crop, torch.Tensor) else torch.from_numpy(crop)
-        crop = crop.float()
+        crop = _as_tensor(volume[(slice(None), *inside)]).float()
         crop = _pad(crop, [(s.start - a, a + c - s.stop) for s, a, c in zip(inside, start, size, strict=True)])
-        affine = torch.eye(4)
-        weights = []
-        for axis, (a, c, p, flipped) in enumerate(zip(start, size, self.view_size, flip, strict=True)):
-            zoom = c / p
-            index = torch.arange(p, dtype=torch.float32)
-            position = (index + 0.5) * zoom - 0.5
-            scale, offset = zoom, a + 0.5 * zoom - 0.5
-            if flipped:
-                position = position.flip(0)
-                scale, offset = -zoom, offset + (p - 1) * zoom
-            affine[axis, axis], affine[axis, 3] = float(scale), float(offset)
-            weights.append(linear_interpolation_matrix(position[None, :, None], int(c)))
-        return resample_axes(crop[None], weights)[0], affine
+        weights = [_resize_matrix(c, p, f) for c, p, f in zip(size.tolist(), self.view_size, flip, strict=True)]
+        return resample_axes(crop[None], weights)[0]
+
+    def _affine(self, start: np.ndarray, size: np.ndarray, flip: np.ndarray) -> torch.Tensor:
+        """View voxel index to volume voxel index (4, 4): voxel edges meet, hence the half voxels."""
+        zoom = size / self.view_size
+        affine = np.eye(4, dtype=np.float32)
+        affine[range(3), range(3)] = np.where(flip, -zoom, zoom)
+        affine[:3, 3] = start - 0.5 + zoom * np.where(flip, np.array(self.view_size) - 0.5, 0.5)
+        return torch.from_numpy(affine)
+
+
+def _as_tensor(crop: np.ndarray | torch.Tensor) -> torch.Tensor:
+    if isinstance(crop, torch.Tensor):
+        return convert_to_tensor(crop, track_meta=False)
+    # PyTorch knows no negative strides.
+    return torch.from_numpy(crop.copy() if min(crop.strides) < 0 else crop)
+
+
+def _resize_matrix(size: int, new_size: int, flip: bool) -> torch.Tensor:
+    """Matrix (1, new_size, size) that resizes an axis linearly: what resizing makes of each voxel alone."""
+    columns = torch.nn.functional.interpolate(torch.eye(size)[None], size=new_size, mode="linear")
+    return (columns.flip(-1) if flip else columns).mT
 
 
 def _pad(crop: torch.Tensor, margins: Sequence[tuple[int, int]]) -> torch.Tensor:
