@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from monai.bundle import ConfigParser, verify_metadata, verify_net_in_out
+
+ROOT = Path(__file__).parents[1]
+BUNDLE = ROOT / "bundles" / "pgl_pretrain"
+METADATA = BUNDLE / "configs" / "metadata.json"
+INFERENCE = BUNDLE / "configs" / "inference.json"
+SCHEMA = ROOT.parent / "shared" / "schemas" / "meta_schema_20240725.json"
+
+needs_schema = pytest.mark.skipif(not SCHEMA.is_file(), reason=f"the bundle schema {SCHEMA} is not there")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LICENSE",
+        "configs/metadata.json",
+        "configs/inference.json",
+        "configs/train.json",
+        "configs/logging.conf",
+        "docs/README.md",
+        "docs/data_license.txt",
+    ],
+)
+def test_required_files(name):
+    assert (BUNDLE / name).stat().st_size > 0
+
+
+def test_licence_is_the_same_everywhere():
+    assert (BUNDLE / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((BUNDLE / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_json_is_indented_by_four(path):
+    text = path.read_text()
+    assert text == json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
+
+
+def test_metadata_is_complete():
+    metadata = json.loads(METADATA.read_text())
+    assert metadata["version"] in metadata["changelog"]
+    tensors = metadata["network_data_format"]
+    for tensor in (tensors["inputs"]["image"], tensors["outputs"]["pred"]):
+        assert set(tensor) >= {
+            *("type", "format", "num_channels", "spatial_shape", "dtype", "value_range"),
+            *("is_patch_data", "channel_def"),
+        }
+
+
+@needs_schema
+def test_metadata_follows_the_schema(tmp_path, monkeypatch):
+    jsonschema.validate(json.loads(METADATA.read_text()), json.loads(SCHEMA.read_text()))
+    # An existing file is used as it is: nothing is downloaded.
+    monkeypatch.setattr("monai.apps.utils.urlretrieve", lambda *args, **kwargs: pytest.fail("tried to download"))
+    verify_metadata(meta_file=str(METADATA), filepath=str(shutil.copy(SCHEMA, tmp_path)))
+
+
+def test_monai_accepts_network_and_metadata(caplog):
+    with caplog.at_level(logging.INFO):
+        verify_net_in_out("network_def", meta_file=str(METADATA), config_file=str(INFERENCE), device="cpu", n=2)
+    assert "verified with no error" in caplog.text
+
+
+def test_network_can_be_scripted():
+    parser = ConfigParser()
+    parser.read_config(str(INFERENCE))
+    network = parser.get_parsed_content("network_def").eval()
+    assert torch.jit.script(network)(torch.rand(1, 1, 16, 16, 8)).shape == (1, 2048, 1, 1, 1)
+
+
+def test_inference_has_the_keys_that_the_model_zoo_asks_for():
+    config = json.loads(INFERENCE.read_text())
+    assert set(config) >= {
+        *("bundle_root", "dataset_dir", "output_dir", "device", "network_def", "network", "preprocessing", "dataset"),
+        *("dataloader", "inferer", "postprocessing", "handlers", "evaluator", "initialize", "run"),
+    }
+
+
+def test_inference_prepares_volumes_as_training_does():
+    inference = json.loads(INFERENCE.read_text())["preprocessing"]["transforms"]
+    training = json.loads((BUNDLE / "configs" / "train.json").read_text())["volume_preprocessing"]["transforms"]
+    assert [t["_target_"] for t in inference if t["_target_"] != "CopyItemsd"] == [t["_target_"] for t in training]
+
+
+def test_nothing_of_a_custom_package_is_imported_at_initialization():
+    """MONAI evaluates ``imports`` and ``initialize`` before a bundle's own folder can be imported from."""
+    config = json.loads(INFERENCE.read_text())
+    assert "pgl_ext" not in json.dumps([config["imports"], config["initialize"]])
