@@ -144,8 +144,9 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
 def _as_tensor(crop: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(crop, torch.Tensor):
         return convert_to_tensor(crop, track_meta=False)
-    # PyTorch knows no negative strides.
-    return torch.from_numpy(crop.copy() if min(crop.strides) < 0 else crop)
+    # PyTorch refuses negative strides and warns of read-only memory, such as a memory map's.
+    usable = crop.flags.writeable and min(crop.strides) >= 0
+    return torch.from_numpy(crop if usable else crop.copy())
 
 
 def _resize_matrix(size: int, new_size: int, flip: bool) -> torch.Tensor:
