@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, verify_metadata, verify_net_in_out
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles" / "pgl_pretrain"
@@ -96,21 +96,3 @@ def test_nothing_of_a_custom_package_is_imported_at_initialization():
     """MONAI evaluates ``imports`` and ``initialize`` before a bundle's own folder can be imported from."""
     config = json.loads(INFERENCE.read_text())
     assert "pgl_ext" not in json.dumps([config["imports"], config["initialize"]])
-
-
-@pytest.mark.parametrize(
-    ("files", "workflow_type"),
-    [
-        (["train.json"], "train"),
-        (["train.json", "small.yaml"], "train"),
-        (["train.json", "multi_gpu_train.json"], "train"),
-        (["inference.json"], "infer"),
-    ],
-)
-def test_the_zoo_finds_its_properties(files, workflow_type):
-    workflow = ConfigWorkflow(
-        config_file=[str(BUNDLE / "configs" / name) for name in files],
-        workflow_type=workflow_type,
-        logging_file=False,
-    )
-    assert workflow.check_properties() == []

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from monai.networks.nets import ResNet
 from programs import CONFIGS, TINY, run, start, training_arguments, wait_for
 
@@ -64,6 +65,27 @@ def test_run_leaves_everything(straight):
     assert [int(row["step"]) for row in validated] == [0, 4, 8, 12]
     assert len({row["val_retrieval_untrained"] for row in validated}) == 1
     assert all(float(row["val_retrieval_chance"]) == 0.125 for row in validated)  # 2 x 2 x 2 cells
+
+
+def test_monai_finds_the_properties_of_a_bundle(volumes, straight, tmp_path):
+    train = ConfigWorkflow(
+        [str(CONFIGS / "train.json"), str(CONFIGS / "small.yaml")],
+        workflow_type="train",
+        logging_file=False,
+        **{**TINY, "dataset_dir": str(volumes), "output_dir": str(tmp_path)},
+    )
+    train.initialize()
+    assert train.check_properties() == []
+    inference = ConfigWorkflow(
+        str(CONFIGS / "inference.json"),
+        workflow_type="infer",
+        logging_file=False,
+        dataset_dir=str(volumes),
+        output_dir=str(tmp_path),
+        pretrained_encoder=str(straight / "models" / "pgl_encoder.pt"),
+    )
+    inference.initialize()
+    assert inference.check_properties() == []
 
 
 def test_encoder_loads_into_stock_monai(straight, tmp_path):
