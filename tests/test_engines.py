@@ -1,0 +1,350 @@
+import itertools
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.handlers import from_engine
+from torch import nn
+
+from pgl_ext.checkpoints import CheckpointHandler
+from pgl_ext.data.dataset import PairBatchSampler
+from pgl_ext.engines import PretrainEvaluator, PretrainEvents, PretrainTrainer, prepare_network
+from pgl_ext.handlers import TargetEMA
+from pgl_ext.methods import Method
+from pgl_ext.retrieval import correspondence_retrieval
+
+
+class ToyEncoder(nn.Conv3d):
+    """One convolution: without batch norm, each sample's gradient is its own."""
+
+    architecture = {"toy": True}  # noqa: RUF012
+    stride = (2, 2, 2)
+    channels = (3,)
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(1, 3, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [super().forward(x)]
+
+
+class ToyMethod(Method):
+    """Pulls features towards 1; a target copy follows by momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = ToyEncoder()
+        self.target = ToyEncoder().requires_grad_(False)
+
+    def forward(self, batch):
+        features = self.encoder(batch["views"].flatten(0, 1))[-1]
+        loss = (features.float() - 1).square().mean()
+        return {"loss": loss, "feature_std": loss.detach() + batch["affines"].to(loss).mean()}
+
+    def momentum_pairs(self):
+        yield self.encoder, self.target
+
+
+def toy_batch(size: int = 4, seed: int = 0) -> dict:
+    views = torch.randn(size, 2, 1, 8, 8, 4, generator=torch.Generator().manual_seed(seed))
+    return {"views": views, "affines": torch.eye(4).repeat(size, 2, 1, 1)}
+
+
+def make_trainer(batches, epochs: int = 1, method: Method | None = None, lr: float = 0.1, **settings):
+    method = ToyMethod() if method is None else method
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr)
+    return PretrainTrainer("cpu", epochs, batches, method, optimizer, **settings)
+
+
+def weights(method: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in method.parameters()]
+
+
+def equal(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def _keep_signal_handler():
+    previous = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+class TestIteration:
+    @pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
+    def test_is_one_optimiser_step(self, micro_batch_size):
+        trainer = make_trainer([toy_batch(4, i) for i in range(3)], epochs=2, micro_batch_size=micro_batch_size)
+        steps, events = [], []
+        trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.iteration))
+        trainer.add_event_handler(PretrainEvents.OPTIMIZER_STEP_COMPLETED, lambda e: events.append(e.state.iteration))
+        trainer.run()
+        assert steps == events == [1, 2, 3, 4, 5, 6]
+
+    def test_is_plain_gradient_descent(self):
+        batches = [toy_batch(4, i) for i in range(3)]
+        trainer = make_trainer(batches)
+        trainer.run()
+        method = ToyMethod()
+        for batch in batches:
+            gradients = torch.autograd.grad(method(batch)["loss"], list(method.encoder.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(method.encoder.parameters(), gradients, strict=True):
+                    parameter -= 0.1 * gradient
+        for a, b in zip(trainer.network.parameters(), method.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-7)
+
+    def test_steps_the_schedule_once(self):
+        trainer = make_trainer([toy_batch()] * 3)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
+        trainer.run()
+        assert trainer.state.metrics["lr"] == pytest.approx(0.1 * 0.5**3)
+
+    def test_output_and_metrics(self):
+        batch = toy_batch()
+        trainer = make_trainer([batch], lr=0.0)
+        trainer.run()
+        expected = ToyMethod()(batch)
+        assert [type(o) for o in trainer.state.output] == [dict]
+        output = trainer.state.output[0]
+        assert output == {key: pytest.approx(float(value.detach()), abs=1e-6) for key, value in expected.items()}
+        assert all(type(value) is float for value in output.values())
+        assert from_engine(["loss"], first=True)(trainer.state.output) == output["loss"]
+        assert trainer.state.metrics == {**output, "lr": 0.0, "read_errors": 0}
+
+    def test_trains_pgl(self, make_pgl, make_batch):
+        method = make_pgl()
+        before = weights(method.encoder)
+        make_trainer([make_batch(2)], method=method.eval()).run()
+        assert not equal(before, weights(method.encoder))
+        assert method.training
+        assert method.target_encoder.training
+
+    def test_read_errors_are_counted(self):
+        batches = [{**toy_batch(), "read_errors": torch.tensor(errors)} for errors in ([0, 0, 0, 0], [2, 0, 1, 0])]
+        trainer = make_trainer(batches, epochs=2)
+        trainer.run()
+        assert trainer.read_errors == trainer.state.metrics["read_errors"] == 6
+
+
+class TestGradientAccumulation:
+    @pytest.mark.parametrize(("size", "micro_batch_size"), [(4, 2), (4, 1), (5, 2), (7, 3), (3, 8)])
+    def test_gives_the_step_of_the_whole_batch(self, size, micro_batch_size):
+        batch = toy_batch(size)
+        # Samples differ in scale, so that a wrong weight of an uneven micro-batch shows.
+        batch["views"] *= torch.arange(1.0, size + 1).view(-1, 1, 1, 1, 1, 1)
+        whole, parts = make_trainer([batch], lr=1e-3), make_trainer([batch], lr=1e-3, micro_batch_size=micro_batch_size)
+        whole.run()
+        parts.run()
+        for a, b in zip(whole.network.encoder.parameters(), parts.network.encoder.parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+            assert torch.allclose(a, b, atol=1e-6)
+        assert parts.state.output[0] == {k: pytest.approx(v, rel=1e-5) for k, v in whole.state.output[0].items()}
+
+    @pytest.mark.parametrize(
+        ("size", "micro_batch_size", "expected"), [(5, 2, [2, 1, 2]), (4, 4, [4]), (9, 4, [3] * 3)]
+    )
+    def test_micro_batches_are_even_and_no_larger_than_asked(self, size, micro_batch_size, expected):
+        sizes = []
+
+        class Recording(ToyMethod):
+            def forward(self, batch):
+                sizes.append(len(batch["views"]))
+                assert len(batch["affines"]) == sizes[-1]
+                return super().forward(batch)
+
+        make_trainer([toy_batch(size)], method=Recording(), micro_batch_size=micro_batch_size).run()
+        assert sorted(sizes) == sorted(expected)
+
+
+class TestMixedPrecision:
+    def test_bfloat16_runs_and_is_used(self):
+        dtypes = []
+        method = ToyMethod()
+        method.encoder.register_forward_hook(lambda module, args, output: dtypes.append(output[-1].dtype))
+        before = weights(method)
+        make_trainer([toy_batch()], method=method, amp=True).run()
+        assert dtypes == [torch.bfloat16]
+        assert not equal(before, weights(method))
+        assert all(p.dtype == torch.float32 for p in method.parameters())
+
+    def test_pgl_in_bfloat16_stays_near_single_precision(self, make_pgl, make_batch):
+        losses = []
+        for amp in (False, True):
+            trainer = make_trainer([make_batch(2)], method=make_pgl(), lr=0.0, amp=amp)
+            trainer.run()
+            losses.append(trainer.state.output[0]["loss"])
+        assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+    @pytest.mark.parametrize("make", [make_trainer, lambda b, **kw: PretrainEvaluator("cpu", b, ToyMethod(), **kw)])
+    def test_unknown_dtype(self, make):
+        with pytest.raises(ValueError, match=r"amp_dtype must be one of .*got 'half'"):
+            make([toy_batch()], amp=True, amp_dtype="half")
+
+    def test_a_step_that_the_loss_scaling_skips_moves_nothing(self):
+        class Overflowing(ToyMethod):
+            def forward(self, batch):
+                # A finite loss whose scaled gradient overflows.
+                return {"loss": 1e36 * self.encoder.weight.sum()}
+
+        trainer = make_trainer([toy_batch()] * 2, method=Overflowing(), amp=True, amp_dtype="float16")
+        ema = TargetEMA(trainer.network, 10)
+        ema.attach(trainer)
+        before, scale = weights(trainer.network), trainer.scaler.get_scale()
+        trainer.run()
+        assert equal(before, weights(trainer.network))
+        assert ema.step == 0
+        assert trainer.scaler.get_scale() == scale / 4
+
+
+class TestNonFiniteLoss:
+    def test_the_step_is_skipped(self, caplog):
+        bad = toy_batch()
+        bad["views"][1, 0, 0, 0, 0, 0] = math.nan
+        trainer = make_trainer([toy_batch(), bad, toy_batch(seed=2)], micro_batch_size=2)
+        ema = TargetEMA(trainer.network, 10)
+        ema.attach(trainer)
+        history = [weights(trainer.network)]
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: history.append(weights(e.network)))
+        trainer.run()
+        assert [equal(a, b) for a, b in itertools.pairwise(history)] == [False, True, False]
+        assert ema.step == 2
+        assert "step 2 skipped: the loss is nan" in caplog.text
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_training_stops_where_it_stays_so(self, value):
+        bad = {**toy_batch(), "views": torch.full((4, 2, 1, 8, 8, 4), value)}
+        trainer = make_trainer([toy_batch(), *[bad] * 8], max_non_finite=3)
+        with pytest.raises(FloatingPointError, match="for 3 steps in a row, up to step 4: lower the learning rate"):
+            trainer.run()
+
+    def test_single_ones_do_not_stop_it(self):
+        bad = {**toy_batch(), "views": torch.full((4, 2, 1, 8, 8, 4), math.nan)}
+        trainer = make_trainer([bad, bad, toy_batch()], epochs=3, max_non_finite=3)
+        trainer.run()
+        assert trainer.state.iteration == 9
+
+
+class SpyTransform:
+    """Adds noise from its own random state, as the intensity augmentations do."""
+
+    def __init__(self) -> None:
+        self.draws: list[float] = []
+
+    def set_random_state(self, seed):
+        self.random = np.random.RandomState(seed)
+
+    def __call__(self, batch):
+        self.draws.append(self.random.random_sample())
+        return {**batch, "views": batch["views"] + self.draws[-1]}
+
+
+class TestBatchTransform:
+    def draws(self, iterations: range, seed: int = 0) -> list[float]:
+        spy = SpyTransform()
+        trainer = make_trainer([toy_batch()] * 2, epochs=iterations.stop // 2, batch_transform=spy, seed=seed)
+        position = {"iteration": iterations.start, "epoch_length": 2, "max_epochs": iterations.stop // 2}
+        trainer.add_event_handler(Events.STARTED, lambda engine: engine.load_state_dict(position))
+        trainer.run()
+        return spy.draws
+
+    def test_random_state_depends_on_seed_and_iteration_alone(self):
+        straight = self.draws(range(0, 6))
+        assert len(set(straight)) == 6
+        assert self.draws(range(3, 6)) == straight[3:]
+        assert not set(straight) & set(self.draws(range(0, 6), seed=1))
+
+    def test_its_result_is_what_the_network_sees(self):
+        batch = toy_batch()
+        spy = SpyTransform()
+        trainer = make_trainer([batch], batch_transform=spy, lr=0.0)
+        trainer.run()
+        expected = ToyMethod()({**batch, "views": batch["views"] + spy.draws[0]})
+        assert trainer.state.output[0]["loss"] == pytest.approx(float(expected["loss"].detach()), rel=1e-5)
+
+
+class TestStopping:
+    @pytest.mark.usefixtures("_keep_signal_handler")
+    def test_a_signal_ends_the_run_after_the_step(self, tmp_path):
+        class SignallingMethod(ToyMethod):
+            def forward(self, batch):
+                if trainer.state.iteration == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return super().forward(batch)
+
+        method = SignallingMethod()
+        checkpoints = CheckpointHandler(
+            tmp_path, method, {}, PairBatchSampler(12, 4, 2), tmp_path / "encoder.pt", {}, interval=100
+        )
+        trainer = make_trainer([toy_batch()] * 3, epochs=2, method=method, train_handlers=[checkpoints])
+        with pytest.raises(SystemExit) as stop:
+            trainer.run()
+        assert stop.value.code == 143
+        assert trainer.state.iteration == 2
+        path, content = checkpoints.folder.newest_intact()
+        assert path.name == "checkpoint_00000002.pt"
+        # The step during which the signal came is in it.
+        assert equal(content["network"].values(), method.state_dict().values())
+        assert not torch.equal(content["network"]["encoder.weight"], ToyEncoder().weight)
+
+    @pytest.mark.usefixtures("_keep_signal_handler")
+    def test_a_signal_during_the_last_step_is_a_normal_end(self, tmp_path):
+        trainer = make_trainer([toy_batch()] * 3, epochs=1)
+        handler = CheckpointHandler(
+            tmp_path, trainer.network, {}, PairBatchSampler(12, 4, 1), tmp_path / "encoder.pt", {}
+        )
+        handler.attach(trainer)
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda e: setattr(e, "stop_requested", True))
+        trainer.run()
+        assert handler.folder.paths()[-1].name == "checkpoint_00000003.pt"
+
+
+class TestEvaluator:
+    def test_metrics(self, make_pgl, make_batch):
+        batches = [make_batch(2, seed) for seed in range(2)]
+        method = make_pgl()
+        before = {key: value.clone() for key, value in method.state_dict().items()}
+        evaluator = PretrainEvaluator("cpu", batches, method.train())
+        evaluator.run()
+        # Neither weights nor batch-norm statistics.
+        assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+        method.eval()
+        expected = {"val_loss": [], "val_feature_std": [], "val_retrieval_top1": [], "val_retrieval_chance": [1 / 8]}
+        with torch.no_grad():
+            for batch in batches:
+                output = method(batch)
+                expected["val_loss"].append(float(output["loss"]))
+                expected["val_feature_std"].append(float(output["feature_std"]))
+                features = method.encoder(batch["views"].flatten(0, 1))[-1].unflatten(0, (2, 2))
+                top1 = correspondence_retrieval(features, batch["affines"], (32, 32, 16))
+                expected["val_retrieval_top1"].append(float(top1.mean()))
+        assert evaluator.state.metrics == {k: pytest.approx(np.mean(v), abs=1e-5) for k, v in expected.items()}
+
+    def test_runs_in_bfloat16(self, make_pgl, make_batch):
+        evaluator = PretrainEvaluator("cpu", [make_batch(2)], make_pgl(), amp=True)
+        evaluator.run()
+        assert math.isfinite(evaluator.state.metrics["val_loss"])
+
+
+class TestPrepareNetwork:
+    def test_keeps_the_parameter_names(self, make_pgl):
+        keys = list(make_pgl().state_dict())
+        method = make_pgl()
+        assert prepare_network(method, "cpu", channels_last=True, compile=True) is method
+        assert list(method.state_dict()) == keys
+        weight = method.encoder.layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+    def test_batch_norm_is_synchronised_on_both_networks(self, make_pgl):
+        method = prepare_network(make_pgl(), "cpu", sync_batch_norm=True)
+        norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert norms
+        assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+        assert any(isinstance(m, nn.SyncBatchNorm) for m in method.target_encoder.modules())
+        # The target that momentum follows is the converted one.
+        assert all(target in list(method.modules()) for _, target in method.momentum_pairs())

@@ -1,0 +1,73 @@
+import pickle
+import sys
+
+import pytest
+
+from pgl_ext.errors import report_root_cause, root_cause
+
+
+def wrapped(cause: Exception, times: int = 3) -> Exception:
+    """The error that is caught where each layer wraps the one below."""
+    error = cause
+    for layer in range(times):
+        try:
+            raise RuntimeError(f"layer {layer}") from error
+        except RuntimeError as outer:
+            error = outer
+    return error
+
+
+@pytest.fixture
+def report(monkeypatch, capsys):
+    """What the hook prints for an uncaught error."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.delenv("PGL_TRACEBACK", raising=False)
+
+    def show(error: Exception) -> str:
+        report_root_cause()
+        sys.excepthook(type(error), error, error.__traceback__)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    return show
+
+
+@pytest.mark.parametrize("times", [0, 1, 4])
+def test_root_cause(times):
+    cause = ValueError("the cause")
+    assert root_cause(wrapped(cause, times)) is cause
+
+
+def test_an_error_raised_while_handling_another_is_its_own_cause():
+    error = KeyError("second")
+    error.__context__ = ValueError("first")
+    assert root_cause(error) is error
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [ValueError("bad --lr"), FileNotFoundError("no such file: x.nii"), FloatingPointError("the loss has been nan")],
+)
+@pytest.mark.parametrize("times", [0, 3])
+def test_errors_about_the_input_are_shown_as_their_message_alone(report, cause, times):
+    text = report(wrapped(cause, times))
+    assert text.splitlines()[1] == f"error: {cause}"
+    assert "Traceback" not in text
+    assert "layer" not in text
+    assert "PGL_TRACEBACK=1" in text
+
+
+@pytest.mark.parametrize("cause", [KeyError("bug"), AssertionError("bug"), pickle.PicklingError("bug")])
+def test_other_errors_keep_their_traceback(report, cause):
+    text = report(wrapped(cause))
+    assert "Traceback" in text
+    assert "bug" in text
+    assert "layer 2" in text
+
+
+def test_the_traceback_can_be_asked_for(report, monkeypatch):
+    monkeypatch.setenv("PGL_TRACEBACK", "1")
+    text = report(wrapped(ValueError("bad --lr")))
+    assert "Traceback" in text
+    assert "ValueError: bad --lr" in text
