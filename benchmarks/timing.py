@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-__all__ = ["median_times"]
+__all__ = ["interleaved_times"]
 
 
-def median_times(
+def interleaved_times(
     calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Median milliseconds of each call.
+) -> dict[str, np.ndarray]:
+    """Milliseconds that each call took, by name, in the order of the rounds.
 
     The calls take turns, so that a machine that slows down for a while slows all of them: compare times of one run
     only.
@@ -31,4 +31,4 @@ def median_times(
             start = clock()
             call()
             times[name].append(1e3 * (clock() - start))
-    return {name: float(np.median(t)) for name, t in times.items()}
+    return {name: np.array(t) for name, t in times.items()}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Flipd, LoadImaged, Resized, SpatialCropd
-from timing import median_times
+from timing import interleaved_times
 
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.transforms import RandOverlappingViewsd
@@ -80,9 +80,10 @@ def main() -> None:
             difference = (calls[name]() - stock_views(meta, transform)).abs().max()
             # HU reach 1000, of which float32 resolves 6e-5.
             assert difference < 2e-3, f"{name} differs from stock MONAI by {float(difference)}"
-        times = median_times(calls, args.repeats, time.process_time)
+        times = interleaved_times(calls, args.repeats, time.process_time)
         read = "views, scan read from .nii.gz"
-        times |= median_times({read: lambda: transform(load(item))["views"]}, args.slow_repeats, time.process_time)
+        times |= interleaved_times({read: lambda: transform(load(item))["views"]}, args.slow_repeats, time.process_time)
+    times = {name: np.median(taken) for name, taken in times.items()}
     print(f"{SHAPE} volume, pair of {VIEW_SIZE} views, {torch.get_num_threads()} thread, seed {args.seed}")
     stock, cached = times["stock MONAI, float32 in memory"], times["views, cache on disk"]
     print(f"{'':<34}{'ms per pair':>12}{'stock / this':>14}{'this / cache':>14}")
