@@ -73,18 +73,23 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: where the file is missing.
-        ValueError: where it is truncated, damaged, or holds more than tensors and plain values.
+        ValueError: where it is truncated, damaged, holds more than tensors and plain values, or no dict of names.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # Of an empty file the error has no message.
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
-            f"{path} can not be read as PyTorch weights ({type(error).__name__}: {str(error).splitlines()[0]}). It is "
-            "damaged, incomplete, or not a weights file: copy or export it again."
+            f"{path} can not be read as PyTorch weights ({reason}). It is damaged, incomplete, or not a weights file: "
+            "copy or export it again."
         ) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of names: give a state dict's file.")
+    return content
 
 
 @dataclass
@@ -132,7 +137,7 @@ def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
     """
     encoder = getattr(network, "encoder", network)
     state = load_state(path)
-    state = state.get("state_dict", state)
+    state = state.get("state_dict") or state
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if any(key.startswith(_PREFIX) for key in state):
         state = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
