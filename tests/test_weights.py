@@ -1,0 +1,261 @@
+import json
+
+import pytest
+import torch
+from monai.networks.nets import ResNet
+from torch import nn
+
+from pgl_ext.networks import ResNetEncoder
+from pgl_ext.weights import (
+    EncoderReport,
+    export_encoder,
+    load_encoder,
+    load_state,
+    read_description,
+    save_encoder,
+    write_atomically,
+)
+
+DESCRIPTION = {
+    "architecture": {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.125},
+    "stride": [16, 16, 8],
+    "normalization": {"clip_hu": [-1024, 325]},
+    "spacing": None,
+    "method": "PGL",
+    "steps": 12,
+}
+
+
+def equal(first: nn.Module, second: nn.Module) -> bool:
+    other = second.state_dict()
+    return all(torch.equal(value, other[key]) for key, value in first.state_dict().items())
+
+
+@pytest.fixture
+def source(make_encoder) -> ResNetEncoder:
+    """The encoder whose weights are saved, with batch-norm statistics of its own."""
+    encoder = make_encoder(seed=1)
+    encoder.bn1.running_mean.fill_(0.5)
+    encoder.bn1.num_batches_tracked.fill_(7)
+    return encoder
+
+
+@pytest.fixture
+def network(make_encoder) -> ResNetEncoder:
+    """The encoder that is loaded into."""
+    return make_encoder(seed=2)
+
+
+@pytest.fixture
+def untouched(make_encoder, network):
+    """Whether the network still is what it was."""
+    return lambda: equal(network, make_encoder(seed=2))
+
+
+class TestSaveAndLoad:
+    def test_round_trip(self, source, network, tmp_path):
+        path = tmp_path / "models" / "encoder.pt"
+        save_encoder(source, path, DESCRIPTION)
+        assert not equal(source, network)
+        report = load_encoder(network, path)
+        assert equal(source, network)
+        assert report == EncoderReport(loaded=list(source.state_dict()))
+        count = len(source.state_dict())
+        assert str(report) == f"{count} of {count} encoder tensors loaded"
+
+    def test_into_a_network_with_an_encoder(self, source, make_pgl, tmp_path):
+        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
+        method = make_pgl(seed=2)
+        load_encoder(method, tmp_path / "encoder.pt")
+        assert equal(method.encoder, source)
+        assert equal(method.projector, make_pgl(seed=2).projector)
+
+    def test_the_file_is_a_plain_state_dict(self, source, tmp_path):
+        save_encoder(source.to(memory_format=torch.channels_last_3d), tmp_path / "encoder.pt", DESCRIPTION)
+        state = torch.load(tmp_path / "encoder.pt", weights_only=True)
+        assert type(state) is dict
+        assert set(state) == {f"encoder.{key}" for key in source.state_dict()}
+        assert all(value.is_contiguous() and not value.requires_grad for value in state.values())
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_description(self, source, tmp_path):
+        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
+        assert json.loads((tmp_path / "encoder.json").read_text()) == DESCRIPTION
+        assert read_description(tmp_path / "encoder.pt") == DESCRIPTION
+        rebuilt = ResNetEncoder(**read_description(tmp_path / "encoder.pt")["architecture"])
+        load_encoder(rebuilt, tmp_path / "encoder.pt")
+        assert equal(rebuilt, source)
+
+    def test_no_description(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no description .*encoder\.json"):
+            read_description(tmp_path / "encoder.pt")
+
+
+class TestForeignFiles:
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda state: state,
+            lambda state: {f"encoder.{k}": v for k, v in state.items()},
+            lambda state: {f"module.{k}": v for k, v in state.items()},
+            lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+            lambda state: {"state_dict": {f"module.encoder.{k}": v for k, v in state.items()}},
+        ],
+        ids=["monai", "encoder", "module", "medicalnet", "module.encoder"],
+    )
+    def test_layouts(self, source, network, tmp_path, wrap):
+        torch.save(wrap(source.state_dict()), tmp_path / "file.pt")
+        report = load_encoder(network, tmp_path / "file.pt")
+        assert equal(source, network)
+        assert report.unexpected == []
+
+    def test_a_whole_network_gives_its_encoder_alone(self, make_pgl, network, tmp_path):
+        torch.save(make_pgl(seed=1).state_dict(), tmp_path / "pgl.pt")
+        report = load_encoder(network, tmp_path / "pgl.pt")
+        # The target's keys begin with "target_encoder.", not "encoder.".
+        assert equal(network, make_pgl(seed=1).encoder)
+        assert report.unexpected == []
+
+    def test_a_classifier_is_reported_and_left_out(self, source, network, tmp_path):
+        torch.save({**source.state_dict(), "fc.weight": torch.ones(3, 64), "fc.bias": torch.ones(3)}, tmp_path / "r.pt")
+        report = load_encoder(network, tmp_path / "r.pt")
+        assert equal(source, network)
+        assert report.unexpected == ["fc.bias", "fc.weight"]
+        assert "unexpected (2): fc.bias, fc.weight" in str(report)
+
+    def test_missing_tensors(self, source, network, untouched, tmp_path):
+        state = source.state_dict()
+        del state["layer1.0.conv1.weight"], state["bn1.running_var"]
+        torch.save(state, tmp_path / "part.pt")
+        with pytest.raises(ValueError, match="does not fit the encoder") as error:
+            load_encoder(network, tmp_path / "part.pt")
+        assert "part.pt" in str(error.value)
+        assert "missing (2): bn1.running_var, layer1.0.conv1.weight" in str(error.value)
+        assert untouched()
+
+    def test_tensors_of_another_shape(self, network, untouched, tmp_path):
+        wider = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.25)
+        save_encoder(wider, tmp_path / "wide.pt", {})
+        with pytest.raises(ValueError, match="mismatched") as error:
+            load_encoder(network, tmp_path / "wide.pt")
+        assert "conv1.weight: (16, 1, 7, 7, 7), (8, 1, 7, 7, 7)" in str(error.value)
+        assert "wide.json" in str(error.value)
+        assert untouched()
+
+    def test_a_deeper_network(self, source, untouched, network, tmp_path):
+        torch.save(source.state_dict(), tmp_path / "shallow.pt")
+        deeper = ResNetEncoder(layers=(2, 1, 1, 1), block="basic", widen_factor=0.125)
+        with pytest.raises(ValueError, match=r"missing \(\d+\): layer1\.1\.conv1\.weight"):
+            load_encoder(deeper, tmp_path / "shallow.pt")
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+    def test_truncated_files(self, source, network, untouched, tmp_path, share):
+        path = tmp_path / "encoder.pt"
+        save_encoder(source, path, DESCRIPTION)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=r"encoder\.pt can not be read as PyTorch weights") as error:
+            load_encoder(network, path)
+        assert "\n" not in str(error.value)
+        assert untouched()
+
+    @pytest.mark.parametrize("content", [[torch.ones(1)], torch.ones(3), {}, {"state_dict": None}, {1: torch.ones(1)}])
+    def test_other_content(self, network, untouched, tmp_path, content):
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match=r"odd\.pt"):
+            load_encoder(network, tmp_path / "odd.pt")
+        assert untouched()
+
+    def test_pickled_objects_are_refused(self, network, untouched, tmp_path):
+        torch.save(network, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match="not a weights file"):
+            load_encoder(network, tmp_path / "model.pt")
+
+    def test_no_file(self, network, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+            load_encoder(network, tmp_path / "none.pt")
+
+    def test_a_long_report_is_shortened(self):
+        report = EncoderReport(missing=[f"layer{i}" for i in range(20)])
+        assert str(report).endswith("missing (20): " + ", ".join(f"layer{i}" for i in range(8)) + ", ...")
+
+
+class TestExportEncoder:
+    @pytest.fixture
+    def checkpoint(self, make_pgl, tmp_path):
+        path = tmp_path / "checkpoint_00000012.pt"
+        torch.save({"network": make_pgl(seed=1).state_dict(), "description": DESCRIPTION, "step": 12}, path)
+        return path
+
+    def test_as_encoder_file(self, checkpoint, network, make_encoder, tmp_path):
+        assert export_encoder(checkpoint, tmp_path / "out" / "encoder.pt") == tmp_path / "out" / "encoder.pt"
+        load_encoder(network, tmp_path / "out" / "encoder.pt")
+        assert equal(network, make_encoder(seed=1))
+        assert read_description(tmp_path / "out" / "encoder.pt") == DESCRIPTION
+
+    def test_for_stock_monai(self, checkpoint, make_encoder, tmp_path):
+        path = export_encoder(checkpoint, str(tmp_path / "resnet.pt"), layout="monai_resnet")
+        resnet = ResNet(
+            block="basic",
+            layers=[1, 1, 1, 1],
+            block_inplanes=[8, 16, 32, 64],
+            n_input_channels=1,
+            conv1_t_stride=(2, 2, 1),
+            feed_forward=False,
+            shortcut_type="B",
+            bias_downsample=False,
+        )
+        resnet.load_state_dict(torch.load(path, weights_only=True), strict=True)
+        encoder = make_encoder(seed=1)
+        image = torch.randn(1, 1, 32, 32, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            # Stock MONAI strides stage 4, which the encoder dilates: up to there the features are the same.
+            x = resnet.eval().maxpool(resnet.act(resnet.bn1(resnet.conv1(image))))
+            x = resnet.layer3(resnet.layer2(resnet.layer1(x)))
+            assert torch.equal(x, encoder.eval()(image)[3])
+        assert read_description(path) == DESCRIPTION
+
+    def test_unknown_layout(self, checkpoint, tmp_path):
+        with pytest.raises(ValueError, match=r"layout must be one of \('pgl', 'monai_resnet'\), got 'keras'"):
+            export_encoder(checkpoint, tmp_path / "encoder.pt", layout="keras")
+
+    def test_not_a_checkpoint(self, source, tmp_path):
+        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
+        with pytest.raises(ValueError, match=r"holds no encoder.*give a training checkpoint"):
+            export_encoder(tmp_path / "encoder.pt", tmp_path / "out.pt")
+        assert not (tmp_path / "out.pt").exists()
+
+    def test_a_damaged_checkpoint(self, checkpoint, tmp_path):
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+        with pytest.raises(ValueError, match=r"checkpoint_00000012\.pt can not be read"):
+            export_encoder(checkpoint, tmp_path / "out.pt")
+
+
+class TestWriteAtomically:
+    def test_an_error_while_writing_leaves_the_old_file_alone(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_bytes(b"old")
+
+        def fail_halfway(file):
+            file.write(b"half of the new conte")
+            raise OSError("disk full")
+
+        with pytest.raises(OSError, match="disk full"):
+            write_atomically(fail_halfway, path)
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+        assert path.read_bytes() == b"old"
+
+    def test_makes_folders_and_replaces(self, tmp_path):
+        path = tmp_path / "a" / "b" / "file"
+        for content in (b"first", b"second"):
+            write_atomically(lambda file, content=content: file.write(content), path)
+            assert path.read_bytes() == content
+        assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_load_state_reads_tensors_and_plain_values(tmp_path):
+    content = {"tensor": torch.arange(3), "number": 1.5, "list": [1, (2, "x")], "none": None}
+    torch.save(content, tmp_path / "file.pt")
+    loaded = load_state(tmp_path / "file.pt")
+    assert torch.equal(loaded.pop("tensor"), torch.arange(3))
+    assert loaded == {"number": 1.5, "list": [1, (2, "x")], "none": None}
