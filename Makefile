@@ -36,7 +36,7 @@ format: install
 	$(RUN) -m ruff check --fix .
 
 benchmarks: install
-	for script in benchmarks/aligner.py benchmarks/views.py benchmarks/volume_cache.py benchmarks/training_step.py; do \
+	for script in benchmarks/aligner.py benchmarks/views.py benchmarks/volume_cache.py benchmarks/alignment_error.py benchmarks/training_step.py; do \
 		$(RUN) $$script || exit 1; done
 
 clean:
