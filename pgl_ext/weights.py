@@ -16,25 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["EncoderReport", "export_encoder", "load_encoder", "read_description", "save_encoder", "write_atomically"]
+from pgl_ext.files import write_atomically
+
+__all__ = ["EncoderReport", "export_encoder", "load_encoder", "load_state", "read_description", "save_encoder"]
 
 _PREFIX = "encoder."
 _LAYOUTS = ("pgl", "monai_resnet")
-
-
-def write_atomically(save: Any, path: str | os.PathLike) -> None:
-    """Have ``save(file object)`` write a file that is either complete or absent, also after a power cut."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_encoder(encoder: nn.Module, path: str | os.PathLike, description: Mapping[str, Any]) -> None:

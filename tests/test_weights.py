@@ -5,6 +5,7 @@ import torch
 from monai.networks.nets import ResNet
 from torch import nn
 
+from pgl_ext.files import write_atomically
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.weights import (
     EncoderReport,
@@ -13,7 +14,6 @@ from pgl_ext.weights import (
     load_state,
     read_description,
     save_encoder,
-    write_atomically,
 )
 
 DESCRIPTION = {

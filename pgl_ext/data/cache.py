@@ -16,7 +16,6 @@ import re
 import threading
 import time
 import types
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from pgl_ext.data.checks import BadVolumeError, BadVolumesError, check_volume
 from pgl_ext.data.datalist import item_name
+from pgl_ext.files import write_atomically
 
 __all__ = ["VolumeCache", "fingerprint", "resolve_bad"]
 
@@ -227,7 +227,7 @@ class VolumeCache:
         path = self.path(item)
         frame = self._compressed(item)
         try:
-            _write_atomically(path, frame)
+            write_atomically(lambda file: file.write(frame), path)
         except OSError as error:
             raise OSError(
                 f"Cannot write the cache file {path}: {error}. Make room or set another cache_dir."
@@ -357,19 +357,6 @@ def _open_file(path: Path) -> blosc2.NDArray | None:
         return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
     except (OSError, RuntimeError, ValueError):
         return None
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"tmp-{uuid.uuid4().hex}.b2nd")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            # Otherwise a crash of the machine could leave the name with half the content.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _as_list(value: object) -> list | None:
