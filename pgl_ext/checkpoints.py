@@ -17,7 +17,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from pgl_ext import __version__
-from pgl_ext.weights import load_state, save_encoder, write_atomically
+from pgl_ext.files import write_atomically
+from pgl_ext.weights import load_state, save_encoder
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
 
@@ -197,7 +198,9 @@ class CheckpointHandler:
         position = {key: content[key] for key in ("epoch_length", "max_epochs")}
         engine.load_state_dict({**position, "iteration": content["step"]})
         if self.rank == 0:
-            _set_random_state(content["random"])
+            # Not now: making the loaders' iterators, for training and for validation before it, draws random numbers.
+            first_step = Events.ITERATION_STARTED(once=content["step"] + 1)
+            engine.add_event_handler(first_step, lambda: _set_random_state(content["random"]))
         logger.info("resumed from %s at step %d", path, content["step"])
 
 
