@@ -1,0 +1,322 @@
+import json
+import logging
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.optimizers import WarmupCosineSchedule
+from monai.transforms import Compose, SelectItemsd
+from pytorch_optimizer import LARS
+from torch.utils.data import DataLoader
+
+from pgl_ext.checkpoints import CheckpointFolder, CheckpointHandler
+from pgl_ext.data.dataset import PairBatchSampler, PretrainDataset
+from pgl_ext.engines import PretrainTrainer
+from pgl_ext.handlers import TargetEMA
+from pgl_ext.transforms import BatchIntensityd, RandBatchGamma, RandBatchNoise, RandOverlappingViewsd
+from pgl_ext.weights import load_encoder
+
+
+class TestCheckpointFolder:
+    def test_the_last_are_kept(self, tmp_path):
+        folder = CheckpointFolder(tmp_path / "new" / "folder", keep_last=2)
+        for step in (5, 10, 200, 1000):
+            path = folder.write({"step": step}, step)
+            assert path == folder.paths()[-1]
+        assert [p.name for p in folder.paths()] == ["checkpoint_00000200.pt", "checkpoint_00001000.pt"]
+
+    def test_order_is_that_of_the_steps(self, tmp_path):
+        folder = CheckpointFolder(tmp_path)
+        for step in (3, 123_456_789, 40):
+            folder.write({"step": step}, step)
+        assert folder.newest_intact()[1] == {"step": 123_456_789}
+
+    def test_other_files_are_left_alone(self, tmp_path):
+        others = [tmp_path / name for name in ("checkpoint_best.pt", "checkpoint_00000001.pt.bak", "notes.txt")]
+        for path in others:
+            path.write_text("mine")
+        folder = CheckpointFolder(tmp_path, keep_last=1)
+        for step in range(3):
+            folder.write({}, step)
+        assert len(folder.paths()) == 1
+        assert all(path.read_text() == "mine" for path in others)
+
+    def test_damaged_files_are_passed_over(self, tmp_path, caplog):
+        folder = CheckpointFolder(tmp_path, keep_last=4)
+        for step in (1, 2, 3, 4):
+            folder.write({"step": step, "weights": torch.ones(1000)}, step)
+        intact, truncated, garbage, empty = folder.paths()
+        truncated.write_bytes(truncated.read_bytes()[:-2000])
+        garbage.write_bytes(b"\x00garbage" * 100)
+        empty.write_bytes(b"")
+        with caplog.at_level(logging.WARNING, logger="pgl_ext"):
+            path, content = folder.newest_intact()
+        assert path == intact
+        assert content["step"] == 1
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 3
+        for damaged, message in zip((empty, garbage, truncated), messages, strict=True):
+            assert str(damaged) in message
+
+    def test_nothing_intact(self, tmp_path):
+        folder = CheckpointFolder(tmp_path)
+        with pytest.raises(FileNotFoundError, match="no intact checkpoint") as error:
+            folder.newest_intact()
+        assert str(tmp_path) in str(error.value)
+        folder.write({}, 1).write_bytes(b"damaged")
+        with pytest.raises(FileNotFoundError, match="Start anew without --resume"):
+            folder.newest_intact()
+        assert CheckpointFolder(tmp_path / "none").paths() == []
+
+    def test_an_error_while_saving_leaves_the_old_file_alone(self, tmp_path, monkeypatch):
+        folder = CheckpointFolder(tmp_path)
+        folder.write({"value": "old"}, 7)
+
+        def fail_halfway(content, file):
+            file.write(b"half of the new conte")
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", fail_halfway)
+            with pytest.raises(OSError, match="No space left"):
+                folder.write({"value": "new"}, 7)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000007.pt"]
+        assert folder.newest_intact()[1] == {"value": "old"}
+
+    @pytest.mark.parametrize("keep_last", [0, -1])
+    def test_at_least_one_is_kept(self, tmp_path, keep_last):
+        with pytest.raises(ValueError, match=f"keep_last must be at least 1, got {keep_last}"):
+            CheckpointFolder(tmp_path, keep_last)
+
+
+class Run:
+    """Everything of a training run, made anew; 3 steps per epoch."""
+
+    def __init__(self, folder: Path, volumes, cache, make_pgl, resume: bool = False, **settings) -> None:
+        settings = {"batch_size": 2, "max_epochs": 2, "interval": 1, "seed": 0, "stop_at": None, **settings}
+        self.folder = folder
+        # What is random about making a network must not matter once it is resumed.
+        self.method = make_pgl(seed=99 if resume else 0)
+        dataset = PretrainDataset(
+            volumes,
+            cache,
+            Compose([RandOverlappingViewsd("image", (32, 32, 16)), SelectItemsd(["views", "affines"])]),
+        )
+        self.sampler = PairBatchSampler(5, settings["batch_size"], settings["max_epochs"], seed=settings["seed"])
+        steps = settings["max_epochs"] * len(self.sampler)
+        optimizer = LARS([p for p in self.method.parameters() if p.requires_grad], lr=0.2, weight_decay=1e-6)
+        self.ema = TargetEMA(self.method, steps, base_momentum=0.9)
+        self.handler = CheckpointHandler(
+            folder / "checkpoints",
+            self.method,
+            {"target_ema": self.ema},
+            self.sampler,
+            folder / "models" / "pgl_encoder.pt",
+            {"version": "0", "data": {"training_volumes": 5}},
+            interval=settings["interval"],
+            resume=resume,
+            rank=settings.get("rank", 0),
+        )
+        self.trainer = PretrainTrainer(
+            "cpu",
+            settings["max_epochs"],
+            DataLoader(dataset, batch_sampler=self.sampler),
+            self.method,
+            optimizer,
+            WarmupCosineSchedule(optimizer, warmup_steps=2, t_total=steps),
+            batch_transform=BatchIntensityd("views", [RandBatchNoise(prob=1.0), RandBatchGamma(prob=0.5)]),
+            train_handlers=[self.handler, self.ema],
+        )
+        self.losses: dict[int, float] = {}
+        self.trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda e: self.losses.update({e.state.iteration: e.state.output[0]["loss"]})
+        )
+        if settings["stop_at"] is not None:
+            self.trainer.add_event_handler(
+                Events.ITERATION_STARTED(once=settings["stop_at"]), lambda e: setattr(e, "stop_requested", True)
+            )
+
+    def content(self) -> dict:
+        return self.handler.folder.newest_intact()[1]
+
+
+def assert_same(first, second, where: str = "") -> None:
+    """Bit-identical nested content."""
+    assert type(first) is type(second), where
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for number, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same(a, b, f"{where}/{number}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    else:
+        assert first == second, where
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handler():
+    previous = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.fixture
+def start(tmp_path, volumes, cache, make_pgl):
+    """Makes a run of its own folder."""
+    return lambda name="run", **settings: Run(tmp_path / name, volumes, cache, make_pgl, **settings)
+
+
+def stopped(run: Run) -> Run:
+    with pytest.raises(SystemExit) as stop:
+        run.trainer.run()
+    assert stop.value.code == 143
+    return run
+
+
+class TestResume:
+    @pytest.mark.parametrize("step", [2, 3, 4])
+    def test_goes_on_as_if_the_run_had_never_stopped(self, start, step):
+        straight = start("straight")
+        straight.trainer.run()
+        first = stopped(start("parts", stop_at=step))
+        torch.manual_seed(1234)
+        second = start("parts", resume=True)
+        second.trainer.run()
+        assert list(first.losses) == list(range(1, step + 1))
+        assert {**first.losses, **second.losses} == straight.losses
+        assert list(second.losses) == list(range(step + 1, 7))
+        expected, actual = straight.content(), second.content()
+        assert expected["step"] == 6
+        assert_same(expected, actual)
+        assert_same(straight.method.state_dict(), second.method.state_dict())
+        assert second.ema.step == 6
+
+    def test_after_a_crash_it_goes_on_from_the_last_epoch(self, start):
+        straight = start("straight")
+        straight.trainer.run()
+
+        def crash(engine):
+            raise ZeroDivisionError
+
+        broken = start("parts")
+        broken.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=5), crash)
+        with pytest.raises(ZeroDivisionError):
+            broken.trainer.run()
+        second = start("parts", resume=True)
+        second.trainer.run()
+        assert list(second.losses) == [4, 5, 6]
+        assert_same(straight.method.state_dict(), second.method.state_dict())
+
+    def test_a_finished_run_stays_as_it_is(self, start):
+        first = start()
+        first.trainer.run()
+        second = start(resume=True)
+        second.trainer.run()
+        assert second.losses == {}
+        assert_same(first.method.state_dict(), second.method.state_dict())
+
+    def test_random_states_are_restored(self, start):
+        """For methods that draw from the global states, such as those with dropout."""
+
+        def drawing(name: str, **settings) -> tuple[Run, list[tuple]]:
+            run, drawn = start(name, **settings), []
+            run.method.register_forward_pre_hook(
+                lambda *_: drawn.append((random.random(), np.random.random_sample(), float(torch.rand(()))))
+            )
+            random.seed(0)
+            np.random.seed(0)
+            return run, drawn
+
+        run, straight = drawing("straight")
+        run.trainer.run()
+        run, first = drawing("parts", stop_at=4)
+        stopped(run)
+        run, second = drawing("parts", resume=True)
+        run.trainer.run()
+        assert first + second == straight
+        assert len(set(straight)) == 6
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"batch_size": 3}, "belongs to a run of 2 epochs of 3 steps, this one has 2 of 2"),
+            ({"max_epochs": 3}, "belongs to a run of 2 epochs of 3 steps, this one has 3 of 3"),
+            ({"seed": 1}, "resume with the same data, batch_size, patches_per_volume and seed"),
+        ],
+    )
+    def test_with_other_settings(self, start, settings, message):
+        stopped(start(stop_at=1))
+        with pytest.raises(ValueError, match=message):
+            start(resume=True, **settings).trainer.run()
+
+    def test_with_nothing_to_resume_from(self, start):
+        with pytest.raises(FileNotFoundError, match="nothing to resume from"):
+            start(resume=True).trainer.run()
+
+
+class TestSaving:
+    def test_an_existing_run_is_not_overwritten(self, start):
+        first = stopped(start(stop_at=1))
+        before = {path: path.read_bytes() for path in first.folder.rglob("*.pt")}
+        second = start()
+        with pytest.raises(FileExistsError, match="--resume true, or choose another --output_dir"):
+            second.trainer.run()
+        assert second.losses == {}
+        assert {path: path.read_bytes() for path in first.folder.rglob("*.pt")} == before
+
+    def test_each_interval_and_the_end(self, start):
+        run = start(max_epochs=3, interval=2)
+        run.trainer.run()
+        names = [path.name for path in run.handler.folder.paths()]
+        assert names == ["checkpoint_00000006.pt", "checkpoint_00000009.pt"]
+
+    def test_the_file_holds_tensors_and_plain_values(self, start):
+        run = stopped(start(stop_at=1))
+        # With weights_only=True anything else is refused.
+        content = torch.load(run.handler.folder.paths()[-1], weights_only=True)
+
+        def check(value) -> None:
+            if isinstance(value, dict):
+                check([*value.keys(), *value.values()])
+            elif isinstance(value, (list, tuple)):
+                for inner in value:
+                    check(inner)
+            else:
+                assert value is None or type(value) in (torch.Tensor, bool, int, float, str), type(value)
+
+        check(content)
+        assert_same(content["network"], run.method.state_dict())
+        assert content["sampler"] == run.sampler.state_dict()
+        assert content["objects"] == {"target_ema": {"step": 1}}
+
+    def test_the_encoder_file_comes_with_each(self, start, make_encoder):
+        run = stopped(start(stop_at=2))
+        path = run.folder / "models" / "pgl_encoder.pt"
+        encoder = make_encoder(seed=5)
+        load_encoder(encoder, path)
+        assert_same(encoder.state_dict(), run.method.encoder.state_dict())
+        description = json.loads(path.with_suffix(".json").read_text())
+        # 2 of 3 steps with 5 pairs per epoch.
+        assert description == {
+            "architecture": encoder.architecture,
+            "stride": [16, 16, 8],
+            "channels": [8, 8, 16, 32, 64],
+            "method": "PGL",
+            "steps": 2,
+            "pairs": 3,
+            "version": "0",
+            "data": {"training_volumes": 5},
+        }
+
+    def test_other_ranks_write_nothing(self, start):
+        run = start(rank=1)
+        run.trainer.run()
+        assert not run.folder.exists()
