@@ -142,7 +142,7 @@ class TestForeignFiles:
         assert "wide.json" in str(error.value)
         assert untouched()
 
-    def test_a_deeper_network(self, source, untouched, network, tmp_path):
+    def test_a_deeper_network(self, source, tmp_path):
         torch.save(source.state_dict(), tmp_path / "shallow.pt")
         deeper = ResNetEncoder(layers=(2, 1, 1, 1), block="basic", widen_factor=0.125)
         with pytest.raises(ValueError, match=r"missing \(\d+\): layer1\.1\.conv1\.weight"):
