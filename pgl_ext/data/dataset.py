@@ -121,6 +121,10 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """One sample of each volume; indices themselves have no end."""
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """Return the sample drawn for ``index`` or ``(epoch, index)``; index modulo length is the volume.
 
