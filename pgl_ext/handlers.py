@@ -160,7 +160,7 @@ class MetricsLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = []
         if step > 0 and self.path.is_file():
-            # Rows of steps that are going to be done again would stand there twice, and so would this step's validation.
+            # Steps that are done again would stand there twice, and so would the validation at this one.
             with open(self.path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
             rows = [row for row in rows if int(row["step"]) < step or not row["val_loss"]]
