@@ -1,6 +1,7 @@
 """Small things that many tests build: an encoder, a batch of view pairs, a cache of volumes."""
 
-from collections.abc import Callable
+import locale
+from collections.abc import Callable, Iterator
 
 import nibabel
 import numpy as np
@@ -17,6 +18,14 @@ from pgl_ext.transforms import LoadVolumed, RandOverlappingViewsd
 torch.set_num_threads(1)
 
 VIEW_SIZE = (32, 32, 16)
+
+
+@pytest.fixture(autouse=True)
+def same_locale() -> Iterator[None]:
+    """SimpleITK, with which tests write DICOM, leaves the process in the C locale: text files would be read as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def training_arguments(*overlays: str, **overrides: object) -> list[str]:
 
 def start(arguments: list[str], cwd: Path, log: Path) -> subprocess.Popen:
     """Start ``python ARGUMENTS``, its output to ``log``."""
-    with open(log, "w") as file:
+    with open(log, "wb") as file:
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=cwd, env=environment(), stdout=file, stderr=subprocess.STDOUT
         )
@@ -55,7 +55,7 @@ def run(arguments: list[str], cwd: Path, timeout: float = 240) -> subprocess.Com
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",  # whatever locale a library has set in this process
         timeout=timeout,
         check=False,
     )
@@ -65,6 +65,8 @@ def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 1
     """Wait until ``condition()`` holds while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"nothing happened for {seconds} s:\n{log.read_text()[-3000:]}"
+        assert process.poll() is None, f"ended with {process.returncode}:\n{log.read_text(encoding='utf-8')[-3000:]}"
+        assert time.monotonic() < deadline, (
+            f"nothing happened for {seconds} s:\n{log.read_text(encoding='utf-8')[-3000:]}"
+        )
         time.sleep(0.02)

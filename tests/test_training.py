@@ -129,7 +129,7 @@ def test_sigterm_saves_within_an_epoch_and_resumes(volumes, straight, tmp_path):
     process = start(arguments, tmp_path, tmp_path / "log")
     wait_for(lambda: (out / "views.png").is_file(), process, tmp_path / "log")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143, (tmp_path / "log").read_text()[-3000:]
+    assert process.wait(timeout=60) == 143, (tmp_path / "log").read_text(encoding="utf-8")[-3000:]
     assert len(checkpoints(out)) == 1
     # A run that was not told to resume must not overwrite it.
     refused = run(arguments, cwd=tmp_path)
@@ -174,8 +174,8 @@ def test_torchrun_restarts_a_killed_worker(volumes, tmp_path):
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     victim = next(pid for pid in workers if b"monai.bundle" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(int(victim), signal.SIGKILL)
-    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()[-3000:]
-    log = (tmp_path / "log").read_text()
+    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text(encoding="utf-8")[-3000:]
+    log = (tmp_path / "log").read_text(encoding="utf-8")
     assert "resumed from" in log
     assert checkpoints(out)[-1].name == "checkpoint_00000048.pt"
 
