@@ -22,7 +22,7 @@ VIEW_SIZE = (32, 32, 16)
 
 @pytest.fixture(autouse=True)
 def same_locale() -> Iterator[None]:
-    """SimpleITK, with which tests write DICOM, leaves the process in the C locale: text files would be read as ASCII."""
+    """SimpleITK, which writes DICOM in tests, leaves the C locale behind, and with it text files read as ASCII."""
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)

@@ -61,6 +61,11 @@ def run(arguments: list[str], cwd: Path, timeout: float = 240) -> subprocess.Com
     )
 
 
+def tail(log: Path) -> str:
+    """The end of a log."""
+    return log.read_text(encoding="utf-8")[-3000:]
+
+
 def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
     """Wait until ``condition()`` holds while the process runs."""
     deadline = time.monotonic() + seconds

@@ -14,7 +14,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from monai.networks.nets import ResNet
-from programs import CONFIGS, TINY, run, start, training_arguments, wait_for
+from programs import CONFIGS, TINY, run, start, tail, training_arguments, wait_for
 
 from pgl_ext.data.phantom import write_dataset
 
@@ -129,7 +129,7 @@ def test_sigterm_saves_within_an_epoch_and_resumes(volumes, straight, tmp_path):
     process = start(arguments, tmp_path, tmp_path / "log")
     wait_for(lambda: (out / "views.png").is_file(), process, tmp_path / "log")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143, (tmp_path / "log").read_text(encoding="utf-8")[-3000:]
+    assert process.wait(timeout=60) == 143, tail(tmp_path / "log")
     assert len(checkpoints(out)) == 1
     # A run that was not told to resume must not overwrite it.
     refused = run(arguments, cwd=tmp_path)
@@ -174,7 +174,7 @@ def test_torchrun_restarts_a_killed_worker(volumes, tmp_path):
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     victim = next(pid for pid in workers if b"monai.bundle" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(int(victim), signal.SIGKILL)
-    assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text(encoding="utf-8")[-3000:]
+    assert process.wait(timeout=240) == 0, tail(tmp_path / "log")
     log = (tmp_path / "log").read_text(encoding="utf-8")
     assert "resumed from" in log
     assert checkpoints(out)[-1].name == "checkpoint_00000048.pt"
