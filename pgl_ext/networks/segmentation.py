@@ -1,0 +1,208 @@
+"""The segmentation network: encoder, atrous spatial pyramid pooling, and a light decoder with three skips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pgl_ext.networks.encoder import ResNetEncoder
+
+__all__ = ["ASPP", "Decoder", "SegmentationNet"]
+
+
+class SegmentationNet(nn.Module):
+    """Encoder, ASPP and a light decoder with three skips (PGL paper, section 3.4), for inputs of any size.
+
+    With the default encoder and 14 classes it has 48,536,270 parameters, 2,381,198 of them in ASPP and decoder. The
+    paper gives these sums; the layout that meets them is a reading. Convolutions are initialised Kaiming-uniform.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, one per class.
+        encoder: an encoder module, used as it is; or arguments of :class:`ResNetEncoder` to build one with; None: the
+            ResNet-50 of the paper.
+        dropout: probability of dropping a channel before the decoder, and again before the last convolution.
+        aspp_channels: channels of the pyramid pooling.
+        decoder_channels: channels of the decoder's three levels, coarse to fine.
+
+    Raises:
+        ValueError: the encoder takes another number of channels than ``in_channels``, or its levels do not follow each
+            other by factors of two.
+
+    Example:
+        >>> network = SegmentationNet(1, 3, encoder={"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.25})
+        >>> network(torch.rand(1, 1, 33, 50, 21)).shape
+        torch.Size([1, 3, 33, 50, 21])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 14,
+        encoder: nn.Module | Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        aspp_channels: int = 256,
+        decoder_channels: Sequence[int] = (256, 128, 32),
+    ) -> None:
+        super().__init__()
+        if isinstance(encoder, nn.Module):
+            self.encoder = encoder
+        else:
+            self.encoder = ResNetEncoder(**{"in_channels": in_channels, **(encoder or {})})
+            _initialise(self.encoder)
+        _check_encoder(self.encoder, in_channels)
+        stem, stage1, stage2, _, deepest = self.encoder.channels
+        self.aspp = ASPP(deepest, aspp_channels)
+        self.dropout = nn.Dropout3d(dropout)
+        self.decoder = Decoder(aspp_channels, (stage2, stage1, stem), decoder_channels, out_channels, dropout)
+        self.stem_stride = tuple(float(s) for s in self.encoder.strides[0])
+        _initialise(self.aspp)
+        _initialise(self.decoder)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Segment.
+
+        Args:
+            x: (B, in_channels, X, Y, Z), any size.
+
+        Returns:
+            logits (B, out_channels, X, Y, Z).
+        """
+        features = self.encoder(x)
+        deepest = self.dropout(self.aspp(features[4]))
+        logits = self.decoder(deepest, [features[2], features[1], features[0]])
+        # By the stride and not to the size: a size that the stride does not divide would stretch the map.
+        logits = F.interpolate(logits, scale_factor=list(self.stem_stride), mode="trilinear")
+        return logits[:, :, : x.shape[2], : x.shape[3], : x.shape[4]]
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling on a reduced number of channels.
+
+    A 1x1x1 convolution first reduces the channels. The branches are a 1x1x1 convolution, separable 3x3x3 convolutions
+    of several dilations, and the global mean; a last 1x1x1 convolution joins them.
+
+    Args:
+        in_channels: channels of the encoder's deepest map.
+        channels: channels of every branch and of the output.
+        dilations: of the separable convolutions, in cells of that map.
+    """
+
+    def __init__(self, in_channels: int, channels: int = 256, dilations: Sequence[int] = (2, 4, 8)) -> None:
+        super().__init__()
+        self.reduce = _conv(in_channels, channels)
+        self.branches = nn.ModuleList(
+            [_conv(channels, channels), *(_separable_conv(channels, channels, d) for d in dilations)]
+        )
+        self.pool = nn.AdaptiveAvgPool3d(1)
+        self.pooled = _conv(channels, channels)
+        self.join = _conv((len(dilations) + 2) * channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, in_channels, X, Y, Z) to (B, channels, X, Y, Z)."""
+        x = self.reduce(x)
+        outputs = [branch(x) for branch in self.branches]
+        # Expanded before its batch norm, which refuses a single value per channel: a batch of one.
+        outputs.append(self.pooled(self.pool(x).expand_as(x)))
+        return self.join(torch.cat(outputs, dim=1))
+
+
+class Decoder(nn.Module):
+    """Three times: double the resolution, add the projected skip, refine; then one convolution to the classes.
+
+    Args:
+        in_channels: channels of the map to start from.
+        skip_channels: channels of the encoder's maps that are added, coarse to fine.
+        channels: channels of each level, coarse to fine.
+        out_channels: number of classes.
+        dropout: probability of dropping a channel before the last convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        skip_channels: Sequence[int],
+        channels: Sequence[int],
+        out_channels: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *channels]
+        self.levels = nn.ModuleList(
+            _DecoderLevel(widths[i], skip, widths[i + 1]) for i, skip in enumerate(skip_channels)
+        )
+        self.dropout = nn.Dropout3d(dropout)
+        self.head = nn.Conv3d(widths[-1], out_channels, kernel_size=1)
+
+    def forward(self, x: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
+        """Logits (B, out_channels, ...) of the size of the last of the skips, which come coarse to fine."""
+        for index, level in enumerate(self.levels):
+            x = level(x, skips[index])
+        return self.head(self.dropout(x))
+
+
+class _DecoderLevel(nn.Module):
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.up = nn.Sequential(
+            nn.ConvTranspose3d(in_channels, out_channels, kernel_size=2, stride=2, bias=False),
+            nn.BatchNorm3d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+        self.project = nn.Sequential(
+            nn.Conv3d(skip_channels, out_channels, kernel_size=1, bias=False), nn.BatchNorm3d(out_channels)
+        )
+        self.refine = nn.Sequential(
+            _separable_conv(out_channels, out_channels), _separable_conv(out_channels, out_channels)
+        )
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        # An odd size was rounded up on the way down.
+        x = self.up(x)[:, :, : skip.shape[2], : skip.shape[3], : skip.shape[4]]
+        x = x + self.project(skip)
+        return x + self.refine(x)
+
+
+def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=False),
+        nn.BatchNorm3d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _separable_conv(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Sequential:
+    """Per channel in space, then across channels in each voxel."""
+    depthwise = nn.Conv3d(
+        in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False
+    )
+    return nn.Sequential(depthwise, *_conv(in_channels, out_channels))
+
+
+def _check_encoder(encoder: nn.Module, in_channels: int) -> None:
+    if encoder.conv1.in_channels != in_channels:
+        raise ValueError(
+            f"the encoder takes {encoder.conv1.in_channels} channels, but in_channels is {in_channels}: give both the "
+            "same number."
+        )
+    stem, stage1, stage2, _, deepest = encoder.strides
+    levels = (deepest, stage2, stage1, stem)
+    for coarse, fine in zip(levels, levels[1:], strict=False):
+        if any(c != 2 * f for c, f in zip(coarse, fine, strict=True)):
+            raise ValueError(
+                f"the decoder doubles the resolution between the encoder's levels, but their strides are {levels}: "
+                "build the encoder with last_stage_stride=1."
+            )
+
+
+def _initialise(module: nn.Module) -> None:
+    """Kaiming-uniform convolutions, the baseline of the paper's comparison."""
+    for part in module.modules():
+        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d)):
+            nn.init.kaiming_uniform_(part.weight, nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

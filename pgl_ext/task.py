@@ -1,0 +1,130 @@
+"""What is to be segmented: organs, the label values they have in files, and how the network's output encodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+__all__ = ["SegmentationTask"]
+
+
+class SegmentationTask:
+    """The organs of a task, and how label maps, network outputs and masks of organs turn into each other.
+
+    Of a multi-class task the output channels are the background and the organs, and each voxel has one class. Of a
+    multi-label task there is one channel per organ, each a binary decision of its own, so that organs may overlap:
+    a tumour within its organ.
+
+    Args:
+        organs: label values in the label files, by name of the organ; the order is that of the channels. Several
+            values are united: ``{"kidney": [1, 2], "tumour": [2]}``.
+        background_values: label values that belong to no organ. Any other value in a label file is an error.
+        multi_label: whether organs are decided each by itself, as they must where they overlap.
+
+    Attributes:
+        names: the organs' names.
+        out_channels: channels of the network's output.
+        values: all label values that a file may hold.
+
+    Raises:
+        ValueError: there is no organ, a label value is negative or not a whole number, or organs share a value
+            although the task is not multi-label.
+
+    Example:
+        >>> task = SegmentationTask({"kidney": [1, 2], "tumour": [2]}, multi_label=True)
+        >>> task.masks_of_labels(torch.tensor([[[[0, 1, 2]]]])).int().tolist()
+        [[[[0, 1, 1]]], [[[0, 0, 1]]]]
+    """
+
+    def __init__(
+        self,
+        organs: Mapping[str, Sequence[int] | int],
+        background_values: Sequence[int] = (0,),
+        multi_label: bool = False,
+    ) -> None:
+        self.organs = {name: _values(values, name) for name, values in organs.items()}
+        self.background_values = _values(background_values, "background")
+        self.multi_label = multi_label
+        if not self.organs:
+            raise ValueError("the task has no organs: give the label values of each, such as organs = {'spleen': [1]}.")
+        used = [value for values in self.organs.values() for value in values]
+        shared = sorted({value for value in used if used.count(value) > 1})
+        if shared and not multi_label:
+            raise ValueError(
+                f"organs {self.organs} share the label values {shared}: overlapping organs need multi_label = true."
+            )
+        both = sorted(set(used) & set(self.background_values))
+        if both:
+            raise ValueError(f"the label values {both} belong to an organ and to background_values: choose one.")
+        self.names: tuple[str, ...] = tuple(self.organs)
+        self.out_channels = len(self.names) + (0 if multi_label else 1)
+        self.values: tuple[int, ...] = tuple(sorted({*used, *self.background_values}))
+
+    def masks_of_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Masks of the organs (..., organs, X, Y, Z) of a label map with the files' values (..., 1, X, Y, Z)."""
+        masks = []
+        for values in self.organs.values():
+            mask = labels == values[0]
+            for value in values[1:]:
+                mask |= labels == value
+            masks.append(mask)
+        return torch.cat(masks, dim=-4)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the output channels (..., out_channels, X, Y, Z)."""
+        return torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=-4)
+
+    def masks_of_probabilities(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Masks of the organs (..., organs, X, Y, Z): above one half, or the most probable class."""
+        return probabilities > 0.5 if self.multi_label else self._most_probable(probabilities)
+
+    def masks(self, logits: torch.Tensor) -> torch.Tensor:
+        """Masks of the organs (..., organs, X, Y, Z) of logits (..., out_channels, X, Y, Z)."""
+        return logits > 0 if self.multi_label else self._most_probable(logits)
+
+    def _most_probable(self, scores: torch.Tensor) -> torch.Tensor:
+        best = scores.argmax(dim=-4, keepdim=True)
+        return torch.cat([best == index for index in range(1, self.out_channels)], dim=-4)
+
+    def labels_of_masks(self, masks: torch.Tensor) -> torch.Tensor:
+        """Label map (..., 1, X, Y, Z) with the files' values, uint8 or int16, of masks (..., organs, X, Y, Z).
+
+        Where masks overlap, the later organ counts. An organ of several values has the first one that no later organ
+        has: a kidney of [1, 2] becomes 1, the tumour of [2] in it 2.
+        """
+        dtype = torch.uint8 if self.values[-1] < 256 else torch.int16
+        labels = torch.zeros_like(masks.narrow(-4, 0, 1), dtype=dtype)
+        for index, value in enumerate(self.label_values):
+            labels[masks.narrow(-4, index, 1)] = value
+        return labels
+
+    @property
+    def label_values(self) -> tuple[int, ...]:
+        """The value that each organ has in label maps that are written."""
+        organs = list(self.organs.values())
+        chosen = []
+        for index, values in enumerate(organs):
+            later = {value for other in organs[index + 1 :] for value in other}
+            chosen.append(next((value for value in values if value not in later), values[0]))
+        return tuple(chosen)
+
+    def channels_of(self, organs: Iterable[str]) -> list[bool]:
+        """Which of the organs are named, one entry per organ."""
+        named = set(organs)
+        return [name in named for name in self.names]
+
+    def description(self) -> dict:
+        """The arguments that build this task again, as plain values."""
+        return {
+            "organs": {name: list(values) for name, values in self.organs.items()},
+            "background_values": list(self.background_values),
+            "multi_label": self.multi_label,
+        }
+
+
+def _values(values: Sequence[int] | int, name: str) -> tuple[int, ...]:
+    values = (values,) if isinstance(values, (int, float)) else tuple(values)
+    if not values or any(int(value) != value or value < 0 for value in values):
+        raise ValueError(f"the label values of {name!r} must be whole numbers from 0, got {list(values)}.")
+    return tuple(int(value) for value in values)
