@@ -18,7 +18,16 @@ from torch import nn
 
 from pgl_ext.files import write_atomically
 
-__all__ = ["EncoderReport", "export_encoder", "load_encoder", "load_state", "read_description", "save_encoder"]
+__all__ = [
+    "EncoderReport",
+    "compare_states",
+    "export_encoder",
+    "load_encoder",
+    "load_state",
+    "read_description",
+    "save_encoder",
+    "save_weights",
+]
 
 _PREFIX = "encoder."
 _LAYOUTS = ("pgl", "monai_resnet")
@@ -32,10 +41,13 @@ def save_encoder(encoder: nn.Module, path: str | os.PathLike, description: Mappi
         path: file to write, ending in ``.pt``.
         description: architecture, stride, normalization, spacing, method, steps, data, version.
     """
-    _write(encoder.state_dict(), path, description, _PREFIX)
+    save_weights(encoder.state_dict(), path, description, _PREFIX)
 
 
-def _write(state: Mapping[str, torch.Tensor], path: str | os.PathLike, description: Mapping, prefix: str) -> None:
+def save_weights(
+    state: Mapping[str, torch.Tensor], path: str | os.PathLike, description: Mapping, prefix: str = ""
+) -> None:
+    """Write a state dict, its keys after a prefix, and its description as JSON beside it."""
     path = Path(path)
     state = {prefix + key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_atomically(lambda file: torch.save(state, file), path)
@@ -81,13 +93,13 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
 
 @dataclass
 class EncoderReport:
-    """What became of each tensor when an encoder file was loaded.
+    """What became of each tensor when an encoder file, or a whole network's, was loaded.
 
     Attributes:
-        loaded: tensors copied into the encoder.
-        missing: the encoder's tensors that the file lacks.
-        unexpected: the file's tensors that the encoder lacks.
-        mismatched: tensors of another shape, as ``name: file shape, encoder shape``.
+        loaded: tensors copied into the network.
+        missing: the network's tensors that the file lacks.
+        unexpected: the file's tensors that the network lacks.
+        mismatched: tensors of another shape, as ``name: file shape, network's shape``.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -97,12 +109,33 @@ class EncoderReport:
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        lines = [f"{len(self.loaded)} of {total} encoder tensors loaded"]
+        lines = [f"{len(self.loaded)} of {total} tensors loaded"]
         for name in ("missing", "unexpected", "mismatched"):
             entries = getattr(self, name)
             if entries:
                 lines.append(f"{name} ({len(entries)}): {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}")
         return "; ".join(lines)
+
+
+def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> EncoderReport:
+    """Which tensors of a file's state dict fit those of a network's.
+
+    Args:
+        state: the file's.
+        own: the network's.
+
+    Returns:
+        the report; ``loaded`` are those that can be loaded.
+    """
+    report = EncoderReport(unexpected=sorted(set(state) - set(own)))
+    for key, value in own.items():
+        if key not in state:
+            report.missing.append(key)
+        elif state[key].shape != value.shape:
+            report.mismatched.append(f"{key}: {tuple(state[key].shape)}, {tuple(value.shape)}")
+        else:
+            report.loaded.append(key)
+    return report
 
 
 def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
@@ -129,14 +162,7 @@ def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
     if any(key.startswith(_PREFIX) for key in state):
         state = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
     own = encoder.state_dict()
-    report = EncoderReport(unexpected=sorted(set(state) - set(own)))
-    for key, value in own.items():
-        if key not in state:
-            report.missing.append(key)
-        elif state[key].shape != value.shape:
-            report.mismatched.append(f"{key}: {tuple(state[key].shape)}, {tuple(value.shape)}")
-        else:
-            report.loaded.append(key)
+    report = compare_states(state, own)
     if report.missing or report.mismatched:
         raise ValueError(
             f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
@@ -170,5 +196,5 @@ def export_encoder(checkpoint: str | os.PathLike, out: str | os.PathLike, layout
     if not state:
         raise ValueError(f"{checkpoint} holds no encoder (keys: {sorted(content)[:8]}): give a training checkpoint.")
     out = Path(out)
-    _write(state, out, content["description"], _PREFIX if layout == "pgl" else "")
+    save_weights(state, out, content["description"], _PREFIX if layout == "pgl" else "")
     return out

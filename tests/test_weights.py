@@ -61,7 +61,7 @@ class TestSaveAndLoad:
         assert equal(source, network)
         assert report == EncoderReport(loaded=list(source.state_dict()))
         count = len(source.state_dict())
-        assert str(report) == f"{count} of {count} encoder tensors loaded"
+        assert str(report) == f"{count} of {count} tensors loaded"
 
     def test_into_a_network_with_an_encoder(self, source, make_pgl, tmp_path):
         save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)

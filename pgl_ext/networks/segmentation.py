@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -191,7 +192,7 @@ def _check_encoder(encoder: nn.Module, in_channels: int) -> None:
         )
     stem, stage1, stage2, _, deepest = encoder.strides
     levels = (deepest, stage2, stage1, stem)
-    for coarse, fine in zip(levels, levels[1:], strict=False):
+    for coarse, fine in itertools.pairwise(levels):
         if any(c != 2 * f for c, f in zip(coarse, fine, strict=True)):
             raise ValueError(
                 f"the decoder doubles the resolution between the encoder's levels, but their strides are {levels}: "
