@@ -1,0 +1,11 @@
+"""Pictures: training curves, aligned views, segmentations, and where a point of one scan is found in others.
+
+Volumes are shown as arrays in RAS order: x to the right, y (anterior) or z (superior) up.
+"""
+
+from pgl_ext.figures.base import figure_to_array
+from pgl_ext.figures.curves import plot_metrics
+from pgl_ext.figures.similarity import plot_similarity
+from pgl_ext.figures.views import plot_views, source_to_view
+
+__all__ = ["figure_to_array", "plot_metrics", "plot_similarity", "plot_views", "source_to_view"]

@@ -1,0 +1,65 @@
+"""What the pictures share: rendering and saving, colours, planes and grey levels.
+
+Only matplotlib's object interface is used, so no display is needed and pyplot's global state is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = [
+    "BLUE",
+    "GREY",
+    "ORANGE",
+    "PLANES",
+    "figure_to_array",
+    "grey_levels",
+    "save_figure",
+    "slice_through",
+    "unit_range",
+]
+
+BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#777777"
+PLANES = (("axial", (0, 1)), ("coronal", (0, 2)), ("sagittal", (1, 2)))
+"""Name and the two axes, across and up, of each plane of a volume in RAS order."""
+
+
+def figure_to_array(figure: Figure) -> np.ndarray:
+    """Render a figure, for example for TensorBoard's `add_image(..., dataformats="HWC")`.
+
+    Returns:
+        uint8 RGB image (H, W, 3).
+    """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_figure(figure: Figure, out_path: str | Path) -> None:
+    """Write a figure; its folder is made if missing, the ending sets the format."""
+    Path(out_path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_path)
+
+
+def unit_range(image: np.ndarray) -> np.ndarray:
+    """Scale to [0, 1] between the 0.5 and 99.5 percentiles, per view, as the views' intensities differ on purpose."""
+    low, high = np.quantile(image, (0.005, 0.995))
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+
+
+def grey_levels(volume: np.ndarray) -> np.ndarray:
+    """[0, 1] greyscale; HU in a wide soft-tissue window, other ranges between percentiles."""
+    if volume.min() < -500:
+        return np.clip((volume + 400) / 800, 0, 1)
+    return unit_range(volume)
+
+
+def slice_through(volume: np.ndarray, point: Sequence[float], plane: tuple[int, int]) -> np.ndarray:
+    """Slice of `volume` in `plane` (two axes) through a point."""
+    (fixed,) = {0, 1, 2} - set(plane)
+    return np.take(volume, int(np.clip(np.rint(point[fixed]), 0, volume.shape[fixed] - 1)), axis=fixed)

@@ -1,0 +1,150 @@
+"""Training curves."""
+
+from __future__ import annotations
+
+import csv
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pgl_ext.figures.base import BLUE, GREY, ORANGE, save_figure
+
+__all__ = ["plot_metrics"]
+
+
+class _Metrics:
+    """Columns of a metrics file as sorted (steps, values); a value logged again for a step replaces the older one."""
+
+    def __init__(self, path: str | Path) -> None:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            self.rows = list(reader)
+            columns = reader.fieldnames or []
+        if not self.rows:
+            raise ValueError(f"{path} holds no metrics yet: it has no row below its header.")
+        if "step" not in columns:
+            raise ValueError(f"{path} has no column 'step'; its columns are {columns}.")
+
+    def __call__(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        # A missing cell is None where a row is shorter than the header, as the last row of a running job may be.
+        cells = {float(r["step"]): float(r[column]) for r in self.rows if r.get("step") and r.get(column)}
+        found = sorted((step, value) for step, value in cells.items() if math.isfinite(value))
+        return np.array([s for s, _ in found]), np.array([v for _, v in found])
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a twentieth of the curve, cut off at both ends."""
+    half = max(1, len(values) // 40)
+    total = np.concatenate([[0], np.cumsum(values)])
+    index = np.arange(len(values))
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[last] - total[first]) / (last - first)
+
+
+def _draw_train_and_validation(axes: Axes, metrics: _Metrics, name: str) -> bool:
+    steps, values = metrics(name)
+    if len(steps):
+        axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smoothed(values), color=BLUE, linewidth=1.6, label="training")
+        low, high = np.quantile(values, (0, 0.99))
+        # A first step that is far off must not flatten the rest of the curve.
+        axes.set_ylim(*_padded(low, high))
+    val_steps, val_values = metrics(f"val_{name}")
+    if len(val_steps):
+        axes.plot(val_steps, val_values, "o-", color=ORANGE, markersize=4, linewidth=1, label="validation")
+        low, high = axes.get_ylim() if len(steps) else _padded(val_values.min(), val_values.max())
+        axes.set_ylim(min(low, *_padded(val_values.min(), low)), max(high, *_padded(high, val_values.max())))
+    return bool(len(steps) or len(val_steps))
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = 0.06 * abs(high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _draw_loss(axes: Axes, metrics: _Metrics) -> bool:
+    axes.set_title("loss")
+    return _draw_train_and_validation(axes, metrics, "loss")
+
+
+def _draw_feature_std(axes: Axes, metrics: _Metrics, healthy_std: float | None) -> bool:
+    axes.set_title("feature standard deviation")
+    if not _draw_train_and_validation(axes, metrics, "feature_std"):
+        return False
+    if healthy_std is not None:
+        axes.axhline(healthy_std, color=GREY, linestyle="--", linewidth=1, label=f"1/√C = {healthy_std:.3g}")
+    # From 0, since collapse to 0 is what this curve is watched for.
+    axes.set_ylim(0, 1.15 * max(axes.get_ylim()[1] / 1.06, healthy_std or 0))
+    return True
+
+
+def _draw_retrieval(axes: Axes, metrics: _Metrics) -> bool:
+    axes.set_title("retrieval of the corresponding place (top 1)")
+    steps, values = metrics("val_retrieval_top1")
+    if not len(steps):
+        return False
+    axes.plot(steps, values, "o-", color=ORANGE, markersize=4, linewidth=1.6, label="validation")
+    for name, style in (("untrained", "--"), ("chance", ":")):
+        constant = metrics(f"val_retrieval_{name}")[1]
+        if len(constant):
+            axes.axhline(constant[-1], color=GREY, linestyle=style, linewidth=1, label=f"{name} {constant[-1]:.3g}")
+    axes.set_ylim(0, min(1.02, 1.15 * axes.get_ylim()[1]))
+    return True
+
+
+def _draw_schedules(axes: Axes, metrics: _Metrics) -> bool:
+    curves = [(label, *metrics(key)) for key, label in (("lr", "learning rate"), ("tau", "momentum tau"))]
+    curves = [c for c in curves if len(c[1])]
+    axes.set_title(" and ".join(label for label, *_ in curves))
+    for number, ((label, steps, values), color) in enumerate(zip(curves, (BLUE, ORANGE), strict=False)):
+        scale = axes if number == 0 else axes.twinx()
+        scale.plot(steps, values, color=color, linewidth=1.6)
+        scale.set_ylabel(label, color=color)
+        scale.tick_params(axis="y", labelcolor=color)
+        scale.ticklabel_format(axis="y", useOffset=False)
+        scale.spines["top"].set_visible(False)
+    return bool(curves)
+
+
+def plot_metrics(csv_path: str | Path, out_path: str | Path, healthy_std: float | None = None) -> Figure:
+    """Draw the training curves of a metrics file: loss, feature std, retrieval, learning rate and momentum.
+
+    Training values are shown faint and smoothed, validation values as points. A panel without any of its columns
+    (`loss`, `val_loss`; `feature_std`, `val_feature_std`; `val_retrieval_top1`, `_chance`, `_untrained`; `lr`, `tau`)
+    is left out. Empty cells are skipped, and where a step occurs twice, as after a resumed run, the later value counts.
+
+    Args:
+        csv_path: metrics file with a header and a column `step`.
+        out_path: picture to write; the ending sets the format.
+        healthy_std: feature std of L2-normalised features spread evenly over C dimensions, 1 / sqrt(C); drawn dashed.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if the file has no rows, no column `step`, or none of the columns above.
+    """
+    metrics = _Metrics(csv_path)
+    draw_std = partial(_draw_feature_std, healthy_std=healthy_std)
+    draws = (_draw_loss, draw_std, _draw_retrieval, _draw_schedules)
+    # A panel tells whether it has anything to show only when it is drawn, so draw on a scratch figure first.
+    draws = [draw for draw in draws if draw(Figure().subplots(), metrics)]
+    if not draws:
+        raise ValueError(f"{csv_path} has none of the columns that are drawn; its columns are {list(metrics.rows[0])}.")
+    columns = min(2, len(draws))
+    rows = math.ceil(len(draws) / columns)
+    figure = Figure(figsize=(5.2 * columns, 3.3 * rows), dpi=120, layout="constrained")
+    for number, draw in enumerate(draws, 1):
+        axes = figure.add_subplot(rows, columns, number)
+        draw(axes, metrics)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines["top"].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize="small")
+    save_figure(figure, out_path)
+    return figure
