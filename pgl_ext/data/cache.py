@@ -24,6 +24,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import torch
+import torch.distributed as dist
 from monai.transforms import Compose, RandomizableTrait
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ from pgl_ext.data.checks import BadVolumeError, BadVolumesError, check_volume
 from pgl_ext.data.datalist import item_name
 from pgl_ext.files import write_atomically
 
-__all__ = ["VolumeCache", "fingerprint", "resolve_bad"]
+__all__ = ["VolumeCache", "fingerprint", "prepare_items", "rank_and_world_size", "resolve_bad"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,15 @@ class VolumeCache:
     of change), the preprocessing and the file format, and written anew when one of them changes; the outdated file of
     the same source is then removed. For two preprocessings in turn use two folders.
 
+    Of a labelled case, an item with ``"label"``, image and label map are kept as channels of one volume: end the
+    preprocessing with ``ConcatItemsd(["image", "label"], name="image", dim=0)``. Label values up to 2048 stay exact.
+
     Several processes may fill and read one folder at the same time: a file appears under its name only when it is
     complete. The instance can be sent to the workers of a ``DataLoader``.
 
     Args:
         cache_dir: folder of the files; made if missing.
-        preprocessing: MONAI transform that maps ``{"image": path, ...}`` to a dict with ``"image"``, a volume
+        preprocessing: MONAI transform that maps an item to a dict with ``"image"``, a volume
             ``(C, X, Y, Z)``: for instance ``LoadVolumed``, ``CheckVolumed``, ``Orientationd``, ``Spacingd``,
             ``ScaleIntensityRanged``, ``NormalizeIntensityd``. Must not be random.
         num_workers: processes that :meth:`prepare` uses; 0 works in the calling process.
@@ -101,12 +105,12 @@ class VolumeCache:
         """Digest of an item's source files as they are now, the preprocessing and the file format.
 
         Args:
-            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series.
+            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series and ``"label"`` for a labelled case.
 
         Raises:
-            FileNotFoundError: the source does not exist.
+            FileNotFoundError: a source does not exist.
         """
-        parts = [_FORMAT_VERSION, self.fingerprint, *_source(item), _source_state(str(item["image"]))]
+        parts = [_FORMAT_VERSION, self.fingerprint, *_source(item), *map(_source_state, _source_paths(item))]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def path(self, item: Mapping) -> Path:
@@ -120,7 +124,7 @@ class VolumeCache:
         unchanged, since asking for every slice of a DICOM series would take longer than reading a crop.
 
         Args:
-            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series.
+            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series and ``"label"`` for a labelled case.
 
         Returns:
             Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta`` holds ``"affine"``
@@ -154,8 +158,7 @@ class VolumeCache:
     def prepare(self, items: Sequence[Mapping], show_progress: bool = True) -> dict[str, str]:
         """Make the cache files of items that have none yet, and find the volumes that cannot be used.
 
-        Pass each process of a distributed run its share, ``items[rank::world_size]``, gather the results, and give
-        them to :func:`resolve_bad` in every process.
+        :func:`prepare_items` does this with one share of the items in each process of a distributed run.
 
         Args:
             items: items to prepare. Those already there are only opened, not read.
@@ -242,7 +245,8 @@ class VolumeCache:
         name = item_name(item)
         if image.ndim != 4:
             raise _BadSourceError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
-        check_volume(image, name)
+        # The channels behind the image hold label values, which may well be constant.
+        check_volume(image[:1] if "label" in item else image, name)
         voxels = np.asarray(image)
         largest = max(abs(voxels.min()), abs(voxels.max()))
         if largest > _FLOAT16_MAX:
@@ -323,8 +327,50 @@ def resolve_bad(
     return good
 
 
-def _source(item: Mapping) -> tuple[str, str]:
-    return os.path.abspath(item["image"]), str(item.get("series_uid") or "")
+def rank_and_world_size() -> tuple[int, int]:
+    """This process' number among the processes of a distributed run and how many there are; (0, 1) otherwise."""
+    distributed = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+
+
+def prepare_items(
+    cache: VolumeCache,
+    items: Sequence[Mapping],
+    skip_bad_files: bool = False,
+    report_path: str | os.PathLike | None = None,
+) -> list[dict]:
+    """Check and cache items, each process of a distributed run its share, and leave out or stop at the bad ones.
+
+    Every process learns of all bad files; the first one draws the progress bar and writes the report.
+
+    Args:
+        cache: where the preprocessed volumes are kept.
+        items: all items, the same in every process.
+        skip_bad_files: leave bad ones out instead of raising.
+        report_path: text file for what is left out, one ``path<TAB>reason`` per line.
+
+    Returns:
+        The good items, in the order given.
+
+    Raises:
+        BadVolumesError: listing all bad ones at once.
+    """
+    rank, world_size = rank_and_world_size()
+    bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)
+    if world_size > 1:
+        gathered: list[dict] = [{} for _ in range(world_size)]
+        dist.all_gather_object(gathered, bad)
+        bad = {name: reason for part in gathered for name, reason in part.items()}
+    return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)
+
+
+def _source_paths(item: Mapping) -> list[str]:
+    return [str(item[key]) for key in ("image", "label") if key in item]
+
+
+def _source(item: Mapping) -> tuple[str, ...]:
+    image, *label = map(os.path.abspath, _source_paths(item))
+    return image, str(item.get("series_uid") or ""), *label
 
 
 def _source_digest(item: Mapping) -> str:
@@ -343,7 +389,7 @@ def _source_state(path: str) -> list[tuple[str, int, int]]:
         folder, name = os.path.split(path)
         files = [e for e in os.scandir(folder or ".") if e.is_file() and e.name.startswith(os.path.splitext(name)[0])]
     else:
-        files = [Path(path)]
+        files = [Path(path)] if os.path.exists(path) else []
     states = [(f.name, f.stat()) for f in files]
     if not states:
         raise FileNotFoundError(f"{path} does not exist or holds no files: check the data list and the dataset folder.")

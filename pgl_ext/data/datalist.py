@@ -1,4 +1,4 @@
-"""Finding unlabelled volumes, reading data lists and splitting them."""
+"""Finding volumes, reading data lists and splitting them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ __all__ = [
     "find_volumes",
     "is_dicom_file",
     "item_name",
+    "listed_path",
     "load_datalist",
     "split_datalist",
 ]
@@ -157,18 +158,24 @@ def _series_and_slices(path: str) -> tuple[str, int]:
 
 
 def load_datalist(
-    data_list_file_path: str | os.PathLike, dataset_dir: str | os.PathLike | None = None, key: str = "training"
+    data_list_file_path: str | os.PathLike,
+    dataset_dir: str | os.PathLike | None = None,
+    key: str = "training",
+    keep: Iterable[str] = (),
 ) -> list[dict]:
     """Read a data list in the style of the Medical Segmentation Decathlon.
+
+    For lists with labels see :func:`pgl_ext.data.cases.labelled_items`.
 
     Args:
         data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``.
         dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
         key: which list of the file to take.
+        keep: further fields of the entries to keep, as they are.
 
     Returns:
-        Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"task"`` and ``"group"``
-        where given. Everything else, labels in particular, is dropped.
+        Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"task"``, ``"group"`` and
+        the fields ``keep`` where given. Everything else, labels in particular, is dropped.
 
     Raises:
         ValueError: the file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an
@@ -176,8 +183,8 @@ def load_datalist(
     """
     path = Path(data_list_file_path)
     entries = _read_entries(path, key)
-    base = os.path.abspath(path.parent if dataset_dir is None else dataset_dir)
-    items = [_to_item(entry, index, base, path) for index, entry in enumerate(entries)]
+    kept = (*_KEPT_KEYS, *keep)
+    items = [_to_item(entry, index, dataset_dir, path, kept) for index, entry in enumerate(entries)]
     unsupported = [item["image"] for item in items if not _is_supported(item["image"])]
     if unsupported:
         raise ValueError(
@@ -208,15 +215,21 @@ def _read_entries(path: Path, key: str) -> list:
     return content[key]
 
 
-def _to_item(entry: object, index: int, base: str, path: Path) -> dict:
+def listed_path(path: str, data_list_file_path: str | os.PathLike, dataset_dir: str | os.PathLike | None = None) -> str:
+    """The absolute path that a data list means by ``path``: relative ones start from ``dataset_dir``, or the list."""
+    base = os.path.abspath(Path(data_list_file_path).parent if dataset_dir is None else dataset_dir)
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
+def _to_item(entry: object, index: int, dataset_dir: str | os.PathLike | None, path: Path, kept: Iterable[str]) -> dict:
     entry = {"image": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
         raise ValueError(
             f"Entry {index} of data list {path} has no single 'image' path: {entry!r}. Each entry must be a path or an "
             "object with one path under 'image'."
         )
-    item = {name: entry[name] for name in _KEPT_KEYS if name in entry}
-    item["image"] = os.path.normpath(os.path.join(base, os.path.expanduser(entry["image"])))
+    item = {name: entry[name] for name in kept if name in entry}
+    item["image"] = listed_path(entry["image"], path, dataset_dir)
     return item
 
 

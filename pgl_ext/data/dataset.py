@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-from pgl_ext.data.cache import VolumeCache, resolve_bad
+from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
 from pgl_ext.data.datalist import find_volumes, item_name, load_datalist, split_datalist
 
 __all__ = ["PairBatchSampler", "PretrainDataset", "prepare_volumes"]
@@ -61,16 +60,9 @@ def prepare_volumes(
         items = find_volumes(dataset_dir)
     else:
         raise ValueError("no scans given: set --dataset_dir to a folder of scans, or --data_list_file_path to a list.")
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)
-    if distributed:
-        gathered: list[dict] = [{} for _ in range(world_size)]
-        dist.all_gather_object(gathered, bad)
-        bad = {name: reason for part in gathered for name, reason in part.items()}
-    items = resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)
+    items = prepare_items(cache, items, skip_bad_files, report_path)
     training, validation = split_datalist(items, validation_fraction, seed)
-    if rank == 0:
+    if rank_and_world_size()[0] == 0:
         logger.info("%d volumes for training, %d held out for validation.", len(training), len(validation))
     return {"training": training, "validation": validation}
 
@@ -143,12 +135,16 @@ class PretrainDataset(Dataset):
             return {**sample, "read_errors": skipped}
         raise OSError(f"none of the {len(self.data)} volumes could be read from {self.cache.cache_dir}.")
 
+    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+        """What the transform is given for a volume, whose array (C, X, Y, Z) may lie on disk."""
+        return {"image": array}
+
     def _read_and_transform(self, volume: int) -> dict[str, Any]:
         if volume in self._in_memory:
-            return self.transform({"image": self._in_memory[volume]})
+            return self.transform(self.inputs(volume, self._in_memory[volume]))
         for attempt in range(_READ_ATTEMPTS):
             try:
-                return self.transform({"image": self.cache.open(self.data[volume])})
+                return self.transform(self.inputs(volume, self.cache.open(self.data[volume])))
             except Exception as error:
                 # Network file systems fail for moments; a broken cache file is rebuilt by open().
                 if attempt == _READ_ATTEMPTS - 1:
