@@ -79,10 +79,10 @@ class CheckpointHandler:
 
     Args:
         folder: folder of the checkpoints.
-        network: the method itself, not its distributed wrapper.
+        network: the method or segmentation network itself, not its distributed wrapper; has ``encoder``.
         objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
         sampler: the training data's ``PairBatchSampler``.
-        encoder_path: encoder file written with every checkpoint.
+        encoder_path: encoder file written with every checkpoint; None: none.
         description: what the encoder file's JSON says beside architecture, method and steps.
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
@@ -99,7 +99,7 @@ class CheckpointHandler:
         network: torch.nn.Module,
         objects: Mapping[str, Any],
         sampler: Any,
-        encoder_path: str | os.PathLike,
+        encoder_path: str | os.PathLike | None,
         description: Mapping[str, Any],
         interval: int = 5,
         keep_last: int = 3,
@@ -119,11 +119,13 @@ class CheckpointHandler:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_if_agreed)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
         engine.add_event_handler(Events.COMPLETED, self.save)
 
     def _start(self, engine: Engine) -> None:
+        # Added only now, so that it comes after every other handler's: what validation at the end of the epoch finds,
+        # such as the best score so far, belongs into the checkpoint.
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: setattr(engine, "stop_requested", True))
         if self.resume:
@@ -133,6 +135,15 @@ class CheckpointHandler:
                 f"{self.folder.folder} already holds checkpoints: go on with --resume true, or choose another "
                 "--output_dir."
             )
+
+    def _stop_within_epoch(self, engine: Engine) -> None:
+        if engine.state.iteration % engine.state.epoch_length:
+            self._stop_if_agreed(engine)
+
+    def _epoch_completed(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval == 0:
+            self.save(engine)
+        self._stop_if_agreed(engine)
 
     def _stop_if_agreed(self, engine: Engine) -> None:
         if engine.stop_agreed:
@@ -161,9 +172,10 @@ class CheckpointHandler:
             "description": description,
         }
         path = self.folder.write(content, step)
-        save_encoder(self.network.encoder, self.encoder_path, description)
+        if self.encoder_path is not None:
+            save_encoder(self.network.encoder, self.encoder_path, description)
         self._saved_step = step
-        logger.info("saved %s and %s", path, self.encoder_path)
+        logger.info("saved %s", path)
 
     def _describe(self, engine: Engine) -> dict[str, Any]:
         encoder = self.network.encoder

@@ -1,4 +1,4 @@
-"""One trainer and one evaluator for every self-supervised method."""
+"""Trainers of self-supervised methods and of segmentation, and the label-free evaluator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pgl_ext.retrieval import correspondence_retrieval
 
-__all__ = ["PretrainEvaluator", "PretrainEvents", "PretrainTrainer", "prepare_network"]
+__all__ = [
+    "PretrainEvaluator",
+    "PretrainEvents",
+    "PretrainTrainer",
+    "SegmentationTrainer",
+    "StepTrainer",
+    "prepare_network",
+]
 
 # Affines are tiny and stay on the CPU: the aligner checks them there without waiting for the accelerator.
 _HOST_KEYS = ("affines", "read_errors")
@@ -31,18 +38,19 @@ class PretrainEvents(EventEnum):
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
 
 
-class PretrainTrainer(Trainer):
-    """Trains a method; one Ignite iteration is one optimiser step, over one batch in one or more micro-batches.
+class StepTrainer(Trainer):
+    """One Ignite iteration is one optimiser step, over one batch in one or more micro-batches.
 
-    ``state.output`` is ``[{"loss": ..., ...}]`` with what the method logs, averaged over all processes, and
-    ``state.metrics`` holds the same beside the learning rate and the number of read errors so far.
+    Subclasses say how the loss of a micro-batch is computed. ``state.output`` is ``[{"loss": ..., ...}]`` with what
+    they log, averaged over all processes, and ``state.metrics`` holds the same beside the learning rate (the last
+    parameter group's) and the number of read errors so far.
 
     Args:
         device: where to train.
         max_epochs: epochs to run.
         train_data_loader: yields batches for one optimiser step of this process.
-        network: the method, or ``DistributedDataParallel`` around it.
-        optimizer: of the method's parameters that need gradients.
+        network: what is trained, or ``DistributedDataParallel`` around it.
+        optimizer: of the network's parameters that need gradients.
         lr_scheduler: stepped once per optimiser step.
         batch_transform: runs on each batch on the device, such as the intensity augmentations; its random state is set
             from seed, process and iteration before each, so that a resumed run draws the same.
@@ -114,7 +122,11 @@ class PretrainTrainer(Trainer):
         if self.stop_agreed and self.state.iteration < self.state.max_epochs * self.state.epoch_length:
             raise SystemExit(143)
 
-    def _iteration(self, engine: PretrainTrainer, batchdata: dict[str, Any]) -> list[dict[str, float]]:
+    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """``"loss"``, a scalar to minimise, and further scalars to log."""
+        raise NotImplementedError
+
+    def _iteration(self, engine: StepTrainer, batchdata: dict[str, Any]) -> list[dict[str, float]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         if self.batch_transform is not None:
             entropy = [self.seed, self.state.rank, self.state.iteration]
@@ -128,18 +140,18 @@ class PretrainTrainer(Trainer):
             self._step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self.state.metrics.update(logged, lr=self.optimizer.param_groups[0]["lr"], read_errors=self.read_errors)
+        self.state.metrics.update(logged, lr=self.optimizer.param_groups[-1]["lr"], read_errors=self.read_errors)
         return [logged]
 
     def _accumulate_gradients(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Backward passes of all micro-batches; returns the averages of what the method logs."""
+        """Backward passes of all micro-batches; returns the averages of what is logged."""
         parts = _split(batch, self.micro_batch_size)
         total = sum(size for size, _ in parts)
         logged: dict[str, torch.Tensor] = {}
         for number, (size, part) in enumerate(parts, start=1):
             with self._synchronised(number == len(parts)):
                 with _autocast(self.state.device, self.amp_dtype):
-                    output = self.inferer(part, self.network)
+                    output = self.compute_loss(part)
                 self.scaler.scale(output["loss"] * (size / total)).backward()
             for key, value in output.items():
                 logged[key] = logged.get(key, 0) + value.detach() * (size / total)
@@ -185,6 +197,36 @@ class PretrainTrainer(Trainer):
         # The scale falls exactly where gradients overflowed and the step was skipped.
         if self.scaler.get_scale() >= scale:
             self.fire_event(PretrainEvents.OPTIMIZER_STEP_COMPLETED)
+
+
+class PretrainTrainer(StepTrainer):
+    """Trains a self-supervised method, whose ``forward(batch)`` returns the loss and what it logs.
+
+    Args:
+        args, kwargs: see :class:`StepTrainer`.
+    """
+
+    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return self.inferer(batch, self.network)
+
+
+class SegmentationTrainer(StepTrainer):
+    """Trains a segmentation network on batches with ``image`` (B, C, X, Y, Z) and whatever the loss compares with.
+
+    Args:
+        loss_function: maps logits (B, out_channels, X, Y, Z), in float32, and the batch to a scalar.
+        args, kwargs: see :class:`StepTrainer`.
+    """
+
+    def __init__(self, *args: Any, loss_function: Callable[[torch.Tensor, dict], torch.Tensor], **kwargs: Any) -> None:
+        self.loss_function = loss_function
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        logits = self.inferer(batch["image"], self.network)
+        # Sums over a million voxels, which half precision could not hold.
+        with torch.autocast(self.state.device.type, enabled=False):
+            return {"loss": self.loss_function(logits.float(), batch)}
 
 
 class PretrainEvaluator(Evaluator):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from pgl_ext.engines import PretrainEvents
 from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
 
-__all__ = ["CollapseWarning", "MetricsLog", "ProgressBar", "TargetEMA", "ViewPictures"]
+__all__ = ["CollapseWarning", "MetricsLog", "PretrainMetricsLog", "ProgressBar", "TargetEMA", "ViewPictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,18 @@ class TargetEMA:
 
 
 class ProgressBar:
-    """A bar over all optimiser steps: loss, learning rate, tau, pairs per second and time left."""
+    """A bar over all optimiser steps, with some of the metrics and the time left.
 
-    def __init__(self) -> None:
+    Args:
+        title: in front of the bar.
+        names: metrics to show, where there are any.
+    """
+
+    def __init__(
+        self, title: str = "pre-training", names: Sequence[str] = ("loss", "lr", "tau", "pairs_per_s")
+    ) -> None:
+        self.title = title
+        self.names = names
         self._bar: tqdm | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -84,11 +94,11 @@ class ProgressBar:
 
     def _start(self, engine: Engine) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
-        self._bar = tqdm(total=total, initial=engine.state.iteration, desc="pre-training", unit="step", smoothing=0.05)
+        self._bar = tqdm(total=total, initial=engine.state.iteration, desc=self.title, unit="step", smoothing=0.05)
 
     def _update(self, engine: Engine) -> None:
         metrics = engine.state.metrics
-        shown = {name: f"{metrics[name]:.4g}" for name in ("loss", "lr", "tau", "pairs_per_s") if name in metrics}
+        shown = {name: f"{metrics[name]:.4g}" for name in self.names if name in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -100,27 +110,124 @@ class ProgressBar:
 
 
 class MetricsLog:
-    """Writes metrics.csv and TensorBoard scalars, measures pairs per second, and draws the curves at the end.
+    """Writes metrics.csv and TensorBoard scalars, measures samples per second, and draws the curves at the end.
+
+    Subclasses say what is written of a validation.
 
     Args:
         output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
-        evaluator: its metrics are written after each of its runs. Its first run, before the first step, is the
-            untrained encoder, whose retrieval is repeated beside the later ones.
+        evaluator: its metrics are written after each of its runs.
+        samples_per_epoch: over all processes.
+        columns: of ``metrics.csv``, after step and epoch.
+        speed: name of the samples per second among the metrics.
+        interval: optimiser steps between rows.
+        rank: this process; only rank 0 writes.
+        plot_arguments: further arguments of ``figures.plot_metrics``.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        evaluator: Engine,
+        samples_per_epoch: int,
+        columns: Sequence[str],
+        speed: str,
+        interval: int = 10,
+        rank: int = 0,
+        **plot_arguments: Any,
+    ) -> None:
+        self.rank = rank
+        self.folder = Path(output_dir)
+        self.path = self.folder / "metrics.csv"
+        self.evaluator = evaluator
+        self.samples_per_epoch = samples_per_epoch
+        self.columns = ("step", "epoch", *columns)
+        self.speed = speed
+        self.interval = interval
+        self.plot_arguments = plot_arguments
+
+    def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
+        """What is written of a validation, names beginning with ``val_``."""
+        raise NotImplementedError
+
+    def attach(self, engine: Engine) -> None:
+        if self.rank > 0:
+            return
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure_speed)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._log_training)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+        self.evaluator.add_event_handler(Events.COMPLETED, self._log_validation, engine)
+
+    def _start(self, engine: Engine) -> None:
+        step = engine.state.iteration
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if step > 0 and self.path.is_file():
+            # Steps that are done again would stand there twice.
+            with open(self.path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
+            rows = [row for row in rows if self._is_kept(row, step)]
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._clock, self._clock_step = time.perf_counter(), step
+
+    def _is_kept(self, row: dict[str, str], step: int) -> bool:
+        """Whether a row up to the step that a run goes on from is kept."""
+        return True
+
+    def _measure_speed(self, engine: Engine) -> None:
+        elapsed = time.perf_counter() - self._clock
+        # A second smooths enough, and leaves validation and checkpoints in: it is the speed that the user gets.
+        if elapsed > 1:
+            samples = (engine.state.iteration - self._clock_step) * self.samples_per_epoch / engine.state.epoch_length
+            engine.state.metrics[self.speed] = samples / elapsed
+            self._clock, self._clock_step = time.perf_counter(), engine.state.iteration
+
+    def _log_training(self, engine: Engine) -> None:
+        self._write(engine, {key: value for key, value in engine.state.metrics.items() if not key.startswith("val_")})
+
+    def _log_validation(self, evaluator: Engine, engine: Engine) -> None:
+        metrics = self.validation_metrics(evaluator, engine)
+        engine.state.metrics.update(metrics)
+        self._write(engine, metrics)
+        shown = ", ".join(
+            f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in metrics.items()
+        )
+        logger.info("step %d, validation: %s", engine.state.iteration, shown)
+
+    def _write(self, engine: Engine, values: dict[str, float]) -> None:
+        step = engine.state.iteration
+        with open(self.path, "a", newline="") as file:
+            row = {"step": step, "epoch": engine.state.epoch, **{k: f"{v:.6g}" for k, v in values.items()}}
+            csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
+        for name, value in values.items():
+            group = "validation/" + name.removeprefix("val_") if name.startswith("val_") else "training/" + name
+            self._writer.add_scalar(group, value, step)
+
+    def _finish(self, engine: Engine) -> None:
+        self._writer.close()
+        plot_metrics(self.path, self.folder / "metrics.png", **self.plot_arguments)
+
+
+class PretrainMetricsLog(MetricsLog):
+    """The log of a pre-training run.
+
+    Args:
+        output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
+        evaluator: its first run, before the first step, is the untrained encoder, whose retrieval is repeated beside
+            the later ones.
         pairs_per_epoch: over all processes.
         interval: optimiser steps between rows.
         healthy_std: standard deviation of features that have not collapsed, drawn as a line.
         rank: this process; only rank 0 writes.
     """
 
-    columns = (
-        "step",
-        "epoch",
-        "loss",
-        "feature_std",
-        "lr",
-        "tau",
-        "pairs_per_s",
-        "read_errors",
+    training_columns = ("loss", "feature_std", "lr", "tau", "pairs_per_s", "read_errors")
+    validation_columns = (
         "val_loss",
         "val_feature_std",
         "val_retrieval_top1",
@@ -137,81 +244,23 @@ class MetricsLog:
         healthy_std: float | None = None,
         rank: int = 0,
     ) -> None:
-        self.rank = rank
-        self.folder = Path(output_dir)
-        self.path = self.folder / "metrics.csv"
-        self.evaluator = evaluator
-        self.pairs_per_epoch = pairs_per_epoch
-        self.interval = interval
-        self.healthy_std = healthy_std
+        columns = (*self.training_columns, *self.validation_columns)
+        super().__init__(
+            output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", interval, rank, healthy_std=healthy_std
+        )
         self.untrained: float | None = None
 
-    def attach(self, engine: Engine) -> None:
-        if self.rank > 0:
-            return
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure_speed)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self._log_training)
-        engine.add_event_handler(Events.COMPLETED, self._finish)
-        self.evaluator.add_event_handler(Events.COMPLETED, self._log_validation, engine)
-
-    def _start(self, engine: Engine) -> None:
-        step = engine.state.iteration
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if step > 0 and self.path.is_file():
-            # Steps that are done again would stand there twice, and so would the validation at this one.
-            with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
-            rows = [row for row in rows if int(row["step"]) < step or not row["val_loss"]]
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
-        self._clock, self._clock_step = time.perf_counter(), step
-
-    def _measure_speed(self, engine: Engine) -> None:
-        elapsed = time.perf_counter() - self._clock
-        # A second smooths enough, and leaves validation and checkpoints in: it is the speed that the user gets.
-        if elapsed > 1:
-            pairs = (engine.state.iteration - self._clock_step) * self.pairs_per_epoch / engine.state.epoch_length
-            engine.state.metrics["pairs_per_s"] = pairs / elapsed
-            self._clock, self._clock_step = time.perf_counter(), engine.state.iteration
-
-    def _log_training(self, engine: Engine) -> None:
-        self._write(engine, {key: value for key, value in engine.state.metrics.items() if not key.startswith("val_")})
-
-    def _log_validation(self, evaluator: Engine, engine: Engine) -> None:
+    def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
         metrics = dict(evaluator.state.metrics)
         if engine.state.iteration == 0:
             self.untrained = metrics["val_retrieval_top1"]
         if self.untrained is not None:
             metrics["val_retrieval_untrained"] = self.untrained
-        engine.state.metrics.update(metrics)
-        self._write(engine, metrics)
-        logger.info(
-            "step %d, held-out volumes: loss %.4f, feature std %.4f, retrieval top-1 %.3f (untrained %s, chance %.3f)",
-            engine.state.iteration,
-            metrics["val_loss"],
-            metrics["val_feature_std"],
-            metrics["val_retrieval_top1"],
-            "unknown" if self.untrained is None else f"{self.untrained:.3f}",
-            metrics["val_retrieval_chance"],
-        )
+        return metrics
 
-    def _write(self, engine: Engine, values: dict[str, float]) -> None:
-        step = engine.state.iteration
-        with open(self.path, "a", newline="") as file:
-            row = {"step": step, "epoch": engine.state.epoch, **{k: f"{v:.6g}" for k, v in values.items()}}
-            csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
-        for name, value in values.items():
-            group = "validation/" + name.removeprefix("val_") if name.startswith("val_") else "training/" + name
-            self._writer.add_scalar(group, value, step)
-
-    def _finish(self, engine: Engine) -> None:
-        self._writer.close()
-        plot_metrics(self.path, self.folder / "metrics.png", self.healthy_std)
+    def _is_kept(self, row: dict[str, str], step: int) -> bool:
+        # Validation runs at the start too, and so again at the step that a run goes on from.
+        return int(row["step"]) < step or not row["val_loss"]
 
     def state_dict(self) -> dict[str, float | None]:
         return {"untrained": self.untrained}

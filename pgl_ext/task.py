@@ -71,6 +71,13 @@ class SegmentationTask:
             masks.append(mask)
         return torch.cat(masks, dim=-4)
 
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the output channels should be, 0 or 1 in float32 (..., out_channels, X, Y, Z), of a label map."""
+        masks = self.masks_of_labels(labels)
+        if not self.multi_label:
+            masks = torch.cat([~masks.any(dim=-4, keepdim=True), masks], dim=-4)
+        return masks.float()
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Probabilities of the output channels (..., out_channels, X, Y, Z)."""
         return torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=-4)

@@ -13,7 +13,7 @@ from torch import nn
 from pgl_ext import handlers
 from pgl_ext.engines import PretrainTrainer
 from pgl_ext.figures import plot_metrics
-from pgl_ext.handlers import CollapseWarning, MetricsLog, ProgressBar, TargetEMA, ViewPictures
+from pgl_ext.handlers import CollapseWarning, PretrainMetricsLog, ProgressBar, TargetEMA, ViewPictures
 
 
 class Pair(nn.Module):
@@ -119,7 +119,7 @@ def read_rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-class TestMetricsLog:
+class TestPretrainMetricsLog:
     validation = {  # noqa: RUF012
         "val_loss": 2.5,
         "val_feature_std": 0.2,
@@ -131,9 +131,11 @@ class TestMetricsLog:
     @pytest.fixture(autouse=True)
     def _no_picture(self, monkeypatch):
         # Drawing takes longer than all else.
-        monkeypatch.setattr(handlers, "plot_metrics", lambda *args: None)
+        monkeypatch.setattr(handlers, "plot_metrics", lambda *args, **kwargs: None)
 
-    def run(self, folder, steps: range, validate_at: tuple = (0,), state: dict | None = None, **settings) -> MetricsLog:
+    def run(
+        self, folder, steps: range, validate_at: tuple = (0,), state: dict | None = None, **settings
+    ) -> PretrainMetricsLog:
         """Log a run of 4 steps per epoch whose loss is 8 - step."""
 
         def process(engine, batch):
@@ -151,7 +153,7 @@ class TestMetricsLog:
             lambda e: e.state.metrics.update({**self.validation, "val_retrieval_top1": top1}),
         )
         engine = Engine(process)
-        log = MetricsLog(folder, evaluator, pairs_per_epoch=8, **{"interval": 2, **settings})
+        log = PretrainMetricsLog(folder, evaluator, pairs_per_epoch=8, **{"interval": 2, **settings})
         if state is not None:
             log.load_state_dict(state)
         epochs = steps.stop // 4

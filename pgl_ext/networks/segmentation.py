@@ -30,6 +30,9 @@ class SegmentationNet(nn.Module):
         aspp_channels: channels of the pyramid pooling.
         decoder_channels: channels of the decoder's three levels, coarse to fine.
 
+    Attributes:
+        architecture: the arguments that build this network again, as plain values.
+
     Raises:
         ValueError: the encoder takes another number of channels than ``in_channels``, or its levels do not follow each
             other by factors of two.
@@ -60,6 +63,14 @@ class SegmentationNet(nn.Module):
         self.aspp = ASPP(deepest, aspp_channels)
         self.dropout = nn.Dropout3d(dropout)
         self.decoder = Decoder(aspp_channels, (stage2, stage1, stem), decoder_channels, out_channels, dropout)
+        self.architecture = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "encoder": getattr(self.encoder, "architecture", None),
+            "dropout": dropout,
+            "aspp_channels": aspp_channels,
+            "decoder_channels": list(decoder_channels),
+        }
         self.stem_stride = tuple(float(s) for s in self.encoder.strides[0])
         _initialise(self.aspp)
         _initialise(self.decoder)

@@ -1,4 +1,4 @@
-"""Transforms: loading, two overlapping views, intensity augmentations of whole batches."""
+"""Transforms: loading, two overlapping views, patches with labels, intensity augmentations of whole batches."""
 
 from pgl_ext.transforms.intensity import (
     BatchIntensityd,
@@ -8,6 +8,7 @@ from pgl_ext.transforms.intensity import (
     RandBatchNoise,
 )
 from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.transforms.patches import RandOrganPatchd, SplitCased
 from pgl_ext.transforms.views import RandOverlappingViewsd
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "RandBatchBrightness",
     "RandBatchGamma",
     "RandBatchNoise",
+    "RandOrganPatchd",
     "RandOverlappingViewsd",
+    "SplitCased",
 ]

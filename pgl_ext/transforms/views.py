@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import convert_to_tensor, ensure_tuple_rep
+from monai.utils import ensure_tuple_rep
 
-from pgl_ext.geometry import resample_axes
+from pgl_ext.transforms.crops import pad_crop, read_crop, resize_crop
 
 __all__ = ["RandOverlappingViewsd"]
 
@@ -126,11 +126,8 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
 
     def _cut(self, volume: Any, start: np.ndarray, size: np.ndarray, flip: np.ndarray) -> torch.Tensor:
         """One view (C, X, Y, Z)."""
-        inside = [slice(max(0, a), min(n, a + c)) for a, c, n in zip(start, size, volume.shape[1:], strict=True)]
-        crop = _as_tensor(volume[(slice(None), *inside)]).float()
-        crop = _pad(crop, [(s.start - a, a + c - s.stop) for s, a, c in zip(inside, start, size, strict=True)])
-        weights = [_resize_matrix(c, p, f) for c, p, f in zip(size.tolist(), self.view_size, flip, strict=True)]
-        return resample_axes(crop[None], weights)[0]
+        crop, margins = read_crop(volume, start, size)
+        return resize_crop(pad_crop(crop, margins, float(crop.min())), self.view_size, flip)
 
     def _affine(self, start: np.ndarray, size: np.ndarray, flip: np.ndarray) -> torch.Tensor:
         """View voxel index to volume voxel index (4, 4): voxel edges meet, hence the half voxels."""
@@ -139,25 +136,3 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         affine[range(3), range(3)] = np.where(flip, -zoom, zoom)
         affine[:3, 3] = start - 0.5 + zoom * np.where(flip, np.array(self.view_size) - 0.5, 0.5)
         return torch.from_numpy(affine)
-
-
-def _as_tensor(crop: np.ndarray | torch.Tensor) -> torch.Tensor:
-    if isinstance(crop, torch.Tensor):
-        return convert_to_tensor(crop, track_meta=False)
-    # PyTorch refuses negative strides and warns of read-only memory, such as a memory map's.
-    usable = crop.flags.writeable and min(crop.strides) >= 0
-    return torch.from_numpy(crop if usable else crop.copy())
-
-
-def _resize_matrix(size: int, new_size: int, flip: bool) -> torch.Tensor:
-    """Matrix (1, new_size, size) that resizes an axis linearly: what resizing makes of each voxel alone."""
-    columns = torch.nn.functional.interpolate(torch.eye(size)[None], size=new_size, mode="linear")
-    return (columns.flip(-1) if flip else columns).mT
-
-
-def _pad(crop: torch.Tensor, margins: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Pad (C, X, Y, Z) with the crop's smallest value by (before, after) voxels per axis."""
-    if not any(before or after for before, after in margins):
-        return crop
-    flat = [int(m) for pair in reversed(margins) for m in pair]
-    return torch.nn.functional.pad(crop, flat, value=float(crop.min()))

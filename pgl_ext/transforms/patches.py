@@ -1,0 +1,108 @@
+"""Patches for fine-tuning: around an organ or anywhere, image and label map scaled and flipped together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from monai.transforms import MapTransform, RandomizableTransform
+from monai.utils import ensure_tuple_rep
+
+from pgl_ext.transforms.crops import pad_crop, read_crop, resize_crop, resize_crop_nearest
+
+__all__ = ["RandOrganPatchd", "SplitCased"]
+
+
+class RandOrganPatchd(RandomizableTransform, MapTransform):
+    """Cut a patch of an image and its label map: a crop of random size, resized to the patch size and flipped.
+
+    With probability ``organ_prob`` the crop is centred on a voxel of an organ, each organ of the case as often as any
+    other; else it lies anywhere. Scaling and flipping are those of pre-training (PGL paper, section 3.2), one
+    interpolation per axis: linear for the image, nearest for the label map. Where the volume is smaller than the crop,
+    the image is padded with its smallest value nearby and the label map with 0.
+
+    Args:
+        keys: key of the case, a (2, X, Y, Z) array or tensor of image and label map; read in part only. Replaced by
+            the image's patch (1, *patch_size), float32; ``label`` gets that of the label map.
+        patch_size: (X, Y, Z) in voxels.
+        scale_range: smallest and largest crop, as multiples of the patch size, drawn per axis.
+        flip_prob: probability of a flip, one for all axes or one for each. An axis along which left and right organs
+            would be confused must not be flipped.
+        organ_prob: probability that the patch is centred on an organ.
+        points_key: key of the places to centre on: for each organ (N, 3) voxel indices.
+
+    Raises:
+        ValueError: where an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        keys: str,
+        patch_size: Sequence[int] | int,
+        scale_range: Sequence[float] = (1.1, 1.4),
+        flip_prob: Sequence[float] | float = 0.5,
+        organ_prob: float = 0.5,
+        points_key: str = "organ_points",
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+        self.patch_size = ensure_tuple_rep(patch_size, 3)
+        self.flip_prob = ensure_tuple_rep(flip_prob, 3)
+        if min(self.patch_size) < 1:
+            raise ValueError(f"patch_size must be positive, got {self.patch_size}.")
+        if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
+            raise ValueError(f"scale_range must be two increasing positive factors, got {tuple(scale_range)}.")
+        if not all(0 <= probability <= 1 for probability in (*self.flip_prob, organ_prob)):
+            raise ValueError(f"flip_prob {self.flip_prob} and organ_prob {organ_prob} must lie in [0, 1].")
+        self.scale_range = tuple(scale_range)
+        self.organ_prob = organ_prob
+        self.points_key = points_key
+        self.crop_start = np.zeros(3, dtype=np.int64)
+        self.crop_size = np.ones(3, dtype=np.int64)
+        self.flip = np.zeros(3, dtype=bool)
+
+    def randomize(self, volume_size: Sequence[int], organ_points: Sequence[np.ndarray] = ()) -> None:
+        """Draw the crop, in voxels of the volume, and the flips."""
+        super().randomize(None)
+        scale = self.R.uniform(*self.scale_range, size=3)
+        self.crop_size = np.maximum(1, np.round(np.asarray(self.patch_size) * scale).astype(np.int64))
+        # A crop larger than the volume hangs over it on both sides: its start lies between -(excess) and 0.
+        room = np.asarray(volume_size) - self.crop_size
+        lowest, highest = np.minimum(room, 0), np.maximum(room, 0)
+        around_organ = self.R.random_sample() < self.organ_prob
+        organs = [points for points in organ_points if len(points)]
+        if around_organ and organs:
+            points = organs[self.R.randint(len(organs))]
+            centre = points[self.R.randint(len(points))].astype(np.int64)
+            self.crop_start = np.clip(centre - self.crop_size // 2, lowest, highest)
+        else:
+            self.crop_start = self.R.randint(lowest, highest + 1)
+        self.flip = self.R.random_sample(3) < self.flip_prob
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            volume = d[key]
+            self.randomize(volume.shape[1:], d.pop(self.points_key, ()))
+            crop, margins = read_crop(volume, self.crop_start, self.crop_size)
+            image, label = crop[:1], crop[1:]
+            d[key] = resize_crop(pad_crop(image, margins, float(image.min())), self.patch_size, self.flip)
+            d["label"] = resize_crop_nearest(pad_crop(label, margins, 0), self.patch_size, self.flip)
+        return d
+
+
+class SplitCased(MapTransform):
+    """Split a case (2, X, Y, Z) into its image (1, X, Y, Z) and ``label`` (1, X, Y, Z), both float32 and whole.
+
+    Args:
+        keys: key of the case, which becomes the image.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        d.pop("organ_points", None)
+        for key in self.key_iterator(d):
+            case, _ = read_crop(d[key], (0, 0, 0), d[key].shape[1:])
+            d[key], d["label"] = case[:1], case[1:]
+        return d
