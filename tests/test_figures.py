@@ -204,6 +204,18 @@ def test_metrics_single_row(tmp_path):
     assert (tmp_path / "m.png").stat().st_size > 1000
 
 
+def test_metrics_of_a_segmentation(tmp_path):
+    columns = ["step", "loss", "lr", "val_mean_dice", "val_dice_left kidney", "val_dice_liver"]
+    figure = plot_metrics(write_metrics(tmp_path / "m.csv", columns), tmp_path / "m.png")
+    assert panel_titles(figure) == ["loss", "validation Dice", "learning rate"]
+    dice = figure.axes[1]
+    with open(tmp_path / "m.csv", newline="") as file:
+        values = [float(row["val_mean_dice"]) for row in csv.DictReader(file) if row["val_mean_dice"]]
+    assert dice.lines[0].get_ydata().tolist() == values
+    labels = [text.get_text() for text in dice.get_legend().get_texts()]
+    assert labels == [f"mean, best {max(values):.3f}", "left kidney", "liver"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -5,7 +5,8 @@ Volumes are shown as arrays in RAS order: x to the right, y (anterior) or z (sup
 
 from pgl_ext.figures.base import figure_to_array
 from pgl_ext.figures.curves import plot_metrics
+from pgl_ext.figures.overlays import plot_overlay
 from pgl_ext.figures.similarity import plot_similarity
 from pgl_ext.figures.views import plot_views, source_to_view
 
-__all__ = ["figure_to_array", "plot_metrics", "plot_similarity", "plot_views", "source_to_view"]
+__all__ = ["figure_to_array", "plot_metrics", "plot_overlay", "plot_similarity", "plot_views", "source_to_view"]

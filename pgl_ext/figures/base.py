@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PLANES",
     "figure_to_array",
     "grey_levels",
+    "organ_colors",
     "save_figure",
     "slice_through",
     "unit_range",
@@ -27,6 +29,20 @@ __all__ = [
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#777777"
 PLANES = (("axial", (0, 1)), ("coronal", (0, 2)), ("sagittal", (1, 2)))
 """Name and the two axes, across and up, of each plane of a volume in RAS order."""
+
+
+_ORGANS = (
+    "#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#9a6324", "#b18cff",
+    "#469990", "#ffb3c1", "#c9a227", "#8c1c3a",
+)  # fmt: skip
+
+
+def organ_colors(count: int) -> np.ndarray:
+    """Colours (count, 3), RGB in [0, 1], that can be told apart on grey: the first 14 chosen, further ones hues."""
+    chosen = [to_rgb(color) for color in _ORGANS[:count]]
+    # Steps of the golden ratio keep any number of hues apart.
+    further = [hsv_to_rgb(((0.05 + 0.618034 * number) % 1.0, 0.55, 0.95)) for number in range(count - len(chosen))]
+    return np.array([*chosen, *further]).reshape(count, 3)
 
 
 def figure_to_array(figure: Figure) -> np.ndarray:

@@ -11,9 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pgl_ext.figures.base import BLUE, GREY, ORANGE, save_figure
+from pgl_ext.figures.base import BLUE, GREY, ORANGE, organ_colors, save_figure
 
 __all__ = ["plot_metrics"]
+
+_ORGAN_DICE = "val_dice_"
 
 
 class _Metrics:
@@ -23,11 +25,11 @@ class _Metrics:
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
             self.rows = list(reader)
-            columns = reader.fieldnames or []
+            self.columns = list(reader.fieldnames or [])
         if not self.rows:
             raise ValueError(f"{path} holds no metrics yet: it has no row below its header.")
-        if "step" not in columns:
-            raise ValueError(f"{path} has no column 'step'; its columns are {columns}.")
+        if "step" not in self.columns:
+            raise ValueError(f"{path} has no column 'step'; its columns are {self.columns}.")
 
     def __call__(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         # A missing cell is None where a row is shorter than the header, as the last row of a running job may be.
@@ -96,6 +98,21 @@ def _draw_retrieval(axes: Axes, metrics: _Metrics) -> bool:
     return True
 
 
+def _draw_dice(axes: Axes, metrics: _Metrics) -> bool:
+    axes.set_title("validation Dice")
+    steps, values = metrics("val_mean_dice")
+    if not len(steps):
+        return False
+    label = f"mean, best {values.max():.3f}"
+    axes.plot(steps, values, "o-", color="black", markersize=4, linewidth=1.8, label=label, zorder=3)
+    organs = [name for name in metrics.columns if name.startswith(_ORGAN_DICE)]
+    for name, color in zip(organs, organ_colors(len(organs)), strict=True):
+        # Darker than in overlays: thin bright lines would vanish on white.
+        axes.plot(*metrics(name), color=0.75 * color, linewidth=0.8, label=name.removeprefix(_ORGAN_DICE))
+    axes.set_ylim(0, 1.05)
+    return True
+
+
 def _draw_schedules(axes: Axes, metrics: _Metrics) -> bool:
     curves = [(label, *metrics(key)) for key, label in (("lr", "learning rate"), ("tau", "momentum tau"))]
     curves = [c for c in curves if len(c[1])]
@@ -110,12 +127,20 @@ def _draw_schedules(axes: Axes, metrics: _Metrics) -> bool:
     return bool(curves)
 
 
+def _add_legend(axes: Axes) -> None:
+    count = len(axes.get_legend_handles_labels()[1])
+    # Many organs would cover the curves.
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if count > 4 else {}
+    axes.legend(frameon=False, fontsize="x-small" if count > 8 else "small", **beside)
+
+
 def plot_metrics(csv_path: str | Path, out_path: str | Path, healthy_std: float | None = None) -> Figure:
-    """Draw the training curves of a metrics file: loss, feature std, retrieval, learning rate and momentum.
+    """Draw the training curves of a metrics file: loss, Dice, feature std, retrieval, learning rate, momentum.
 
     Training values are shown faint and smoothed, validation values as points. A panel without any of its columns
-    (`loss`, `val_loss`; `feature_std`, `val_feature_std`; `val_retrieval_top1`, `_chance`, `_untrained`; `lr`, `tau`)
-    is left out. Empty cells are skipped, and where a step occurs twice, as after a resumed run, the later value counts.
+    (`loss`, `val_loss`; `val_mean_dice` with `val_dice_ORGAN`; `feature_std`, `val_feature_std`; `val_retrieval_top1`,
+    `_chance`, `_untrained`; `lr`, `tau`) is left out. Empty cells are skipped, and where a step occurs twice, as after
+    a resumed run, the later value counts.
 
     Args:
         csv_path: metrics file with a header and a column `step`.
@@ -130,12 +155,12 @@ def plot_metrics(csv_path: str | Path, out_path: str | Path, healthy_std: float 
     """
     metrics = _Metrics(csv_path)
     draw_std = partial(_draw_feature_std, healthy_std=healthy_std)
-    draws = (_draw_loss, draw_std, _draw_retrieval, _draw_schedules)
+    draws = (_draw_loss, _draw_dice, draw_std, _draw_retrieval, _draw_schedules)
     # A panel tells whether it has anything to show only when it is drawn, so draw on a scratch figure first.
     draws = [draw for draw in draws if draw(Figure().subplots(), metrics)]
     if not draws:
-        raise ValueError(f"{csv_path} has none of the columns that are drawn; its columns are {list(metrics.rows[0])}.")
-    columns = min(2, len(draws))
+        raise ValueError(f"{csv_path} has none of the columns that are drawn; its columns are {metrics.columns}.")
+    columns = 2 if len(draws) in (2, 4) else min(3, len(draws))
     rows = math.ceil(len(draws) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.3 * rows), dpi=120, layout="constrained")
     for number, draw in enumerate(draws, 1):
@@ -145,6 +170,6 @@ def plot_metrics(csv_path: str | Path, out_path: str | Path, healthy_std: float 
         axes.grid(alpha=0.25)
         axes.spines["top"].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize="small")
+            _add_legend(axes)
     save_figure(figure, out_path)
     return figure
