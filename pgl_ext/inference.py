@@ -25,7 +25,15 @@ from pgl_ext.figures import plot_similarity
 from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
 from pgl_ext.weights import read_description
 
-__all__ = ["PointSimilarity", "SaveFeatureMapd", "feature_at", "inference_items", "recorded_input", "upsample_features"]
+__all__ = [
+    "PointSimilarity",
+    "SaveFeatureMapd",
+    "feature_at",
+    "inference_items",
+    "recorded_input",
+    "unique_names",
+    "upsample_features",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +94,7 @@ def inference_items(
         items = [item for item in find_volumes(dataset_dir) if not item["image"].endswith(_SUFFIX)]
     if not items:
         raise ValueError(f"Dataset folder {dataset_dir} holds only feature maps: set it to a folder of scans.")
-    items = [{**item, "name": name} for item, name in zip(items, _names(items), strict=True)]
+    items = [{**item, "name": name} for item, name in zip(items, unique_names(items), strict=True)]
     query = _find(items, query_volume)
     return [items[query], *items[:query], *items[query + 1 :]]
 
@@ -97,7 +105,7 @@ def _stem(path: str) -> str:
     return name if os.path.isdir(path) else name[: len(name) - len(file_suffix(name))]
 
 
-def _names(items: Sequence[Mapping]) -> list[str]:
+def unique_names(items: Sequence[Mapping]) -> list[str]:
     """File names for outputs: the scan's own where no other scan has it, else with its folders or series before it."""
     names = [_stem(item["image"]) for item in items]
     if len(set(names)) == len(names):
