@@ -49,8 +49,8 @@ def organ_scores(
         annotated: whether it is known where the organ lies.
 
     Returns:
-        ``dice``, ``iou``, ``hd_mm``, ``hd95_mm``, the volumes ``reference_ml`` and ``predicted_ml``, and ``status``. The
-        table of this module says what they are where a mask is empty.
+        ``dice``, ``iou``, ``hd_mm``, ``hd95_mm``, the volumes ``reference_ml`` and ``predicted_ml``, and ``status``;
+        where a mask is empty as the table of this module says.
 
     Raises:
         ValueError: the masks differ in shape.
