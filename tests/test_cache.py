@@ -1,8 +1,11 @@
 import functools
+import hashlib
+import json
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -11,6 +14,7 @@ import pytest
 import torch
 from monai.transforms import (
     Compose,
+    ConcatItemsd,
     Lambdad,
     LoadImaged,
     NormalizeIntensityd,
@@ -22,8 +26,10 @@ from monai.transforms import (
 from monai.utils import GridSampleMode
 
 from pgl_ext.data.cache import VolumeCache, fingerprint, resolve_bad
-from pgl_ext.data.checks import BadVolumeError, BadVolumesError, CheckVolumed
+from pgl_ext.data.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed
 from pgl_ext.data.datalist import item_name
+from pgl_ext.data.phantom import LABELS, generate_case
+from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed
 
 SHAPE = (70, 66, 20)
@@ -132,6 +138,160 @@ def test_dicom_series_of_one_folder_have_files_of_their_own(tmp_path):
     before = cache.key(items[0])
     os.utime(folder / "1.2.3_4.dcm", ns=(0, 0))
     assert cache.key(items[0]) != before
+
+
+# ---- Labelled cases
+
+
+def labelled_preprocessing(pixdim: tuple | None = None, a_min: float = -1024) -> Compose:
+    keys = ["image", "label"]
+    task = SegmentationTask({name: [value] for value, name in enumerate(LABELS) if value})
+    return Compose(
+        [
+            LoadVolumed(keys),
+            CheckVolumed("image"),
+            CheckLabeld("label", task),
+            Orientationd(keys, axcodes="RAS", labels=None),
+            *([Spacingd(keys, pixdim=pixdim, mode=["bilinear", "nearest"])] if pixdim else []),
+            ScaleIntensityRanged("image", a_min, 325, a_min, 325, clip=True),
+            NormalizeIntensityd("image"),
+            ConcatItemsd(keys, name="image", dim=0),
+        ]
+    )
+
+
+def save_case(folder: Path, orientation: str = "LPS", rotation: float = 0) -> dict:
+    """A phantom, turned about z by so many degrees."""
+    image, label, affine = generate_case(1, (48, 44, 30), orientation=orientation)
+    angle = np.deg2rad(rotation)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    item = {"image": str(folder / "image.nii.gz"), "label": str(folder / "label.nii.gz")}
+    nibabel.save(nibabel.Nifti1Image(image, turn @ affine), item["image"])
+    nibabel.save(nibabel.Nifti1Image(label, turn @ affine), item["label"])
+    return item
+
+
+def nearest_on_grid(path: str, shape: tuple, affine: np.ndarray) -> np.ndarray:
+    """A label map on a grid, made with SimpleITK from the grid's affine alone."""
+    sitk = pytest.importorskip("SimpleITK")
+    affine = np.diag([-1, -1, 1, 1]) @ affine  # ITK's axes are LPS
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    resample = sitk.ResampleImageFilter()
+    resample.SetSize([int(n) for n in shape])
+    resample.SetOutputSpacing(spacing.tolist())
+    resample.SetOutputOrigin(affine[:3, 3].tolist())
+    resample.SetOutputDirection((affine[:3, :3] / spacing).ravel().tolist())
+    resample.SetInterpolator(sitk.sitkNearestNeighbor)
+    return sitk.GetArrayFromImage(resample.Execute(sitk.ReadImage(path))).transpose(2, 1, 0)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS"])
+@pytest.mark.parametrize("rotation", [0, 15])
+@pytest.mark.parametrize("pixdim", [None, (6.3, 7.1, 5.2), (16, 15, 17)])
+def test_label_values_lie_where_the_image_shows_the_organ(tmp_path, orientation, rotation, pixdim):
+    item = save_case(tmp_path, orientation, rotation)
+    cache = VolumeCache(tmp_path / "cache", labelled_preprocessing(pixdim))
+    assert cache.prepare([item]) == {}
+    volume = cache.open(item)
+    affine = np.array(volume.vlmeta["affine"])
+    image, label = volume[:]
+    expected = nearest_on_grid(item["label"], volume.shape[1:], affine)
+    # The edge, where the grids end, is filled in differently; ties may be broken either way.
+    core = (slice(1, -1),) * 3
+    assert np.mean(label[core] != expected[core]) < 1e-3
+    assert set(np.unique(label)) <= set(range(len(LABELS)))
+    # The image is where the label map is: the lungs are its darkest organ.
+    assert image[label == LABELS.index("lungs")].mean() < image[label == LABELS.index("liver")].mean() - 1
+
+
+def test_rebuilt_when_the_label_map_changes(tmp_path):
+    item = save_case(tmp_path)
+    cache = VolumeCache(tmp_path / "cache", labelled_preprocessing())
+    before = cache.open(item)[:]
+    label = nibabel.load(item["label"])
+    changed = np.where(np.asarray(label.dataobj) == 4, 5, np.asarray(label.dataobj)).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(changed, label.affine), item["label"])
+    assert cache.prepare([item]) == {}
+    after = cache.open(item)[:]
+    np.testing.assert_array_equal(after[0], before[0])
+    np.testing.assert_array_equal(after[1], np.where(before[1] == 4, 5, before[1]))
+    assert len(cached_files(cache.cache_dir)) == 1
+    key = cache.key(item)
+    os.utime(item["label"], ns=(0, 1))
+    assert cache.key(item) != key
+
+
+def test_image_with_and_without_label_map_have_files_of_their_own(tmp_path):
+    item = save_case(tmp_path)
+    other = {**item, "label": str(tmp_path / "other.nii.gz")}
+    Path(other["label"]).write_bytes(Path(item["label"]).read_bytes())
+    cache = VolumeCache(tmp_path / "cache", labelled_preprocessing())
+    assert cache.prepare([item]) == cache.prepare([other]) == {}
+    unlabelled = VolumeCache(tmp_path / "cache", preprocessing())
+    assert unlabelled.prepare([{"image": item["image"]}]) == {}
+    assert len(cached_files(tmp_path / "cache")) == 3
+
+
+def test_the_key_of_an_item_without_label_map_is_as_ever(tmp_path):
+    """Made from path, series, size and time: a cache filled before label maps were known is still good."""
+    path = tmp_path / "a.nii"
+    path.write_bytes(b"x")
+    cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
+    state = [("a.nii", 1, path.stat().st_mtime_ns)]
+    parts = json.dumps([1, cache.fingerprint, str(path), "1.2", state])
+    item = {"image": str(path), "series_uid": "1.2"}
+    assert cache.key(item) == hashlib.sha256(parts.encode()).hexdigest()
+    assert cache.path(item).name.startswith(hashlib.sha256(f"{path}\x001.2".encode()).hexdigest()[:16] + "-")
+
+
+def test_bad_label_maps_are_listed_with_the_bad_images(tmp_path):
+    good, *items = [save_case(folder) for folder in made_folders(tmp_path, 6)]
+    Path(items[0]["label"]).unlink()
+    Path(items[1]["label"]).write_bytes(b"x")
+    Path(items[2]["image"]).unlink()
+    save_label(items[3], np.zeros)
+    nibabel.save(nibabel.Nifti1Image(np.full((9, 9, 9), 50, np.int16), np.eye(4)), items[4]["image"])
+    bad = VolumeCache(tmp_path / "cache", labelled_preprocessing()).prepare([good, *items])
+    assert set(bad) == {item_name(item) for item in items}
+    expected = [
+        f"{items[0]['label']} does not exist",
+        f"Cannot read {items[1]['label']}",
+        f"{items[2]['image']} does not exist",
+        f"{items[3]['label']} is empty",
+        f"{items[4]['image']} is constant",
+    ]
+    for item, message in zip(items, expected, strict=True):
+        assert message in bad[item_name(item)]
+
+
+def test_image_that_clipping_makes_constant_is_bad_for_all_its_label_map(tmp_path):
+    item = save_case(tmp_path)
+    bad = VolumeCache(tmp_path / "cache", labelled_preprocessing(a_min=324.99)).prepare([item])
+    assert bad == {}
+    image = nibabel.load(item["image"])
+    voxels = np.asarray(image.dataobj)
+    nibabel.save(nibabel.Nifti1Image(np.minimum(voxels, 300), image.affine), item["image"])
+    bad = VolumeCache(tmp_path / "cache", labelled_preprocessing(a_min=324.99)).prepare([item])
+    assert "constant" in bad[item_name(item)]
+
+
+def test_label_map_of_one_value_is_good(tmp_path):
+    item = save_case(tmp_path)
+    save_label(item, np.ones)
+    assert VolumeCache(tmp_path / "cache", labelled_preprocessing()).prepare([item]) == {}
+
+
+def made_folders(root: Path, count: int) -> list[Path]:
+    folders = [root / f"case{number}" for number in range(count)]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def save_label(item: dict, fill: Callable) -> None:
+    image = nibabel.load(item["image"])
+    nibabel.save(nibabel.Nifti1Image(fill(image.shape, np.uint8), image.affine), item["label"])
 
 
 # ---- When it is rebuilt

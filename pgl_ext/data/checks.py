@@ -1,15 +1,25 @@
-"""Checks that find volumes which cannot be used for training."""
+"""Checks that find volumes and label maps which cannot be used."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation
+from nibabel.orientations import aff2axcodes
 
-__all__ = ["BadVolumeError", "BadVolumesError", "CheckVolumed", "check_volume"]
+from pgl_ext.task import SegmentationTask
+
+__all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_volume"]
+
+# float16, as which label maps are cached, holds every whole number up to here.
+_LARGEST_LABEL = 2048
+_GRID_TOLERANCE = 0.1  # voxels
+_LISTED_VALUES = 10
 
 
 class BadVolumeError(ValueError):
@@ -99,3 +109,130 @@ class CheckVolumed(MapTransform):
             meta = getattr(out[key], "meta", {})
             check_volume(out[key], str(meta.get("filename_or_obj", key)))
         return out
+
+
+class CheckLabeld(MapTransform):
+    """Find label maps that do not belong to their image or hold other values than the task's.
+
+    Place it right after ``LoadVolumed`` and ``CheckVolumed``. The label map must lie on the image's grid. Order and
+    direction of its stored voxel axes may differ: they are turned to the image's. Where the affines differ by rounding,
+    the label map gets the image's, so that both are resampled alike.
+
+    Args:
+        keys: keys of the label maps ``(1, X, Y, Z)``.
+        task: what is to be segmented.
+        image_key: key of their image ``(1, X, Y, Z)``.
+        allow_missing_keys: don't raise if a key is absent.
+
+    Raises:
+        ValueError: the task has label values that the cache cannot hold.
+        BadVolumeError: a label map does not overlap its image, has another shape or a corner more than a tenth of a
+            voxel off; holds a value that is NaN, not a whole number or not the task's; or shows no organ.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        task: SegmentationTask,
+        image_key: str = "image",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if task.values[-1] > _LARGEST_LABEL:
+            raise ValueError(
+                f"the task has the label value {task.values[-1]}, but values above {_LARGEST_LABEL} are not kept "
+                "exactly: renumber the labels."
+            )
+        # Not the task itself: a cache would be made anew when an organ changes its name.
+        self.values = task.values
+        self.background_values = task.background_values
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            out[key] = _on_grid_of(out[key], out[self.image_key])
+            self._check_values(out[key].numpy(), _name(out[key]))
+        return out
+
+    def _check_values(self, voxels: np.ndarray, source: str) -> None:
+        others = voxels[~np.isin(voxels, self.values)]
+        if others.size:
+            raise BadVolumeError(f"{source} {self._describe(others)}")
+        if np.isin(voxels, self.background_values).all():
+            raise BadVolumeError(
+                f"{source} is empty: none of its {voxels.size} voxels belongs to an organ of the task. Label the case "
+                "or remove it"
+            )
+
+    def _describe(self, others: np.ndarray) -> str:
+        """What is wrong with the voxels that have none of the task's values."""
+        fractions = others[others != np.rint(others)]  # NaN among them
+        if fractions.size:
+            nan = int(np.isnan(fractions).sum())
+            return (
+                f"has {nan} NaN voxels and {fractions.size - nan} whose value is not a whole number, such as "
+                f"{fractions[0]:g}: it is no label map, or was resampled with interpolation. Give the label map, "
+                "resampled with nearest neighbour"
+            )
+        values, counts = np.unique(others, return_counts=True)
+        found = [f"{value:g} ({count} voxels)" for value, count in zip(values, counts, strict=True)][:_LISTED_VALUES]
+        more = f" and {values.size - _LISTED_VALUES} more" if values.size > _LISTED_VALUES else ""
+        return (
+            f"has label values that are not the task's: {', '.join(found)}{more}; the task's are {list(self.values)}. "
+            "Add them to an organ or to background_values, or correct the label map"
+        )
+
+
+def _on_grid_of(label: MetaTensor, image: MetaTensor) -> MetaTensor:
+    """The label map with the image's affine, its voxel axes turned as the image's are."""
+    name, image_name = _name(label), _name(image)
+    _check_affine(label.affine.numpy(), name)
+    axes = aff2axcodes(image.affine.numpy())
+    if aff2axcodes(label.affine.numpy()) != axes:
+        label = Orientation(axcodes="".join(axes), labels=None)(label)
+    (low, high), (image_low, image_high) = _bounds(label), _bounds(image)
+    if (low >= image_high).any() or (high <= image_low).any():
+        raise BadVolumeError(
+            f"{name} does not overlap its image {image_name}: it spans {low.tolist()} to {high.tolist()} mm, the image "
+            f"{image_low.tolist()} to {image_high.tolist()} mm. Check that the two belong together"
+        )
+    remedy = "Resample the label map onto the image with nearest neighbour"
+    shape, image_shape = tuple(label.shape[1:]), tuple(image.shape[1:])
+    if shape != image_shape:
+        raise BadVolumeError(
+            f"{name} lies on another grid than its image {image_name}: shape {shape} at {_rounded(label.pixdim)} mm "
+            f"against {image_shape} at {_rounded(image.pixdim)} mm. {remedy}"
+        )
+    # Both affines send corners to mm; here to voxels of the image.
+    to_image = np.linalg.inv(image.affine.numpy()) @ label.affine.numpy()
+    corners = _corners(shape)
+    distance = np.abs(to_image @ corners - corners).max()
+    if distance > _GRID_TOLERANCE:
+        raise BadVolumeError(
+            f"{name} lies on another grid than its image {image_name}: corners up to {distance:.3g} voxels off, affine "
+            f"{_rounded(label.affine)} against {_rounded(image.affine)}. {remedy}, or correct its header"
+        )
+    if not torch.equal(label.affine, image.affine):
+        label = label.clone()
+        label.affine = image.affine.clone()
+    return label
+
+
+def _corners(shape: Sequence[int]) -> np.ndarray:
+    """Homogeneous voxel indices (4, 8) of a volume's corners: edges of its outermost voxels."""
+    return np.array([*itertools.product(*((-0.5, size - 0.5) for size in shape), (1.0,))]).T
+
+
+def _bounds(volume: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest coordinates of a volume's corners, in mm."""
+    corners = (volume.affine.numpy() @ _corners(volume.shape[1:]))[:3].round(1)
+    return corners.min(axis=1), corners.max(axis=1)
+
+
+def _rounded(values: torch.Tensor) -> list:
+    return np.round(np.asarray(values, dtype=np.float64), 4).tolist()
+
+
+def _name(volume: MetaTensor) -> str:
+    return str(volume.meta.get("filename_or_obj", "the volume"))
