@@ -223,7 +223,7 @@ class OverlayPictures:
         if not self.evaluator.state.output:
             return
         output = self.evaluator.state.output[-1]
-        image = torch.as_tensor(self.evaluator.state.batch["image"])[-1, 0].float().cpu().numpy()
+        image = torch.as_tensor(self.evaluator.state.batch[-1]["image"])[0].float().cpu().numpy()
         masks = {
             title: torch.as_tensor(output[key]).cpu().numpy()
             for title, key in (("reference", "label"), ("prediction", "pred"))
