@@ -112,6 +112,9 @@ class BestModel:
         patience: epochs without a better score after which training stops; None: never.
         metric: name of the score, larger is better.
         rank: this process; only rank 0 writes.
+
+    Raises:
+        ValueError: where ``patience`` is less than 1.
     """
 
     def __init__(
@@ -124,6 +127,8 @@ class BestModel:
         metric: str = "val_mean_dice",
         rank: int = 0,
     ) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch, got {patience}: set it to None never to stop early.")
         self.evaluator = evaluator
         self.network = network
         self.path = Path(path)

@@ -56,15 +56,26 @@ def save_weights(
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the JSON beside an encoder file.
+    """Read the JSON beside an encoder or model file.
 
     Raises:
         FileNotFoundError: where there is none.
+        ValueError: where it is damaged.
     """
-    path = Path(path).with_suffix(".json")
+    weights, path = Path(path), Path(path).with_suffix(".json")
     if not path.is_file():
-        raise FileNotFoundError(f"no description {path} beside the encoder file: copy both, they belong together.")
-    return json.loads(path.read_text())
+        raise FileNotFoundError(f"no description {path} beside {weights.name}: copy both, they belong together.")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged, no JSON ({error}): copy it again, together with {weights.name}."
+        ) from error
+    if not isinstance(description, dict):
+        raise ValueError(
+            f"{path} holds a {type(description).__name__}, no description of {weights.name}: copy it again."
+        )
+    return description
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
