@@ -43,7 +43,9 @@ class SegmentationTask:
         background_values: Sequence[int] = (0,),
         multi_label: bool = False,
     ) -> None:
-        self.organs = {name: _values(values, name) for name, values in organs.items()}
+        if not isinstance(organs, Mapping):
+            raise ValueError(f"organs must give label values by name, such as {{'spleen': [1]}}, got {organs!r}.")
+        self.organs = {str(name): _values(values, name) for name, values in organs.items()}
         self.background_values = _values(background_values, "background")
         self.multi_label = multi_label
         if not self.organs:
@@ -97,24 +99,30 @@ class SegmentationTask:
     def labels_of_masks(self, masks: torch.Tensor) -> torch.Tensor:
         """Label map (..., 1, X, Y, Z) with the files' values, uint8 or int16, of masks (..., organs, X, Y, Z).
 
-        Where masks overlap, the later organ counts. An organ of several values has the first one that no later organ
-        has: a kidney of [1, 2] becomes 1, the tumour of [2] in it 2.
+        Where masks overlap, the organ of fewer label values counts, of equally many the later one. An organ of several
+        values has the first one that no such organ has: a kidney of [1, 2] becomes 1, the tumour of [2] in it 2.
         """
         dtype = torch.uint8 if self.values[-1] < 256 else torch.int16
         labels = torch.zeros_like(masks.narrow(-4, 0, 1), dtype=dtype)
-        for index, value in enumerate(self.label_values):
-            labels[masks.narrow(-4, index, 1)] = value
+        for index in self._from_large_to_small():
+            labels[masks.narrow(-4, index, 1)] = self.label_values[index]
         return labels
 
     @property
     def label_values(self) -> tuple[int, ...]:
         """The value that each organ has in label maps that are written."""
         organs = list(self.organs.values())
-        chosen = []
-        for index, values in enumerate(organs):
-            later = {value for other in organs[index + 1 :] for value in other}
-            chosen.append(next((value for value in values if value not in later), values[0]))
-        return tuple(chosen)
+        taken: set[int] = set()
+        chosen = {}
+        for index in reversed(self._from_large_to_small()):
+            values = organs[index]
+            chosen[index] = next((value for value in values if value not in taken), values[0])
+            taken.update(values)
+        return tuple(chosen[index] for index in range(len(organs)))
+
+    def _from_large_to_small(self) -> list[int]:
+        """Indices of the organs such that an organ comes before those within it, which have fewer label values."""
+        return sorted(range(len(self.names)), key=lambda index: -len(self.organs[self.names[index]]))
 
     def channels_of(self, organs: Iterable[str]) -> list[bool]:
         """Which of the organs are named, one entry per organ."""
@@ -131,7 +139,7 @@ class SegmentationTask:
 
 
 def _values(values: Sequence[int] | int, name: str) -> tuple[int, ...]:
-    values = (values,) if isinstance(values, (int, float)) else tuple(values)
-    if not values or any(int(value) != value or value < 0 for value in values):
-        raise ValueError(f"the label values of {name!r} must be whole numbers from 0, got {list(values)}.")
-    return tuple(int(value) for value in values)
+    listed = tuple(values) if isinstance(values, Sequence) else (values,)
+    if not listed or not all(isinstance(value, (int, float)) and value >= 0 and value % 1 == 0 for value in listed):
+        raise ValueError(f"the label values of {name!r} must be whole numbers from 0, got {values!r}.")
+    return tuple(int(value) for value in listed)

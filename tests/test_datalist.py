@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgl_ext.data.datalist import find_volumes, item_name, load_datalist, split_datalist
+from pgl_ext.data.datalist import find_volumes, item_name, listed_path, load_datalist, split_datalist
 
 
 def touch(root: Path, *names: str) -> None:
@@ -131,6 +131,30 @@ def test_load_datalist_with_dataset_dir_and_key(tmp_path):
     touch(tmp_path, "data/a.nii")
     path = data_list(tmp_path, {"training": [], "test": ["a.nii"]})
     assert load_datalist(path, tmp_path / "data", key="test") == [{"image": str(tmp_path / "data/a.nii")}]
+
+
+def test_load_datalist_keeps_fields_as_they_are(tmp_path):
+    touch(tmp_path, "a.nii")
+    entries = [{"image": "a.nii", "label": "../b.nii", "organs": ["x"], "other": 1}, {"image": "c.nii", "group": 2}]
+    path = data_list(tmp_path, {"training": entries})
+    assert load_datalist(path, keep=["label", "organs"]) == [
+        {"image": str(tmp_path / "a.nii"), "label": "../b.nii", "organs": ["x"]},
+        {"image": str(tmp_path / "c.nii"), "group": 2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "dataset_dir", "expected"),
+    [
+        ("./x/../a.nii", None, "/lists/a.nii"),
+        ("a.nii", "/data", "/data/a.nii"),
+        ("/else/a.nii", "/data", "/else/a.nii"),
+        ("~/a.nii", "/data", "/home/me/a.nii"),
+    ],
+)
+def test_listed_path(monkeypatch, path, dataset_dir, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert listed_path(path, "/lists/list.json", dataset_dir) == expected
 
 
 def test_a_dicom_folder_may_have_a_dot_in_its_name(tmp_path):
