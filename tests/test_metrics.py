@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 from pgl_ext.data.phantom import generate_case
-from pgl_ext.metrics import organ_scores, spacing_of, surface_points
+from pgl_ext.metrics import organ_scores, spacing_of, surface_voxels
 
 SPACING = (0.7, 1.3, 3.1)
 SHAPE = (22, 18, 12)
@@ -74,8 +74,11 @@ def test_overlap_and_hausdorff_of_simpleitk(prediction, reference):
     assert scores["status"] == "ok"
 
 
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("prediction", "reference"), MASKS)
-def test_hausdorff_distances_by_brute_force(prediction, reference):
+def test_hausdorff_distances_by_brute_force(prediction, reference, ragged, monkeypatch):
+    if ragged:  # as if the surfaces had millions of voxels
+        monkeypatch.setattr("pgl_ext.metrics._TREE_LIMIT", 0)
     distances = cdist(brute_surface(prediction), brute_surface(reference))
     directed = distances.min(0), distances.min(1)
     scores = organ_scores(prediction, reference, SPACING)
@@ -104,10 +107,10 @@ def test_scores_do_not_depend_on_the_order_but_the_status_does():
 def test_surface_of_a_shifted_box():
     mask = np.zeros((9, 9, 9), dtype=bool)
     mask[2:7, 3:8, 4:9] = True
-    points = surface_points(mask, (1, 2, 3))
-    assert len(points) == 5**3 - 3**3
-    assert np.array_equal(points.min(0), [2, 6, 12])
-    assert np.array_equal(points.max(0), [6, 14, 24])
+    voxels = surface_voxels(mask)
+    assert len(voxels) == 5**3 - 3**3
+    assert np.array_equal(voxels.min(0), [2, 3, 4])
+    assert np.array_equal(voxels.max(0), [6, 7, 8])
 
 
 EMPTY = np.zeros(SHAPE, dtype=bool)

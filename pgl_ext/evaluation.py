@@ -1,0 +1,406 @@
+"""Evaluation of a segmentation network: scores per case and organ, their summary, predictions and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.transforms import Compose, Orientationd
+from scipy.stats import bootstrap
+
+from pgl_ext.data.cases import labelled_items
+from pgl_ext.data.checks import BadVolumesError
+from pgl_ext.data.datalist import item_name
+from pgl_ext.figures.overlays import plot_overlay
+from pgl_ext.figures.scores import plot_scores
+from pgl_ext.files import write_atomically
+from pgl_ext.inference import unique_names
+from pgl_ext.metrics import METRICS, STATUSES, organ_scores, spacing_of
+from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms import LoadVolumed
+
+__all__ = [
+    "AVERAGE",
+    "CASE_COLUMNS",
+    "EvaluationReport",
+    "case_means",
+    "check_cases",
+    "confidence_interval",
+    "evaluation_cases",
+    "summarise",
+    "table",
+]
+
+logger = logging.getLogger(__name__)
+
+AVERAGE = "average"
+"""Name of the row over all organs."""
+CASE_COLUMNS = ("case", "organ", *METRICS, "reference_ml", "predicted_ml", "status")
+_PICTURE_SIZE = 256  # voxels per axis
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def evaluation_cases(
+    data_list_file_path: str | os.PathLike | None,
+    dataset_dir: str | os.PathLike | None = None,
+    data_list_key: str = "validation",
+    annotated_key: str | None = None,
+) -> list[dict]:
+    """The labelled cases of a data list with a unique name each.
+
+    Args:
+        data_list_file_path: JSON data list.
+        dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
+        data_list_key: which list of the file to take.
+        annotated_key: field of an entry that lists the organs annotated there; see
+            :func:`pgl_ext.data.cases.labelled_items`.
+
+    Returns:
+        Cases with ``"name"``, ``"image"``, ``"label"`` and, where given, ``"series_uid"`` and ``"annotated"``.
+
+    Raises:
+        ValueError: no data list is given, or it cannot be used.
+    """
+    if data_list_file_path is None:
+        raise ValueError(
+            "data_list_file_path is not set: give a JSON data list with image and label of each case, such as the "
+            "split.json that training wrote, with --data_list_file_path FILE --data_list_key validation."
+        )
+    cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
+    return [{**case, "name": name} for case, name in zip(cases, unique_names(cases), strict=True)]
+
+
+def check_cases(cases: Iterable[Mapping], loading: Callable[[Mapping], Any]) -> None:
+    """Load every case once, so that all bad ones are known before anything is done with the first.
+
+    Args:
+        cases: items with ``"image"``.
+        loading: transforms that load and check one case.
+
+    Raises:
+        BadVolumesError: listing all bad cases at once.
+    """
+    cases, bad = list(cases), {}
+    for case in cases:
+        try:
+            loading(case)
+        except (ValueError, OSError, RuntimeError) as error:
+            # Compose wraps what its transforms raise.
+            bad[item_name(case)] = str(error.__cause__ or error)
+    if bad:
+        raise BadVolumesError(bad, len(cases))
+
+
+# --- summary --------------------------------------------------------------------------------------------------------
+
+
+def confidence_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """95 % confidence interval of the mean over cases by the percentile bootstrap, the same in every run.
+
+    Args:
+        values: one per case, finite.
+        resamples: number of times that as many cases are drawn with replacement.
+
+    Returns:
+        Both ends; NaN of fewer than two cases.
+    """
+    if len(values) < 2:
+        return math.nan, math.nan
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = bootstrap((np.asarray(values),), np.mean, n_resamples=resamples, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def case_means(rows: Iterable[Mapping], metric: str) -> dict[str, float]:
+    """Mean over the organs of each case, NaN where a case has no value at all.
+
+    Args:
+        rows: ``"case"`` and the metric, as in ``cases.csv``.
+        metric: name of the column.
+    """
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["case"], []).extend([row[metric]] if math.isfinite(row[metric]) else [])
+    return {case: float(np.mean(found)) if found else math.nan for case, found in values.items()}
+
+
+def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
+    """Mean, spread and confidence interval over cases, of each organ and of their average.
+
+    The average is that of the cases' means over their organs: cases are what is drawn at random, so that they are what
+    is resampled.
+
+    Args:
+        rows: one per case and organ, as in ``cases.csv``.
+
+    Returns:
+        By organ, and for ``"average"`` at the end: per metric ``mean``, ``std`` (of a sample), ``n`` and ``ci95`` (both
+        ends), None where there are too few cases; and how often each status occurs.
+    """
+    by_organ: dict[str, list[Mapping]] = {}
+    for row in rows:
+        by_organ.setdefault(row["organ"], []).append(row)
+    summary = {
+        organ: {metric: _statistics([row[metric] for row in some]) for metric in METRICS} | _counts(some)
+        for organ, some in by_organ.items()
+    }
+    means = {metric: _statistics(case_means(rows, metric).values()) for metric in METRICS}
+    return {**summary, AVERAGE: means | _counts(rows)}
+
+
+def _statistics(values: Iterable[float]) -> dict[str, Any]:
+    values = [value for value in values if math.isfinite(value)]
+    low, high = confidence_interval(values)
+    return {
+        "mean": float(np.mean(values)) if values else None,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "n": len(values),
+        "ci95": [low, high] if len(values) > 1 else None,
+    }
+
+
+def _counts(rows: Iterable[Mapping]) -> dict[str, int]:
+    found = [row["status"] for row in rows]
+    return {status: found.count(status) for status in STATUSES}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Text in columns, the first one to the left and the others to the right."""
+    rows = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+class EvaluationReport:
+    """Handler of a MONAI ``SupervisedEvaluator`` that scores every case on the grid of its files, and writes a report.
+
+    Before the first case it stops where the folder holds a report already, or where cases are bad. Then it writes:
+
+    - ``predictions/NAME.nii.gz``: label map on the grid of the image, with the values of the task's label files;
+    - ``cases.csv``: Dice, IoU, HD and HD95 (mm) of each case and organ, as :mod:`pgl_ext.metrics` defines them;
+    - ``summary.csv``, ``summary.json``: mean, standard deviation and 95 % confidence interval per organ and of all;
+    - ``boxplots.png``: Dice and HD95;
+    - ``overlays/best.png``, ``median.png``, ``worst.png``: reference and prediction, by the case's mean Dice.
+
+    Args:
+        output_dir: folder for all that; made if missing.
+        task: what is segmented.
+        cases: from :func:`evaluation_cases`.
+        loading: transforms that load and check one case; None: don't check.
+        description: further entries for ``summary.json``, such as the model's path.
+        label_key: key of the reference (1, X, Y, Z), with the label files' values, on the grid of the image's file.
+        pred_key: key of the predicted masks (organs, X, Y, Z) there, a ``MetaTensor``.
+        name_key: key of the case's name.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        task: SegmentationTask,
+        cases: Sequence[Mapping],
+        loading: Callable[[Mapping], Any] | None = None,
+        description: Mapping[str, Any] | None = None,
+        label_key: str = "label",
+        pred_key: str = "pred",
+        name_key: str = "name",
+    ) -> None:
+        self.folder = Path(output_dir)
+        self.task = task
+        self.cases = {case["name"]: case for case in cases}
+        self.loading = loading
+        self.description = dict(description or {})
+        self.label_key = label_key
+        self.pred_key = pred_key
+        self.name_key = name_key
+        self.rows: list[dict[str, Any]] = []
+        # One at a time, so that the masks of a large reference never lie in memory all at once.
+        self._organs = {
+            name: SegmentationTask({name: values}, multi_label=True) for name, values in task.organs.items()
+        }
+
+    def attach(self, engine: Engine) -> None:
+        """Check the cases at the start, score each, and write the report at the end."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_all)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _start(self) -> None:
+        if (self.folder / "cases.csv").exists():
+            raise FileExistsError(
+                f"{self.folder.absolute()} holds the report of an earlier evaluation: give another folder with "
+                "--output_dir, or remove this one."
+            )
+        if self.loading is not None:
+            check_cases(self.cases.values(), self.loading)
+        self.rows = []
+
+    def _add_all(self, engine: Engine) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            # Postprocessing may have left either of them to either dict.
+            data = {**item, **output}
+            rows = self.add(data[self.name_key], data[self.pred_key], data[self.label_key])
+            dice = case_means(rows, "dice")[data[self.name_key]]
+            logger.info("%s: mean Dice %s", data[self.name_key], "n/a" if math.isnan(dice) else f"{dice:.4f}")
+
+    def add(self, name: str, masks: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
+        """Score one case and write its prediction.
+
+        Args:
+            name: of the case.
+            masks: predicted, bool (organs, X, Y, Z), with an ``affine``.
+            labels: reference (1, X, Y, Z).
+
+        Returns:
+            The case's rows of ``cases.csv``.
+        """
+        affine = np.asarray(torch.as_tensor(masks.affine).cpu(), dtype=np.float64)
+        masks, labels = _plain(masks), _plain(labels)
+        annotated = self.task.channels_of(self.cases[name].get("annotated", self.task.names))
+        rows = []
+        for mask, (organ, task), known in zip(masks.numpy(), self._organs.items(), annotated, strict=True):
+            reference = task.masks_of_labels(labels)[0].numpy()
+            scores = organ_scores(mask, reference, spacing_of(affine), known)
+            rows.append({"case": name, "organ": organ, **scores})
+        self._save_prediction(name, masks, affine)
+        self.rows += rows
+        return rows
+
+    def _save_prediction(self, name: str, masks: torch.Tensor, affine: np.ndarray) -> None:
+        image = nib.Nifti1Image(self.task.labels_of_masks(masks)[0].numpy(), affine)
+        image.header.set_xyzt_units("mm")
+        path = self._prediction_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, path)
+
+    def _prediction_path(self, name: str) -> Path:
+        return self.folder / "predictions" / f"{name}.nii.gz"
+
+    def _finish(self) -> None:
+        summary = summarise(self.rows)
+        organs = {name: summary[name] for name in self.task.names}
+        content = {
+            "cases": len(self.cases),
+            AVERAGE: summary[AVERAGE],
+            "organs": organs,
+            "task": self.task.description(),
+        }
+        _write_text(self.folder / "summary.json", json.dumps({**self.description, **content}, indent=4) + "\n")
+        _write_csv(self.folder / "summary.csv", _summary_rows(summary))
+        scores = {
+            metric: {organ: [row[metric] for row in self.rows if row["organ"] == organ] for organ in self.task.names}
+            for metric in ("dice", "hd95_mm")
+        }
+        plot_scores(scores, self.folder / "boxplots.png")
+        self._draw_overlays()
+        # Last, since it says that the report is complete.
+        _write_csv(self.folder / "cases.csv", [{name: row[name] for name in CASE_COLUMNS} for row in self.rows])
+        logger.info("%d cases, report in %s\n%s", len(self.cases), self.folder, _summary_table(summary))
+
+    def _draw_overlays(self) -> None:
+        dice = {case: value for case, value in case_means(self.rows, "dice").items() if math.isfinite(value)}
+        ordered = sorted(dice, key=dice.__getitem__)
+        if not ordered:
+            return
+        chosen = {"worst": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "best": ordered[-1]}
+        for title, name in chosen.items():
+            path = self.folder / "overlays" / f"{title}.png"
+            self._draw_overlay(f"{title}: {name}, mean Dice {dice[name]:.3f}", name, path)
+
+    def _draw_overlay(self, title: str, name: str, path: Path) -> None:
+        case = {**self.cases[name], "pred": str(self._prediction_path(name))}
+        keys = ["image", "label", "pred"]
+        data = Compose([LoadVolumed(keys), Orientationd(keys, axcodes="RAS", labels=None)])(case)
+        # A picture shows no more voxels than it has pixels.
+        steps = [math.ceil(n / _PICTURE_SIZE) for n in data["image"].shape[1:]]
+        thinned = (slice(None), *(slice(None, None, step) for step in steps))
+        image, label, pred = (_plain(data[key])[thinned] for key in keys)
+        plot_overlay(
+            image[0].numpy(),
+            {
+                "reference": self.task.masks_of_labels(label).numpy(),
+                "prediction": self.task.masks_of_labels(pred).numpy(),
+            },
+            self.task.names,
+            np.multiply(spacing_of(data["image"].affine), steps),
+            path,
+            title,
+        )
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Without metadata, on the CPU."""
+    return torch.as_tensor(tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach().cpu()
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(lambda file: file.write(text.encode("utf-8")), path)
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    _write_text(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    """Empty where there is no value."""
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else ""
+    return value
+
+
+def _summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for organ, entry in summary.items():
+        row: dict[str, Any] = {"organ": organ}
+        for metric in METRICS:
+            found = entry[metric]
+            low, high = found["ci95"] or (None, None)
+            row |= {f"{metric}_mean": found["mean"], f"{metric}_std": found["std"]}
+            row |= {f"{metric}_ci95_low": low, f"{metric}_ci95_high": high, f"{metric}_n": found["n"]}
+        rows.append(row | {status.replace(" ", "_"): entry[status] for status in STATUSES})
+    return rows
+
+
+def _summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "cases", "missed", "spurious")
+    return table(head, [_table_row(name, entry) for name, entry in summary.items()])
+
+
+def _table_row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    def mean(metric: str, digits: int) -> str:
+        value = entry[metric]["mean"]
+        return "n/a" if value is None else f"{value:.{digits}f}"
+
+    interval = entry["dice"]["ci95"]
+    return [
+        name,
+        mean("dice", 3),
+        f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "n/a",
+        mean("iou", 3),
+        mean("hd_mm", 1),
+        mean("hd95_mm", 1),
+        str(entry["dice"]["n"]),
+        str(entry["missed"]),
+        str(entry["spurious"]),
+    ]
