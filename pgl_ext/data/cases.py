@@ -292,7 +292,8 @@ def prepare_cases(
     for name, part in parts.items():
         if split[name] and not part:
             raise ValueError(
-                f"none of the {len(split[name])} cases for {name} can be used: repair them or take more cases."
+                f"none of the {len(split[name])} cases for {name} can be used, such as {split[name][0]['image']} with "
+                f"{split[name][0]['label']}: repair them, take more cases, or split with another seed."
             )
     if rank_and_world_size()[0] == 0:
         counts = {**{name: len(part) for name, part in split.items()}, **{n: len(part) for n, part in parts.items()}}
@@ -309,7 +310,8 @@ def _listed_cases(
     if not data_list_file_path and dataset_dir:
         in_folder = os.path.join(dataset_dir, "dataset.json")
         if _has_lists(in_folder):
-            logger.info("Taking the cases under %r of %s.", key, in_folder)
+            if rank_and_world_size()[0] == 0:
+                logger.info("Taking the cases under %r of %s.", key, in_folder)
             data_list_file_path = in_folder
     if data_list_file_path:
         return labelled_items(data_list_file_path, dataset_dir, key, annotated_key)
