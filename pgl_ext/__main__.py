@@ -34,9 +34,49 @@ def export_encoder(checkpoint: str, out: str, layout: str = "pgl") -> str:
     return str(export(checkpoint, out, layout))
 
 
+def compare(*runs: str, names: str | None = None, out: str | None = None, common: bool = False) -> str:
+    """Compare evaluations case by case with the first: paired differences, confidence intervals, Wilcoxon p.
+
+    Args:
+        runs: output folders of evaluations; several with commas between them are seeds of one run, averaged first.
+        names: of the runs, with commas between them.
+        out: folder for compare.csv and compare.png.
+        common: compare the cases that all runs have, instead of stopping where they differ.
+    """
+    from pgl_ext.compare import compare_runs
+
+    # fire turns a,b into a tuple.
+    return compare_runs(runs, names.split(",") if isinstance(names, str) else names, out, common)
+
+
+def report(
+    out: str, runs: str, pretraining: str | None = None, comparison: str | None = None, title: str = "", note: str = ""
+) -> str:
+    """Write one HTML file of fine-tuning runs with their evaluations, that opens anywhere, offline.
+
+    Args:
+        out: HTML file to write.
+        runs: NAME=FOLDER,NAME=FOLDER: output folders of fine-tuning, each with its evaluation in FOLDER/evaluation.
+        pretraining: output folder of the pre-training.
+        comparison: folder that `compare` wrote.
+        title: of the page.
+        note: a remark below the title.
+    """
+    from pgl_ext.report import write_report
+
+    # fire makes a tuple of a text with commas.
+    pairs = [pair.partition("=") for pair in (runs.split(",") if isinstance(runs, str) else runs)]
+    if not all(name and folder for name, _, folder in pairs):
+        raise ValueError(f"runs must be NAME=FOLDER,NAME=FOLDER, got {runs!r}.")
+    folders = {name: folder for name, _, folder in pairs}
+    return str(write_report(out, folders, pretraining, comparison, title or "Few-label segmentation", note))
+
+
 def main() -> None:
     try:
-        fire.Fire({"phantom": phantom, "export_encoder": export_encoder}, name="pgl_ext")
+        fire.Fire(
+            {"phantom": phantom, "export_encoder": export_encoder, "compare": compare, "report": report}, name="pgl_ext"
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
