@@ -45,8 +45,9 @@ def compare(*runs: str, names: str | None = None, out: str | None = None, common
     """
     from pgl_ext.compare import compare_runs
 
-    # fire turns a,b into a tuple.
-    return compare_runs(runs, names.split(",") if isinstance(names, str) else names, out, common)
+    # fire makes a tuple of a,b and a string of true and false.
+    names = names.split(",") if isinstance(names, str) else names
+    return compare_runs(runs, names, out, str(common).lower() == "true")
 
 
 def report(

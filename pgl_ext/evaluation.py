@@ -40,6 +40,7 @@ __all__ = [
     "evaluation_cases",
     "summarise",
     "table",
+    "write_csv",
 ]
 
 logger = logging.getLogger(__name__)
@@ -303,7 +304,7 @@ class EvaluationReport:
             "task": self.task.description(),
         }
         _write_text(self.folder / "summary.json", json.dumps({**self.description, **content}, indent=4) + "\n")
-        _write_csv(self.folder / "summary.csv", _summary_rows(summary))
+        write_csv(self.folder / "summary.csv", _summary_rows(summary))
         scores = {
             metric: {organ: [row[metric] for row in self.rows if row["organ"] == organ] for organ in self.task.names}
             for metric in ("dice", "hd95_mm")
@@ -311,7 +312,7 @@ class EvaluationReport:
         plot_scores(scores, self.folder / "boxplots.png")
         self._draw_overlays()
         # Last, since it says that the report is complete.
-        _write_csv(self.folder / "cases.csv", [{name: row[name] for name in CASE_COLUMNS} for row in self.rows])
+        write_csv(self.folder / "cases.csv", [{name: row[name] for name in CASE_COLUMNS} for row in self.rows])
         logger.info("%d cases, report in %s\n%s", len(self.cases), self.folder, _summary_table(summary))
 
     def _draw_overlays(self) -> None:
@@ -354,7 +355,8 @@ def _write_text(path: Path, text: str) -> None:
     write_atomically(lambda file: file.write(text.encode("utf-8")), path)
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with the first one's keys as header; NaN and None become empty cells."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
