@@ -160,11 +160,13 @@ def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
         path: the file.
 
     Returns:
-        the report; everything was loaded, tensors that the encoder has no place for are listed as unexpected.
+        the report; everything was loaded, what does not belong to an encoder, such as a classifier, is listed as
+        unexpected.
 
     Raises:
         FileNotFoundError: where the file is missing.
-        ValueError: where it is damaged, or a tensor of the encoder is missing from it or has another shape.
+        ValueError: where it is damaged, a tensor of the encoder is missing from it or has another shape, or it holds a
+            larger encoder.
     """
     encoder = getattr(network, "encoder", network)
     state = load_state(path)
@@ -173,14 +175,28 @@ def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
     if any(key.startswith(_PREFIX) for key in state):
         state = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
     own = encoder.state_dict()
+    state = _without_shortcut_bias(state, own)
     report = compare_states(state, own)
-    if report.missing or report.mismatched:
+    # A classifier is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
+    parts = {name for name, _ in encoder.named_children()}
+    larger = any(key.split(".")[0] in parts for key in report.unexpected)
+    if report.missing or report.mismatched or larger:
         raise ValueError(
             f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
             f"{Path(path).with_suffix('.json').name}, or choose the file that belongs to it."
         )
     encoder.load_state_dict({key: state[key] for key in own})
     return report
+
+
+def _without_shortcut_bias(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict:
+    """Take the biases that MONAI's ResNet has in its shortcuts by default off the running mean, which has them too."""
+    state = dict(state)
+    for key in [key for key in state if key.endswith(".downsample.0.bias") and key not in own]:
+        mean = key.removesuffix("0.bias") + "1.running_mean"
+        if mean in state:
+            state[mean] = state[mean] - state.pop(key)
+    return state
 
 
 def export_encoder(checkpoint: str | os.PathLike, out: str | os.PathLike, layout: str = "pgl") -> Path:

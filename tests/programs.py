@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundles" / "pgl_pretrain" / "configs"
+SEGMENTATION_CONFIGS = ROOT / "bundles" / "pgl_segmentation" / "configs"
 
 # A network and a schedule that take seconds; everything else is as in small.yaml.
 TINY = {
@@ -18,6 +20,18 @@ TINY = {
     "network_def#hidden_channels": 32,
     "network_def#out_channels": 16,
     "patches_per_volume": 4,
+    "batch_size": 4,
+    "max_epochs": 3,
+    "log_interval": 1,
+    "picture_interval": 1000,
+}
+# The same of the segmentation bundle, for phantoms of 64 x 64 x 32 voxels.
+TINY_SEGMENTATION = {
+    "patch_size": [32, 32, 16],
+    "encoder#widen_factor": 0.125,
+    "network_def#aspp_channels": 16,
+    "network_def#decoder_channels": [16, 8, 8],
+    "patches_per_case": 4,
     "batch_size": 4,
     "max_epochs": 3,
     "log_interval": 1,
@@ -32,9 +46,19 @@ def environment() -> dict[str, str]:
 
 def training_arguments(*overlays: str, **overrides: object) -> list[str]:
     """Arguments after ``python`` or ``torchrun`` that pre-train the tiny network."""
-    files = [str(CONFIGS / name) for name in ("train.json", "small.yaml", *overlays)]
-    arguments = ["-m", "monai.bundle", "run", "training", "--config_file", str(files)]
-    for name, value in {**TINY, **overrides}.items():
+    return _arguments(CONFIGS, ("train.json", "small.yaml", *overlays), {**TINY, **overrides})
+
+
+def fine_tuning_arguments(*overlays: str, **overrides: object) -> list[str]:
+    """Arguments after ``python`` or ``torchrun`` that fine-tune the tiny segmentation network on phantoms."""
+    files = ("train.json", "tasks/phantom.yaml", "small.yaml", *overlays)
+    return _arguments(SEGMENTATION_CONFIGS, files, {**TINY_SEGMENTATION, **overrides})
+
+
+def _arguments(folder: Path, files: Sequence[str], settings: Mapping[str, object]) -> list[str]:
+    paths = [str(folder / name) for name in files]
+    arguments = ["-m", "monai.bundle", "run", "training", "--config_file", str(paths)]
+    for name, value in settings.items():
         arguments += [f"--{name.replace('#', '::')}", str(value)]
     return arguments
 
