@@ -12,7 +12,7 @@ from monai.transforms import EnsureChannelFirst, MapTransform
 
 from pgl_ext.data.datalist import NIFTI_SUFFIXES, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
 
-__all__ = ["SUPPORTED_SUFFIXES", "LoadVolumed"]
+__all__ = ["SUPPORTED_SUFFIXES", "LoadVolumed", "series_files"]
 
 
 class LoadVolumed(MapTransform):
@@ -116,7 +116,7 @@ class _SeriesReader(ITKReader):
     def read(self, data: str, **kwargs):
         import itk
 
-        data = _series_files(data, self.series_name) if os.path.isdir(data) else data
+        data = series_files(data, self.series_name) if os.path.isdir(data) else data
         _check_components(data if isinstance(data, str) else data[0])
         return itk.imread(data, **self.kwargs, **kwargs)
 
@@ -136,7 +136,7 @@ def _check_components(path: str) -> None:
             _check_shape([*shape, components], path)
 
 
-def _series_files(directory: str, series_uid: str) -> list[str]:
+def series_files(directory: str, series_uid: str) -> list[str]:
     """The files of one DICOM series in the order of their slices along the scan axis."""
     import itk
 

@@ -1,0 +1,203 @@
+"""DICOM Segmentation objects (SEG) that overlay the series that was segmented."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import pgl_ext
+from pgl_ext.figures.base import organ_colors
+from pgl_ext.files import write_atomically
+
+__all__ = ["organ_codes", "require_highdicom", "write_dicom_seg"]
+
+# Names that DICOM has under another word; letters only, lower case.
+_SYNONYMS = {
+    "parotid": "parotidgland",
+    "submandibular": "submandibulargland",
+    "adrenal": "adrenalgland",
+    "oesophagus": "esophagus",
+    "urinarybladder": "bladder",
+    "vertebralcolumn": "spine",
+    "tumour": "neoplasm",
+    "tumor": "neoplasm",
+    "cancer": "neoplasm",
+}
+# What references to a source are made from, of DICOM's type 2: may be empty, but not absent.
+_WANTED = (
+    "AccessionNumber", "PatientBirthDate", "PatientID", "PatientName", "PatientSex", "ReferringPhysicianName",
+    "SeriesNumber", "SliceThickness", "StudyDate", "StudyID", "StudyTime",
+)  # fmt: skip
+_ANATOMY, _ABNORMALITIES = "CID7192", "CID7159"  # context groups of DICOM PS3.16
+
+
+def require_highdicom() -> None:
+    """Raise now, before hours of computation, if DICOM SEG cannot be written.
+
+    Raises:
+        ImportError: ``highdicom`` is not installed.
+    """
+    try:
+        import highdicom  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Writing DICOM SEG needs the package 'highdicom': pip install highdicom, or go without with "
+            "--save_dicom_seg false."
+        ) from error
+
+
+def write_dicom_seg(
+    masks: np.ndarray,
+    names: Sequence[str],
+    source_files: Sequence[str | os.PathLike],
+    path: str | os.PathLike,
+    series_description: str = "Segmentation",
+) -> None:
+    """Write masks of organs as one DICOM SEG object, whose frames lie on the slices of the source series.
+
+    Each frame refers to the slice it was made from and takes position and orientation from it, so that it fits
+    whichever way the series runs, oblique, or with uneven distances of its slices. Overlapping organs are kept.
+
+    Args:
+        masks: bool (organs, X, Y, Z): x along a slice's columns, y along its rows, z in the order of
+            ``source_files``, as ITK reads a series.
+        names: of the organs: labels of the segments, numbered from 1. An organ without a voxel is described too.
+        source_files: single-frame DICOM files of the series, one per slice.
+        path: file to write.
+        series_description: of the new series.
+
+    Raises:
+        ImportError: ``highdicom`` is not installed.
+        ValueError: the files do not fit the masks.
+    """
+    require_highdicom()
+    import highdicom as hd
+    import pydicom
+
+    sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in source_files]
+    _check(masks, names, sources, source_files)
+    for source in sources:
+        _complete(source)
+    seg = hd.seg.Segmentation(
+        source_images=sources,
+        pixel_array=_frames(masks),
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=_segments(names),
+        series_instance_uid=hd.UID(),
+        series_number=int(sources[0].SeriesNumber or 0) % 10_000 + 1000,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer="PGL for MONAI",
+        manufacturer_model_name="pgl_segmentation",
+        software_versions=pgl_ext.__version__,
+        device_serial_number="none",
+        content_label="SEGMENTATION",
+        series_description=series_description,
+    )
+    write_atomically(lambda file: seg.save_as(file), path)
+
+
+def _check(masks: np.ndarray, names: Sequence[str], sources: Sequence[Any], files: Sequence) -> None:
+    if masks.ndim != 4 or len(masks) != len(names):
+        raise ValueError(f"masks have shape {masks.shape}, expected (organs, X, Y, Z) of {len(names)} organs.")
+    shapes = {(int(source.get("NumberOfFrames") or 1), source.Columns, source.Rows) for source in sources}
+    if shapes != {(1, *masks.shape[1:3])} or len(sources) != masks.shape[3]:
+        raise ValueError(
+            f"{len(sources)} DICOM files with (frames, columns, rows) {sorted(shapes)}, such as {files[0]}, do not fit "
+            f"masks of {masks.shape[1:]} voxels: give the single-frame files that the scan was read from, in order."
+        )
+
+
+def _complete(source: Any) -> None:
+    """Add what anonymising tools drop although DICOM wants it, if only empty: references are made from it."""
+    for name in _WANTED:
+        if name not in source:
+            setattr(source, name, None)
+    if not source.get("FrameOfReferenceUID"):
+        # All slices must share it; it need only differ from that of other series.
+        source.FrameOfReferenceUID = f"{source.SeriesInstanceUID}.1"[:64]
+
+
+def _frames(masks: np.ndarray) -> np.ndarray:
+    """(Z, Y, X) of segment numbers where organs do not overlap, a fraction of the memory, else (Z, Y, X, organs)."""
+    dtype = np.uint8 if len(masks) < 256 else np.uint16
+    labels = np.zeros(masks.shape[:0:-1], dtype=dtype)
+    for number, mask in enumerate(masks, start=1):
+        mask = mask.transpose(2, 1, 0)
+        if labels[mask].any():
+            return np.ascontiguousarray(masks.transpose(3, 2, 1, 0))
+        labels[mask] = number
+    return labels
+
+
+def _segments(names: Sequence[str]) -> list:
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name="pgl_segmentation", family=codes.DCM.ArtificialIntelligence, version=pgl_ext.__version__
+    )
+    segments = []
+    for number, (name, color) in enumerate(zip(names, organ_colors(len(names)), strict=True), start=1):
+        category, kind, region, side = organ_codes(name)
+        segment = hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],
+            segmented_property_category=category,
+            segmented_property_type=kind,
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+            anatomic_regions=None if region is None else [region],
+            display_color=hd.color.CIELabColor.from_rgb(*(round(255 * float(c)) for c in color)),
+        )
+        if side is not None:
+            coded = segment.SegmentedPropertyTypeCodeSequence[0]
+            coded.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept.from_code(side)]
+        segments.append(segment)
+    return segments
+
+
+def organ_codes(name: str) -> tuple[Any, Any, Any, Any]:
+    """What an organ's name is in SNOMED CT, as far as DICOM's lists of anatomy and of abnormalities know it.
+
+    Args:
+        name: such as "left adrenal gland", "RightParotid", "kidney tumour".
+
+    Returns:
+        Codes of the category, of the type, of the organ that an abnormality lies in, and of the side; the last two may
+        be None. An unknown name has the type "Anatomical Structure".
+    """
+    from pydicom.sr.codedict import codes
+
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    words = [word for word in re.split(r"[^a-z0-9]+", words) if word]
+    whole = _code(_ANATOMY, words)
+    if whole is not None:
+        return codes.SCT.AnatomicalStructure, whole, None, None
+    side = next((code for word, code in (("left", codes.SCT.Left), ("right", codes.SCT.Right)) if word in words), None)
+    words = [word for word in words if word not in ("left", "right")]
+    structure = _code(_ANATOMY, words)
+    if structure is not None:
+        return codes.SCT.AnatomicalStructure, structure, None, side
+    abnormality = _code(_ABNORMALITIES, words[-1:])
+    if abnormality is not None:
+        return codes.SCT.MorphologicallyAbnormalStructure, abnormality, _code(_ANATOMY, words[:-1]), side
+    return codes.SCT.AnatomicalStructure, codes.SCT.AnatomicalStructure, None, side
+
+
+def _code(group: str, words: Sequence[str]) -> Any:
+    """The code of a context group that some words name, in singular or plural; None if there is none."""
+    from pydicom.sr.codedict import Collection
+
+    collection = Collection(group)
+    known = {keyword.lower(): keyword for keyword in collection.dir()}
+    letters = "".join(words)
+    for candidate in (letters, letters.removesuffix("s")):
+        keyword = known.get(_SYNONYMS.get(candidate, candidate))
+        if keyword is not None:
+            return getattr(collection, keyword)
+    return None
