@@ -26,7 +26,8 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
         keys: key of the case, a (2, X, Y, Z) array or tensor of image and label map; read in part only. Replaced by
             the image's patch (1, *patch_size), float32; ``label`` gets that of the label map.
         patch_size: (X, Y, Z) in voxels.
-        scale_range: smallest and largest crop, as multiples of the patch size, drawn per axis.
+        scale_range: smallest and largest crop, as multiples of the patch size, drawn per axis. Unlike pre-training's
+            1.1 to 1.4 it should have 1 in its middle: scans are segmented at their own scale.
         flip_prob: probability of a flip, one for all axes or one for each. An axis along which left and right organs
             would be confused must not be flipped.
         organ_prob: probability that the patch is centred on an organ.
@@ -40,7 +41,7 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
         self,
         keys: str,
         patch_size: Sequence[int] | int,
-        scale_range: Sequence[float] = (1.1, 1.4),
+        scale_range: Sequence[float] = (0.8, 1.25),
         flip_prob: Sequence[float] | float = 0.5,
         organ_prob: float = 0.5,
         points_key: str = "organ_points",
