@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import wilcoxon
 
-from pgl_ext.evaluation import AVERAGE, confidence_interval, table, write_csv
 from pgl_ext.figures.scores import plot_differences
+from pgl_ext.summary import AVERAGE, confidence_interval, table, write_csv
 
 __all__ = ["compare_runs", "paired_statistics", "read_scores"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -17,36 +15,22 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.transforms import Compose, Orientationd
-from scipy.stats import bootstrap
 
 from pgl_ext.data.cases import labelled_items
 from pgl_ext.data.checks import BadVolumesError
 from pgl_ext.data.datalist import item_name
 from pgl_ext.figures.overlays import plot_overlay
 from pgl_ext.figures.scores import plot_scores
-from pgl_ext.files import write_atomically
 from pgl_ext.inference import unique_names
-from pgl_ext.metrics import METRICS, STATUSES, organ_scores, spacing_of
+from pgl_ext.metrics import METRICS, organ_scores, spacing_of
+from pgl_ext.summary import AVERAGE, case_means, summarise, summary_rows, summary_table, write_csv, write_text
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed
 
-__all__ = [
-    "AVERAGE",
-    "CASE_COLUMNS",
-    "EvaluationReport",
-    "case_means",
-    "check_cases",
-    "confidence_interval",
-    "evaluation_cases",
-    "summarise",
-    "table",
-    "write_csv",
-]
+__all__ = ["CASE_COLUMNS", "EvaluationReport", "check_cases", "evaluation_cases"]
 
 logger = logging.getLogger(__name__)
 
-AVERAGE = "average"
-"""Name of the row over all organs."""
 CASE_COLUMNS = ("case", "organ", *METRICS, "reference_ml", "predicted_ml", "status")
 _PICTURE_SIZE = 256  # voxels per axis
 
@@ -103,88 +87,6 @@ def check_cases(cases: Iterable[Mapping], loading: Callable[[Mapping], Any]) -> 
             bad[item_name(case)] = str(error.__cause__ or error)
     if bad:
         raise BadVolumesError(bad, len(cases))
-
-
-# --- summary --------------------------------------------------------------------------------------------------------
-
-
-def confidence_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
-    """95 % confidence interval of the mean over cases by the percentile bootstrap, the same in every run.
-
-    Args:
-        values: one per case, finite.
-        resamples: number of times that as many cases are drawn with replacement.
-
-    Returns:
-        Both ends; NaN of fewer than two cases.
-    """
-    if len(values) < 2:
-        return math.nan, math.nan
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    found = bootstrap((np.asarray(values),), np.mean, n_resamples=resamples, method="percentile", rng=0)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def case_means(rows: Iterable[Mapping], metric: str) -> dict[str, float]:
-    """Mean over the organs of each case, NaN where a case has no value at all.
-
-    Args:
-        rows: ``"case"`` and the metric, as in ``cases.csv``.
-        metric: name of the column.
-    """
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["case"], []).extend([row[metric]] if math.isfinite(row[metric]) else [])
-    return {case: float(np.mean(found)) if found else math.nan for case, found in values.items()}
-
-
-def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
-    """Mean, spread and confidence interval over cases, of each organ and of their average.
-
-    The average is that of the cases' means over their organs: cases are what is drawn at random, so that they are what
-    is resampled.
-
-    Args:
-        rows: one per case and organ, as in ``cases.csv``.
-
-    Returns:
-        By organ, and for ``"average"`` at the end: per metric ``mean``, ``std`` (of a sample), ``n`` and ``ci95`` (both
-        ends), None where there are too few cases; and how often each status occurs.
-    """
-    by_organ: dict[str, list[Mapping]] = {}
-    for row in rows:
-        by_organ.setdefault(row["organ"], []).append(row)
-    summary = {
-        organ: {metric: _statistics([row[metric] for row in some]) for metric in METRICS} | _counts(some)
-        for organ, some in by_organ.items()
-    }
-    means = {metric: _statistics(case_means(rows, metric).values()) for metric in METRICS}
-    return {**summary, AVERAGE: means | _counts(rows)}
-
-
-def _statistics(values: Iterable[float]) -> dict[str, Any]:
-    values = [value for value in values if math.isfinite(value)]
-    low, high = confidence_interval(values)
-    return {
-        "mean": float(np.mean(values)) if values else None,
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "n": len(values),
-        "ci95": [low, high] if len(values) > 1 else None,
-    }
-
-
-def _counts(rows: Iterable[Mapping]) -> dict[str, int]:
-    found = [row["status"] for row in rows]
-    return {status: found.count(status) for status in STATUSES}
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Text in columns, the first one to the left and the others to the right."""
-    rows = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 # --- report ---------------------------------------------------------------------------------------------------------
@@ -303,8 +205,8 @@ class EvaluationReport:
             "organs": organs,
             "task": self.task.description(),
         }
-        _write_text(self.folder / "summary.json", json.dumps({**self.description, **content}, indent=4) + "\n")
-        write_csv(self.folder / "summary.csv", _summary_rows(summary))
+        write_text(self.folder / "summary.json", json.dumps({**self.description, **content}, indent=4) + "\n")
+        write_csv(self.folder / "summary.csv", summary_rows(summary))
         scores = {
             metric: {organ: [row[metric] for row in self.rows if row["organ"] == organ] for organ in self.task.names}
             for metric in ("dice", "hd95_mm")
@@ -313,7 +215,7 @@ class EvaluationReport:
         self._draw_overlays()
         # Last, since it says that the report is complete.
         write_csv(self.folder / "cases.csv", [{name: row[name] for name in CASE_COLUMNS} for row in self.rows])
-        logger.info("%d cases, report in %s\n%s", len(self.cases), self.folder, _summary_table(summary))
+        logger.info("%d cases, report in %s\n%s", len(self.cases), self.folder, summary_table(summary))
 
     def _draw_overlays(self) -> None:
         dice = {case: value for case, value in case_means(self.rows, "dice").items() if math.isfinite(value)}
@@ -349,60 +251,3 @@ class EvaluationReport:
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Without metadata, on the CPU."""
     return torch.as_tensor(tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach().cpu()
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(lambda file: file.write(text.encode("utf-8")), path)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV with the first one's keys as header; NaN and None become empty cells."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    _write_text(path, text.getvalue())
-
-
-def _cell(value: Any) -> Any:
-    """Empty where there is no value."""
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else ""
-    return value
-
-
-def _summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for organ, entry in summary.items():
-        row: dict[str, Any] = {"organ": organ}
-        for metric in METRICS:
-            found = entry[metric]
-            low, high = found["ci95"] or (None, None)
-            row |= {f"{metric}_mean": found["mean"], f"{metric}_std": found["std"]}
-            row |= {f"{metric}_ci95_low": low, f"{metric}_ci95_high": high, f"{metric}_n": found["n"]}
-        rows.append(row | {status.replace(" ", "_"): entry[status] for status in STATUSES})
-    return rows
-
-
-def _summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "cases", "missed", "spurious")
-    return table(head, [_table_row(name, entry) for name, entry in summary.items()])
-
-
-def _table_row(name: str, entry: Mapping[str, Any]) -> list[str]:
-    def mean(metric: str, digits: int) -> str:
-        value = entry[metric]["mean"]
-        return "n/a" if value is None else f"{value:.{digits}f}"
-
-    interval = entry["dice"]["ci95"]
-    return [
-        name,
-        mean("dice", 3),
-        f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "n/a",
-        mean("iou", 3),
-        mean("hd_mm", 1),
-        mean("hd95_mm", 1),
-        str(entry["dice"]["n"]),
-        str(entry["missed"]),
-        str(entry["spurious"]),
-    ]

@@ -13,17 +13,10 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from pgl_ext.data.checks import BadVolumesError
-from pgl_ext.evaluation import (
-    AVERAGE,
-    CASE_COLUMNS,
-    EvaluationReport,
-    case_means,
-    confidence_interval,
-    evaluation_cases,
-    summarise,
-)
+from pgl_ext.evaluation import CASE_COLUMNS, EvaluationReport, evaluation_cases
 from pgl_ext.figures.scores import plot_scores
 from pgl_ext.metrics import organ_scores
+from pgl_ext.summary import AVERAGE, case_means, confidence_interval, summarise
 from pgl_ext.task import SegmentationTask
 
 CONFIG = Path(__file__).parents[1] / "bundles" / "pgl_segmentation" / "configs" / "evaluate.json"

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pgl_ext.__main__ import main
+from pgl_ext.compare import compare_runs, paired_statistics
+from pgl_ext.figures.scores import plot_differences
+from pgl_ext.summary import AVERAGE, write_csv
+
+RNG = np.random.default_rng(0)
+BASE = {"liver": RNG.uniform(0.6, 0.9, 8), "spleen": RNG.uniform(0.5, 0.8, 8)}
+GAIN = np.array([0.05, 0.02, -0.01, 0.04, 0.06, 0.03, 0.07, 0.08])
+
+
+def write_run(folder: Path, dice: Mapping[str, Sequence[float]], cases: Sequence[int] = range(8)) -> str:
+    """A run whose HD95 is 10 (1 - Dice) mm; NaN becomes an empty cell, as evaluations write it."""
+    rows = [
+        {"case": f"case_{number}", "organ": organ, "dice": values[number], "hd95_mm": 10 * (1 - values[number])}
+        for number, (organ, values) in itertools.product(cases, dice.items())
+    ]
+    write_csv(folder / "cases.csv", rows)
+    return str(folder)
+
+
+def read_rows(folder: Path) -> dict[tuple[str, str, str], dict]:
+    with open(folder / "compare.csv", newline="") as file:
+        return {(row["metric"], row["run"], row["organ"]): row for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    better = {organ: values + GAIN for organ, values in BASE.items()}
+    return write_run(tmp_path / "random", BASE), write_run(tmp_path / "pgl", better)
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def brute_force_p(differences: np.ndarray) -> float:
+    """Two-sided p of the Wilcoxon signed-rank test by trying all signs."""
+    ranks = np.abs(differences).argsort().argsort() + 1
+    observed = abs((ranks * np.sign(differences)).sum())
+    sums = [abs((ranks * signs).sum()) for signs in itertools.product((1, -1), repeat=len(ranks))]
+    return float(np.mean(np.array(sums) >= observed))
+
+
+def test_p_is_that_of_all_signs():
+    found = paired_statistics(BASE["liver"], BASE["liver"] + GAIN)
+    assert found["p"] == pytest.approx(brute_force_p(GAIN))
+    assert found["n"] == 8
+
+
+def test_statistics_by_hand():
+    found = paired_statistics([1, 2, math.nan, 4], [2, 2, 5, 6])
+    assert found["n"] == 3
+    assert found["mean_a"] == pytest.approx(7 / 3)
+    assert found["mean_b"] == pytest.approx(10 / 3)
+    assert found["difference"] == pytest.approx(1)
+    assert 0 <= found["ci95_low"] < 1 < found["ci95_high"] <= 2
+    assert math.isnan(found["p"])  # only two pairs differ
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([0.5] * 9, [0.5] * 9), ([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]), ([1], [2]), ([math.nan], [1]), ([], [])],
+)
+def test_no_p_where_there_is_nothing_to_test(first, second):
+    assert math.isnan(paired_statistics(first, second)["p"])
+
+
+def test_pairing_finds_what_means_hide():
+    base = np.random.default_rng(1).uniform(0, 1, 12)
+    found = paired_statistics(base, base + np.linspace(0.005, 0.015, 12))
+    assert found["ci95_low"] > 0
+    assert found["p"] < 0.001
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_table_of_two_runs(runs, tmp_path):
+    text = compare_runs(runs, out=tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
+    assert len(rows) == 2 * 3
+    for organ in (*BASE, AVERAGE):
+        row = rows["dice", "pgl", organ]
+        assert float(row["difference"]) == pytest.approx(GAIN.mean(), abs=1e-6)
+        assert float(row["p"]) == pytest.approx(brute_force_p(GAIN), abs=1e-6)
+        assert float(row["ci95_low"]) < GAIN.mean() < float(row["ci95_high"])
+        assert float(rows["hd95_mm", "pgl", organ]["difference"]) == pytest.approx(-10 * GAIN.mean(), abs=1e-5)
+    assert float(rows["dice", "pgl", "liver"]["mean_a"]) == pytest.approx(BASE["liver"].mean(), abs=1e-6)
+    assert f"{GAIN.mean():+.4f}" in text
+    assert "8 cases, paired; differences are to random" in text
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
+
+
+def test_average_is_of_the_organs_that_both_runs_have_of_a_case(tmp_path):
+    nan = math.nan
+    a = write_run(tmp_path / "a", {"liver": [0.8, 0.6], "tumour": [nan, 0.2]}, range(2))
+    b = write_run(tmp_path / "b", {"liver": [0.9, 0.7], "tumour": [0.0, 0.4]}, range(2))
+    compare_runs([a, b], out=tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
+    assert rows["dice", "b", "tumour"]["n"] == "1"
+    assert rows["dice", "b", "tumour"]["p"] == ""
+    # Differences of 0.1 (liver alone) and of (0.1 + 0.2) / 2.
+    assert float(rows["dice", "b", AVERAGE]["difference"]) == pytest.approx(0.125)
+
+
+def test_seeds_are_averaged_case_by_case(tmp_path):
+    seeds = [write_run(tmp_path / f"seed{n}", {"liver": BASE["liver"] + shift}) for n, shift in enumerate((0.0, 0.1))]
+    reference = write_run(tmp_path / "reference", {"liver": BASE["liver"]})
+    texts = [
+        compare_runs([reference, run], names=["none", "PGL"], out=tmp_path / name)
+        for name, run in (("comma", ",".join(seeds)), ("list", seeds))
+    ]
+    assert texts[0] == texts[1]
+    row = read_rows(tmp_path / "comma")["dice", "PGL", "liver"]
+    assert float(row["difference"]) == pytest.approx(0.05)
+
+
+def test_other_cases_are_listed_or_left_out(runs, tmp_path):
+    fewer = write_run(tmp_path / "fewer", BASE, cases=range(6))
+    with pytest.raises(ValueError, match="other cases") as caught:
+        compare_runs([runs[0], fewer])
+    message = str(caught.value)
+    assert f"{fewer} lacks case_6 (liver), case_6 (spleen), case_7 (liver), case_7 (spleen)\n" in message
+    assert f"{runs[0]} lacks" not in message
+    assert "--common true" in message
+    assert "6 cases, paired" in compare_runs([runs[0], fewer], common=True)
+
+
+def test_bad_runs(runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.cases\.csv does not exist"):
+        compare_runs([runs[0], str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="at least two runs, got 1"):
+        compare_runs(runs[:1])
+    with pytest.raises(ValueError, match="names must be 2 different ones"):
+        compare_runs(runs, names=["a", "a"])
+    other = write_run(tmp_path / "other", {"brain": BASE["liver"]})
+    with pytest.raises(ValueError, match="no case and organ in common"):
+        compare_runs([runs[0], other], common=True)
+    (tmp_path / "other" / "cases.csv").write_text("case,organ,dice\na,b,1\n")
+    with pytest.raises(ValueError, match=r"lacks the columns \['hd95_mm'\]"):
+        compare_runs([runs[0], other])
+    (tmp_path / "other" / "cases.csv").write_text("case,organ,dice,hd95_mm\na,b,1,1\na,b,1,1\n")
+    with pytest.raises(ValueError, match="more than once"):
+        compare_runs([runs[0], other])
+
+
+def test_command(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["pgl_ext", "compare", *runs, "--names", "random start,PGL", "--out", "out"]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    assert "differences are to random start" in capsys.readouterr().out
+    assert (tmp_path / "out" / "compare.csv").is_file()
+    fewer = write_run(tmp_path / "fewer", BASE, cases=range(6))
+    for common, expected in (("true", None), ("false", "error: the runs have other cases")):
+        monkeypatch.setattr(sys, "argv", ["pgl_ext", "compare", runs[0], fewer, "--common", common])
+        if expected is None:
+            main()
+        else:
+            with pytest.raises(SystemExit, match=expected):
+                main()
+
+
+def test_picture_shows_every_difference(tmp_path):
+    differences = {"dice": {"PGL": {"liver": GAIN, "spleen": [math.nan, 0.1]}}}
+    intervals = {"dice": {"PGL": {"liver": (0.04, 0.02, 0.06), "spleen": (0.1, math.nan, math.nan)}}}
+    (axes,) = plot_differences(differences, intervals, tmp_path / "d.png", "random").axes
+    drawn = [collection.get_offsets()[:, 1].tolist() for collection in axes.collections]
+    assert drawn == [GAIN.tolist(), [0.1]]
+    assert any(list(line.get_ydata()) == [0.02, 0.06] for line in axes.lines)
+    assert "minus random" in axes.get_ylabel()
+    assert (tmp_path / "d.png").stat().st_size > 5000
