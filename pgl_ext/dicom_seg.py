@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ def write_dicom_seg(
     import highdicom as hd
     import pydicom
 
+    # It reports every module of attributes that it copies.
+    logging.getLogger("highdicom.base").setLevel(logging.WARNING)
     sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in source_files]
     _check(masks, names, sources, source_files)
     for source in sources:

@@ -12,6 +12,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
+from pgl_ext.flags import as_bool
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["RestoreOrgansd", "predictive_entropy"]
@@ -60,8 +61,8 @@ class RestoreOrgansd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.task = task
         self.image_key = image_key
-        self.probabilities = probabilities
-        self.uncertainty = uncertainty
+        self.probabilities = as_bool(probabilities, "probabilities")
+        self.uncertainty = as_bool(uncertainty, "uncertainty")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)
