@@ -1,4 +1,4 @@
-"""Pictures: training curves, aligned views, segmentations, and where a point of one scan is found in others.
+"""Pictures: training curves, aligned views, segmentations, their scores, and a point of one scan in others.
 
 Volumes are shown as arrays in RAS order: x to the right, y (anterior) or z (superior) up.
 """
@@ -6,7 +6,17 @@ Volumes are shown as arrays in RAS order: x to the right, y (anterior) or z (sup
 from pgl_ext.figures.base import figure_to_array
 from pgl_ext.figures.curves import plot_metrics
 from pgl_ext.figures.overlays import plot_overlay
+from pgl_ext.figures.scores import plot_differences, plot_scores
 from pgl_ext.figures.similarity import plot_similarity
 from pgl_ext.figures.views import plot_views, source_to_view
 
-__all__ = ["figure_to_array", "plot_metrics", "plot_overlay", "plot_similarity", "plot_views", "source_to_view"]
+__all__ = [
+    "figure_to_array",
+    "plot_differences",
+    "plot_metrics",
+    "plot_overlay",
+    "plot_scores",
+    "plot_similarity",
+    "plot_views",
+    "source_to_view",
+]
