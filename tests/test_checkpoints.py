@@ -320,3 +320,56 @@ class TestSaving:
         run = start(rank=1)
         run.trainer.run()
         assert not run.folder.exists()
+
+
+class Score:
+    """Found by a validation at the end of an epoch, by a handler that is attached after the checkpoints'."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def attach(self, engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self.epochs.append(engine.state.epoch))
+
+    def state_dict(self) -> dict:
+        return {"epochs": list(self.epochs)}
+
+    def load_state_dict(self, state) -> None:
+        self.epochs = list(state["epochs"])
+
+
+class TestValidationAtTheEndOfAnEpoch:
+    def scored(self, run: Run) -> Run:
+        run.score = run.handler.objects["score"] = Score()
+        run.score.attach(run.trainer)
+        return run
+
+    def test_is_in_its_checkpoint(self, start):
+        run = self.scored(start(max_epochs=3, interval=2))
+        run.trainer.run()
+        found = [torch.load(path, weights_only=True) for path in run.handler.folder.paths()]
+        assert [(c["step"], c["objects"]["score"]["epochs"]) for c in found] == [(6, [1, 2]), (9, [1, 2, 3])]
+
+    @pytest.mark.parametrize(("stop_at", "step", "epochs"), [(2, 2, []), (3, 3, [1]), (4, 4, [1]), (6, 6, [1, 2])])
+    def test_comes_before_a_stop_on_request(self, start, stop_at, step, epochs):
+        """Also where the signal comes during the last step of an epoch."""
+        run = self.scored(start(max_epochs=3, interval=100, stop_at=stop_at))
+        stopped(run)
+        content = run.content()
+        assert content["step"] == run.trainer.state.iteration == step
+        assert content["objects"]["score"]["epochs"] == run.score.epochs == epochs
+
+    @pytest.mark.parametrize("stop_at", [2, 3, 4])
+    def test_happens_once_in_a_resumed_run(self, start, stop_at):
+        stopped(self.scored(start("run", stop_at=stop_at)))
+        second = self.scored(start("run", resume=True))
+        second.trainer.run()
+        assert second.score.epochs == [1, 2]
+
+
+def test_without_an_encoder_file(start):
+    run = start()
+    run.handler.encoder_path = None
+    run.trainer.run()
+    assert len(run.handler.folder.paths()) == 2
+    assert not (run.folder / "models").exists()

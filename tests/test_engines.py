@@ -12,7 +12,7 @@ from torch import nn
 
 from pgl_ext.checkpoints import CheckpointHandler
 from pgl_ext.data.dataset import PairBatchSampler
-from pgl_ext.engines import PretrainEvaluator, PretrainEvents, PretrainTrainer, prepare_network
+from pgl_ext.engines import PretrainEvaluator, PretrainEvents, PretrainTrainer, SegmentationTrainer, prepare_network
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import Method
 from pgl_ext.retrieval import correspondence_retrieval
@@ -348,3 +348,101 @@ class TestPrepareNetwork:
         assert any(isinstance(m, nn.SyncBatchNorm) for m in method.target_encoder.modules())
         # The target that momentum follows is the converted one.
         assert all(target in list(method.modules()) for _, target in method.momentum_pairs())
+
+
+class ToySegmentation(nn.Module):
+    """A voxel by itself: each sample's gradient is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Conv3d(1, 4, kernel_size=1)
+        self.head = nn.Conv3d(4, 2, kernel_size=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.encoder(image)))
+
+
+def squares(logits: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Averaged over samples, so that the parts of a batch add up to the whole."""
+    weight = batch.get("annotated", torch.ones(len(logits), 2)).view(-1, 2, 1, 1, 1)
+    return (weight * (logits - batch["label"]).square()).mean()
+
+
+def labelled_batch(size: int = 4, seed: int = 0, **more) -> dict:
+    image = torch.randn(size, 1, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return {"image": image, "label": (image > 0).float(), "read_errors": torch.zeros(size, dtype=torch.long), **more}
+
+
+def make_segmentation_trainer(batches, loss=squares, network=None, lr: float = 0.1, **settings) -> SegmentationTrainer:
+    network = ToySegmentation() if network is None else network
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    return SegmentationTrainer("cpu", 1, batches, network, optimizer, loss_function=loss, **settings)
+
+
+class TestSegmentationTrainer:
+    def test_is_plain_gradient_descent(self):
+        batches = [labelled_batch(4, seed) for seed in range(3)]
+        trainer = make_segmentation_trainer(batches)
+        trainer.run()
+        network = ToySegmentation()
+        for batch in batches:
+            gradients = torch.autograd.grad(squares(network(batch["image"]), batch), list(network.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                    parameter -= 0.1 * gradient
+        for a, b in zip(trainer.network.parameters(), network.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-7)
+        assert trainer.state.output[0].keys() == {"loss"}
+        assert trainer.state.metrics == {**trainer.state.output[0], "lr": 0.1, "read_errors": 0}
+
+    @pytest.mark.parametrize(("size", "micro_batch_size"), [(4, 2), (5, 2), (3, 1)])
+    def test_micro_batches_give_the_step_of_the_whole_batch(self, size, micro_batch_size):
+        """With everything that belongs to a sample: its label, and which organs count in it."""
+        annotated = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])[:size]
+        batch = labelled_batch(size, annotated=annotated)
+        batch["image"] *= torch.arange(1.0, size + 1).view(-1, 1, 1, 1, 1)
+        whole = make_segmentation_trainer([batch])
+        parts = make_segmentation_trainer([batch], micro_batch_size=micro_batch_size)
+        whole.run()
+        parts.run()
+        for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+        assert parts.state.output[0]["loss"] == pytest.approx(whole.state.output[0]["loss"], rel=1e-5)
+
+    def test_mixed_precision_leaves_the_loss_in_single(self):
+        seen = []
+
+        def loss(logits, batch):
+            seen.append((logits.dtype, torch.is_autocast_enabled("cpu"), logits.requires_grad))
+            return squares(logits, batch)
+
+        network = ToySegmentation()
+        network.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        before = weights(network)
+        make_segmentation_trainer([labelled_batch()], loss, network, amp=True).run()
+        assert seen == [torch.bfloat16, (torch.float32, False, True)]
+        assert not equal(before, weights(network))
+
+    def test_the_batch_transform_changes_the_image_alone(self):
+        class AddOne:
+            def set_random_state(self, seed):
+                return self
+
+            def __call__(self, batch):
+                return {**batch, "image": batch["image"] + 1}
+
+        batch = labelled_batch()
+        trainer = make_segmentation_trainer([batch], batch_transform=AddOne(), lr=0.0)
+        trainer.run()
+        expected = squares(ToySegmentation()(batch["image"] + 1), batch)
+        assert trainer.state.output[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
+
+    def test_a_step_that_is_not_finite_is_skipped(self, caplog):
+        bad = labelled_batch()
+        bad["image"][0, 0, 0, 0, 0] = math.nan
+        network = ToySegmentation()
+        before = weights(network)
+        make_segmentation_trainer([bad], network=network).run()
+        assert equal(before, weights(network))
+        assert "step 1 skipped: the loss is nan" in caplog.text
