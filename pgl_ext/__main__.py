@@ -44,10 +44,11 @@ def compare(*runs: str, names: str | None = None, out: str | None = None, common
         common: compare the cases that all runs have, instead of stopping where they differ.
     """
     from pgl_ext.compare import compare_runs
+    from pgl_ext.flags import as_bool
 
     # fire makes a tuple of a,b and a string of true and false.
     names = names.split(",") if isinstance(names, str) else names
-    return compare_runs(runs, names, out, str(common).lower() == "true")
+    return compare_runs(runs, names, out, as_bool(common, "common"))
 
 
 def report(
