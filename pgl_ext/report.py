@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from pgl_ext import __version__
-from pgl_ext.evaluation import AVERAGE
+from pgl_ext.summary import AVERAGE
 from pgl_ext.files import write_atomically
 
 __all__ = ["write_report"]

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from matplotlib.figure import Figure
 
-from pgl_ext.evaluation import summarise
+from pgl_ext.summary import summarise
 from pgl_ext.report import write_report
 from pgl_ext.task import SegmentationTask
 
