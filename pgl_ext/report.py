@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from pgl_ext import __version__
-from pgl_ext.summary import AVERAGE
 from pgl_ext.files import write_atomically
+from pgl_ext.summary import AVERAGE
 
 __all__ = ["write_report"]
 
