@@ -86,7 +86,7 @@ def check_cases(cases: Iterable[Mapping], loading: Callable[[Mapping], Any]) -> 
             # Compose wraps what its transforms raise.
             bad[item_name(case)] = str(error.__cause__ or error)
     if bad:
-        raise BadVolumesError(bad, len(cases))
+        raise BadVolumesError(bad, len(cases), can_skip=False)
 
 
 # --- report ---------------------------------------------------------------------------------------------------------

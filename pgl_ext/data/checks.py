@@ -32,21 +32,24 @@ class BadVolumesError(ValueError):
     Args:
         bad: reason by volume. The message lists all of them.
         total: number of volumes looked at.
+        can_skip: whether the program has the option to leave them out.
     """
 
-    def __init__(self, bad: Mapping[str, str], total: int) -> None:
+    def __init__(self, bad: Mapping[str, str], total: int, can_skip: bool = True) -> None:
         self.bad = dict(bad)
         self.total = total
+        self.can_skip = can_skip
         lines = [f"  {name}: {reason}" for name, reason in sorted(self.bad.items())]
         super().__init__(
             f"{len(self.bad)} of {total} volumes cannot be used:\n"
             + "\n".join(lines)
-            + "\nRepair them or remove them from the data, or leave them out with --skip_bad_files true."
+            + "\nRepair them or remove them from the data"
+            + (", or leave them out with --skip_bad_files true." if can_skip else ".")
         )
 
     def __reduce__(self):
         # The default would rebuild the exception from its message alone, and fail in a process pool.
-        return type(self), (self.bad, self.total)
+        return type(self), (self.bad, self.total, self.can_skip)
 
 
 def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
