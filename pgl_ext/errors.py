@@ -9,9 +9,15 @@ from types import TracebackType
 __all__ = ["report_root_cause", "root_cause"]
 
 
+_ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError)
+
+
 def root_cause(error: BaseException) -> BaseException:
-    """The error that a chain of wrapped errors began with."""
-    while error.__cause__ is not None:
+    """What layers of other errors were wrapped around: an error about files or values, else what all began with.
+
+    Of several errors about files or values it is the outermost: it says what to do about those within.
+    """
+    while error.__cause__ is not None and not isinstance(error, _ABOUT_THE_INPUT):
         error = error.__cause__
     return error
 
@@ -27,7 +33,7 @@ def report_root_cause() -> None:
 
 def _print_cause(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     cause = root_cause(error)
-    if not isinstance(cause, (OSError, ValueError, FloatingPointError)) or os.environ.get("PGL_TRACEBACK"):
+    if not isinstance(cause, _ABOUT_THE_INPUT) or os.environ.get("PGL_TRACEBACK"):
         sys.__excepthook__(kind, error, traceback)
         return
     print(f"\nerror: {cause}\n(set PGL_TRACEBACK=1 to see where it was raised)", file=sys.stderr)

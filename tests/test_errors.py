@@ -58,6 +58,16 @@ def test_errors_about_the_input_are_shown_as_their_message_alone(report, cause, 
     assert "PGL_TRACEBACK=1" in text
 
 
+@pytest.mark.parametrize("within", [KeyError("a"), RuntimeError("not a zip archive"), ValueError("line 1 column 1")])
+def test_an_error_that_explains_another_is_shown_instead_of_it(report, within):
+    try:
+        raise ValueError("model.pt is damaged: copy it again.") from wrapped(within, 1)
+    except ValueError as error:
+        text = report(wrapped(error))
+    assert text.splitlines()[1] == "error: model.pt is damaged: copy it again."
+    assert "Traceback" not in text
+
+
 @pytest.mark.parametrize("cause", [KeyError("bug"), AssertionError("bug"), pickle.PicklingError("bug")])
 def test_other_errors_keep_their_traceback(report, cause):
     text = report(wrapped(cause))

@@ -183,7 +183,7 @@ class TestCrop:
     @pytest.mark.parametrize("organ_prob", [0, 1])
     def test_size_and_place(self, size, organ_prob):
         points = [np.array([[0, 0, 0], np.array(size) - 1, np.array(size) // 2])]
-        transform = RandOrganPatchd("image", PATCH, organ_prob=organ_prob).set_random_state(0)
+        transform = RandOrganPatchd("image", PATCH, (1.1, 1.4), organ_prob=organ_prob).set_random_state(0)
         sizes = []
         for _ in range(200):
             transform({"image": FakeVolume(size), "organ_points": points})

@@ -1,0 +1,269 @@
+"""Fine-tuning as a user runs it: whole programs, killed, resumed, distributed, and fed bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from programs import SEGMENTATION_CONFIGS, TINY_SEGMENTATION, fine_tuning_arguments, run, start, tail, wait_for
+
+from pgl_ext.data.phantom import write_dataset
+from pgl_ext.models import build_network, load_model, recorded_model
+from pgl_ext.networks import ResNetEncoder
+from pgl_ext.task import SegmentationTask
+from pgl_ext.weights import save_encoder
+
+pytestmark = pytest.mark.slow
+
+ENCODER = {"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.125}
+# Dropout draws from the global random states, which a resumed run must find as they were.
+SETTINGS = {"dropout": 0.2, "freeze_encoder_epochs": 1, "max_epochs": 4, "checkpoint_interval": 1}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms") / "data"
+    write_dataset(folder, 4, shape=(64, 64, 32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("encoder") / "pgl_encoder.pt"
+    torch.manual_seed(1)
+    save_encoder(ResNetEncoder(**ENCODER), path, {"normalization": {"clip_hu": [-1000, 1000]}, "spacing": None})
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Shared by all runs on these cases."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def arguments(cases, encoder_file, cache):
+    def make(out: Path, *overlays: str, **overrides) -> list[str]:
+        files = {"dataset_dir": cases, "cache_dir": cache, "pretrained_encoder": encoder_file, "output_dir": out}
+        return fine_tuning_arguments(*overlays, **{**files, **SETTINGS, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight(arguments, tmp_path_factory) -> tuple[Path, str]:
+    """A run that nothing disturbed, and what it said."""
+    folder = tmp_path_factory.mktemp("straight")
+    result = run(arguments(folder / "out", device="cpu"), cwd=folder)
+    assert result.returncode == 0, result.stdout[-3000:]
+    return folder / "out", result.stdout
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("checkpoint_*.pt"))
+
+
+def metrics(out: Path) -> list[dict[str, str]]:
+    """All but the speed, which no two runs share."""
+    with open(out / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "patches_per_s"} for row in csv.DictReader(file)]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(path, weights_only=True)
+    return content.get("network", content)
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, log and best model, bit by bit."""
+    last = [checkpoints(out)[-1] for out in (first, second)]
+    assert last[0].name == last[1].name
+    for a, b in (last, [out / "models" / "model.pt" for out in (first, second)]):
+        state = weights(b)
+        for key, value in weights(a).items():
+            assert torch.equal(value, state[key]), (a, key)
+    described = [json.loads((out / "models" / "model.json").read_text()) for out in (first, second)]
+    assert described[0] == described[1]
+    assert metrics(first) == metrics(second)
+
+
+def message(result) -> str:
+    """What a run that was refused said at its end."""
+    assert result.returncode == 1, result.stdout[-3000:]
+    assert "Traceback" not in result.stdout
+    assert result.stdout.count("\nerror: ") == 1
+    return result.stdout.split("\nerror: ")[-1]
+
+
+class TestRun:
+    def test_leaves_everything(self, straight):
+        out, log = straight
+        names = ("metrics.csv", "metrics.png", "overlay.png", "split.json", "models/model.pt", "models/model.json")
+        for name in names:
+            assert (out / name).is_file(), name
+        assert list((out / "tensorboard").iterdir())
+        rows = metrics(out)
+        assert [int(row["step"]) for row in rows if row["loss"]] == list(range(1, 13))  # 3 cases, 4 epochs of 3 steps
+        validated = [row for row in rows if row["val_mean_dice"]]
+        assert [int(row["step"]) for row in validated] == [3, 6, 9, 12]
+        assert "best model" in log
+
+    def test_starts_from_the_encoder(self, straight, encoder_file):
+        _, log = straight
+        total = len(torch.load(encoder_file, weights_only=True))
+        assert f"{total} of {total} tensors loaded" in log
+        # Pre-trained on another range of HU: a warning, not an error.
+        assert "clipped to [-1000, 1000] HU, here [-1024.0, 325.0]" in log
+
+    def test_leaves_the_best_model(self, straight):
+        out, _ = straight
+        scores = [float(row["val_mean_dice"]) for row in metrics(out) if row["val_mean_dice"]]
+        described = json.loads((out / "models" / "model.json").read_text())
+        assert described["val_mean_dice"] == pytest.approx(max(scores), abs=1e-5)
+        assert described["epoch"] == 1 + int(np.argmax(scores))
+        assert described["steps"] == 3 * described["epoch"]
+        recorded = recorded_model(out / "models" / "model.pt")
+        assert SegmentationTask(**recorded["task"]).names[:2] == ("lungs", "ribs")
+        assert recorded["hu_window"] == [-1024, 325]
+        assert recorded["patch_size"] == TINY_SEGMENTATION["patch_size"]
+        network = load_model(build_network(out / "models" / "model.pt"), out / "models" / "model.pt")
+        assert network(torch.rand(1, 1, 32, 32, 16)).shape == (1, 9, 32, 32, 16)
+
+    def test_an_existing_run_is_not_overwritten(self, straight, arguments, tmp_path):
+        out, _ = straight
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        assert "--resume true" in message(run(arguments(out), cwd=tmp_path))
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_kill_and_resume_is_bit_identical(straight, arguments, tmp_path):
+    out = tmp_path / "out"
+    process = start(arguments(out), tmp_path, tmp_path / "log")
+    wait_for(lambda: checkpoints(out), process, tmp_path / "log")
+    process.kill()
+    process.wait()
+    assert checkpoints(out)[-1].name < checkpoints(straight[0])[-1].name, "killed too late to show anything"
+    result = run([*arguments(out), "--resume", "true"], cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert_same_run(straight[0], out)
+
+
+def test_sigterm_saves_and_resumes(straight, arguments, tmp_path):
+    out = tmp_path / "out"
+    process = start(arguments(out, checkpoint_interval=100), tmp_path, tmp_path / "log")
+    wait_for(lambda: (out / "metrics.csv").is_file() and metrics(out), process, tmp_path / "log")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143, tail(tmp_path / "log")
+    assert len(checkpoints(out)) == 1
+    result = run([*arguments(out, checkpoint_interval=100), "--resume", "true"], cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert_same_run(straight[0], out)
+
+
+def test_early_stop_ends_the_run_for_good(arguments, tmp_path):
+    """Without any learning the second epoch is no better than the first."""
+    settings = {"lr": 0.0, "dropout": 0.0, "patience": 2, "max_epochs": 50, "scale_range": "[1.0, 1.0]"}
+    settings |= {"pretrained_encoder": "None", "val_interval": 1, "weight_decay": 0.0}
+    result = run(arguments(tmp_path / "out", **settings), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "early stopping" in result.stdout
+    last = checkpoints(tmp_path / "out")[-1]
+    assert last.name < "checkpoint_00000150.pt"
+    resumed = run([*arguments(tmp_path / "out", **settings), "--resume", "true"], cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout[-3000:]
+    assert checkpoints(tmp_path / "out")[-1].name == last.name
+
+
+def test_two_processes(arguments, cases, cache, encoder_file, tmp_path):
+    """Torchrun with the overlay, stopping early: all processes must agree, or one waits for ever."""
+    files = [
+        str(SEGMENTATION_CONFIGS / name)
+        for name in ("train.json", "tasks/phantom.yaml", "small.yaml", "multi_gpu_train.json")
+    ]
+    overrides = {
+        **TINY_SEGMENTATION,
+        "dataset_dir": str(cases),
+        "cache_dir": str(cache),
+        "pretrained_encoder": str(encoder_file),
+        "output_dir": str(tmp_path / "out"),
+        "config_file": files,
+        "validation_fraction": 0.5,
+        "encoder_lr_factor": 0.5,
+        "micro_batch_size": 1,
+    }
+    (tmp_path / "arguments.json").write_text(json.dumps(overrides))
+    worker = Path(__file__).with_name("distributed_worker.py")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run([*torchrun, str(worker), str(tmp_path / "arguments.json")], cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    parameters = [key for key in ranks[0]["state"] if "running" not in key and "num_batches" not in key]
+    for key in parameters:
+        assert torch.equal(ranks[0]["state"][key], ranks[1]["state"][key]), key
+    # Together they saw each sample once.
+    seen = sorted(tuple(key) for rank in ranks for key in rank["seen"])
+    assert seen == [(epoch, index) for epoch in range(3) for index in range(8)]
+    rows = metrics(tmp_path / "out")
+    assert [row["step"] for row in rows if row["loss"]] == [str(step) for step in range(1, 7)]
+    assert [row["step"] for row in rows if row["val_mean_dice"]] == ["2", "4", "6"]
+    assert len({path.name.split(".")[-2] for path in (tmp_path / "out" / "tensorboard").iterdir()}) == 1
+    load_model(build_network(tmp_path / "out/models/model.pt"), tmp_path / "out/models/model.pt")
+
+
+class TestBadCases:
+    def test_are_all_listed_at_once(self, cases, tmp_path):
+        data = tmp_path / "data"
+        shutil.copytree(cases, data)
+        images, labels = (sorted((data / name).glob("*.nii.gz")) for name in ("imagesTr", "labelsTr"))
+        grid, values, empty, gone = labels
+        label = nib.load(grid)
+        voxels = np.asarray(label.dataobj)
+        for path in (grid, values, empty):
+            path.unlink()
+        nib.save(nib.Nifti1Image(voxels[:-2], label.affine), grid)
+        wrong = voxels.copy()
+        wrong[:3] = 77
+        other = nib.load(images[1])
+        nib.save(nib.Nifti1Image(np.resize(wrong, other.shape).astype(np.uint8), other.affine), values)
+        other = nib.load(images[2])
+        nib.save(nib.Nifti1Image(np.zeros(other.shape, np.uint8), other.affine), empty)
+        gone.unlink()
+        said = message(run(fine_tuning_arguments(dataset_dir=data, output_dir=tmp_path / "out"), cwd=tmp_path))
+        assert "4 of 4" in said
+        for image, reason in zip(images, ("another grid", "77", "empty", "does not exist"), strict=True):
+            (line,) = [line for line in said.splitlines() if image.name.split(".")[0] in line]
+            assert reason in line
+        assert not (tmp_path / "out" / "models").exists()
+
+    def test_images_without_label_map(self, cases, tmp_path):
+        data = tmp_path / "data"
+        shutil.copytree(cases, data)
+        (data / "dataset.json").unlink()
+        missing = sorted((data / "labelsTr").glob("*.nii.gz"))[:2]
+        for path in missing:
+            path.unlink()
+        said = message(run(fine_tuning_arguments(dataset_dir=data, output_dir=tmp_path / "out"), cwd=tmp_path))
+        assert all(path.name in said for path in missing)
+
+
+class TestBadEncoderFiles:
+    def test_another_architecture(self, arguments, tmp_path):
+        path = tmp_path / "wide.pt"
+        save_encoder(ResNetEncoder(**{**ENCODER, "widen_factor": 0.25}), path, {})
+        said = message(run(arguments(tmp_path / "out", pretrained_encoder=path), cwd=tmp_path))
+        assert "mismatched" in said
+        assert "conv1.weight: (16, 1, 7, 7, 7), (8, 1, 7, 7, 7)" in said
+        assert not (tmp_path / "out" / "checkpoints").exists()
+
+    def test_truncated(self, arguments, encoder_file, tmp_path):
+        path = tmp_path / "half.pt"
+        path.write_bytes(encoder_file.read_bytes()[:-5000])
+        said = message(run(arguments(tmp_path / "out", pretrained_encoder=path), cwd=tmp_path))
+        assert f"{path} can not be read" in said
