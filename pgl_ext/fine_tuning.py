@@ -104,6 +104,8 @@ class SegmentationMetricsLog(MetricsLog):
 class BestModel:
     """Writes the model that is best on validation, and stops training where it has not become better for long.
 
+    Of a run that was never validated it writes the model as it is in the end.
+
     Args:
         evaluator: validates at the end of epochs; has the metric.
         network: the segmentation network itself, not its distributed wrapper.
@@ -143,7 +145,7 @@ class BestModel:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._stop_if_patience_is_over)
         self.evaluator.add_event_handler(Events.COMPLETED, self._validated, engine)
-        engine.add_event_handler(Events.COMPLETED, self._summarise)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _validated(self, evaluator: Engine, engine: Engine) -> None:
         score = float(evaluator.state.metrics[self.metric])
@@ -160,9 +162,10 @@ class BestModel:
             "version": __version__,
             **self.description,
             "steps": engine.state.iteration,
-            "epoch": self.best_epoch,
-            self.metric: self.best_score,
+            "epoch": engine.state.epoch,
         }
+        if self.best_epoch:
+            description[self.metric] = self.best_score
         save_weights(self.network.state_dict(), self.path, description)
 
     def _stop_if_patience_is_over(self, engine: Engine) -> None:
@@ -176,9 +179,14 @@ class BestModel:
             )
             engine.terminate()
 
-    def _summarise(self, engine: Engine) -> None:
-        if self.rank == 0 and self.best_epoch:
+    def _finish(self, engine: Engine) -> None:
+        if self.rank > 0:
+            return
+        if self.best_epoch:
             logger.info("best model, %s %.4f of epoch %d: %s", self.metric, self.best_score, self.best_epoch, self.path)
+        elif engine.state.iteration >= engine.state.max_epochs * engine.state.epoch_length:
+            logger.warning("there was no validation to find the best model by: %s is the last one", self.path)
+            self._save(engine)
 
     def state_dict(self) -> dict[str, float | int]:
         return {"best_score": self.best_score, "best_epoch": self.best_epoch, "last_epoch": self.last_epoch}

@@ -328,6 +328,22 @@ class TestBestModel:
         assert run.trainer.state.epoch == 3
         assert list(tmp_path.iterdir()) == []
 
+    def test_without_validation_it_is_the_last_model(self, tmp_path, caplog):
+        run = Run(tmp_path, [], epochs=3, interval=10).run()
+        assert (torch.load(run.path, weights_only=True)["decoder.head.bias"] == 3).all()
+        # Strictly JSON, which knows no infinity.
+        described = json.loads(run.path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
+        assert (described["epoch"], described["steps"]) == (3, 6)
+        assert "val_mean_dice" not in described
+        assert recorded_model(run.path)["task"] == TASK.description()
+        assert "there was no validation" in caplog.text
+
+    def test_a_run_that_was_interrupted_before_validation_has_no_model(self, tmp_path):
+        run = Run(tmp_path, [], epochs=3, interval=10)
+        run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate())
+        run.run()
+        assert not run.path.exists()
+
     def test_says_how_it_ended(self, tmp_path, caplog):
         with caplog.at_level(logging.INFO, logger="pgl_ext"):
             run = Run(tmp_path, [0.5, 0.4, 0.4], patience=2).run()
