@@ -1,4 +1,4 @@
-"""Started by torchrun in test_training.py: pre-trains through the bundle, then writes what this process saw and got."""
+"""Started by torchrun in tests: trains through a bundle, then writes what this process saw and got."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def main() -> None:
     network = workflow.parser.get_parsed_content("network_def")
     folder = Path(arguments["output_dir"])
     rank = os.environ["RANK"]
-    torch.save({"state": network.state_dict(), "seen": seen}, folder.parent / f"rank{rank}.pt")
+    result = {"state": network.state_dict(), "seen": seen}
+    if "best_model" in workflow.parser:
+        result["best_model"] = workflow.parser.get_parsed_content("best_model").state_dict()
+    torch.save(result, folder.parent / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
