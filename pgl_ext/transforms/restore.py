@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
 from pgl_ext.flags import as_bool
+from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["RestoreOrgansd", "predictive_entropy"]
@@ -173,32 +174,52 @@ def _matching_axes(to_scores: np.ndarray, shape: tuple[int, ...]) -> list[int] |
 def _axis_sampler(
     scores: torch.Tensor, to_scores: np.ndarray, axes: list[int], shape: tuple[int, ...]
 ) -> Callable[[int, int], torch.Tensor]:
+    sizes = [scores.shape[1 + axis] for axis in axes]
     positions = [
-        (to_scores[axis, own] * np.arange(n) + to_scores[axis, 3]).clip(0, scores.shape[1 + axis] - 1)
-        for own, (axis, n) in enumerate(zip(axes, shape, strict=True))
+        (to_scores[axis, own] * np.arange(n) + to_scores[axis, 3]).clip(0, size - 1)
+        for own, (axis, n, size) in enumerate(zip(axes, shape, sizes, strict=True))
     ]
+    order = [0, *(1 + axis for axis in axes)]
+    if all(map(_is_every_voxel, positions, sizes)):
+        backward = [1 + own for own, axis in enumerate(axes) if to_scores[axis, own] < 0]
 
-    def slab_of(start: int, stop: int) -> torch.Tensor:
-        slab = scores
-        for axis, at in zip(axes, (positions[0][start:stop], *positions[1:]), strict=True):
-            slab = _interpolate(slab, 1 + axis, at)
-        return slab.permute(0, *(1 + axis for axis in axes))
+        def turned(start: int, stop: int) -> torch.Tensor:
+            rows, _ = _rows(positions[0][start:stop])
+            return scores.permute(order)[:, rows].flip(backward).float()
 
-    return slab_of
+        return turned
+    weights: list[torch.Tensor] = [torch.empty(0)] * 3
+    for own in (1, 2):
+        weights[axes[own]] = _weights(positions[own], sizes[own], scores.device)
+
+    def interpolated(start: int, stop: int) -> torch.Tensor:
+        rows, inside = _rows(positions[0][start:stop])
+        slab = scores.movedim(order[1], 1)[:, rows].movedim(1, order[1]).float()
+        weights[axes[0]] = _weights(inside, rows.stop - rows.start, scores.device)
+        return resample_axes(slab[None], weights)[0].permute(order)
+
+    return interpolated
 
 
-def _interpolate(values: torch.Tensor, axis: int, positions: np.ndarray) -> torch.Tensor:
-    """Linear interpolation along one axis, float32. Two taps; a matrix over the whole axis would be far slower."""
-    nearest = np.rint(positions)
-    on_grid = np.abs(positions - nearest).max() < 1e-4
-    lower = (nearest if on_grid else np.floor(positions)).astype(np.int64)
-    below = values.index_select(axis, torch.from_numpy(lower).to(values.device)).float()
-    if on_grid:
-        return below
-    upper = np.minimum(lower + 1, values.shape[axis] - 1)
-    above = values.index_select(axis, torch.from_numpy(upper).to(values.device)).float()
-    weight = torch.from_numpy(positions - lower).to(below)
-    return below.lerp_(above, weight.view([-1 if a == axis else 1 for a in range(values.ndim)]))
+def _is_every_voxel(positions: np.ndarray, size: int) -> bool:
+    """Whether samples lie on all voxels of an axis in turn, forwards or backwards."""
+    voxels = np.arange(size)
+    return (
+        len(positions) == size and min(np.abs(positions - voxels).max(), np.abs(positions - voxels[::-1]).max()) < 1e-4
+    )
+
+
+def _rows(positions: np.ndarray) -> tuple[slice, np.ndarray]:
+    """The voxels of an axis that samples lie on or between, and the samples' positions among these."""
+    # What rounding made of a whole number must not add a voxel, nor lose one.
+    low, high = int(np.floor(positions.min() + 1e-4)), int(np.ceil(positions.max() - 1e-4))
+    return slice(low, high + 1), positions - low
+
+
+def _weights(positions: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
+    """The matrix (1, samples, size) of linear interpolation."""
+    matrix = linear_interpolation_matrix(torch.from_numpy(positions)[None, :, None], size)
+    return matrix.to(device, torch.float32)
 
 
 def _free_sampler(
