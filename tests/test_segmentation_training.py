@@ -51,12 +51,54 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arguments(cases, encoder_file, cache):
-    def make(out: Path, *overlays: str, **overrides) -> list[str]:
+def settings(cases, encoder_file, cache):
+    def make(out: Path, **overrides) -> dict:
         files = {"dataset_dir": cases, "cache_dir": cache, "pretrained_encoder": encoder_file, "output_dir": out}
-        return fine_tuning_arguments(*overlays, **{**files, **SETTINGS, **overrides})
+        return {**{name: str(path) for name, path in files.items()}, **SETTINGS, **overrides}
 
     return make
+
+
+@pytest.fixture(scope="module")
+def arguments(settings):
+    return lambda out, **overrides: fine_tuning_arguments(**settings(out, **overrides))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs the bundle in this process, which starts in no time."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run_here(*files: str, **overrides) -> None:
+        paths = [
+            str(SEGMENTATION_CONFIGS / name) for name in files or ("train.json", "tasks/phantom.yaml", "small.yaml")
+        ]
+        workflow = ConfigWorkflow(
+            paths, workflow_type="train", logging_file=False, **{**TINY_SEGMENTATION, **overrides}
+        )
+        workflow.initialize()
+        workflow.run()
+
+    yield run_here
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def refusal(here, capsys):
+    """What a user reads whose run is refused."""
+
+    def message_of(**settings) -> str:
+        capsys.readouterr()
+        with pytest.raises(Exception, match=r".") as caught:
+            here(**settings)
+        sys.excepthook(caught.type, caught.value, caught.tb)
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.count("\nerror: ") == 1
+        return said.split("\nerror: ")[-1]
+
+    return message_of
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +138,6 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert metrics(first) == metrics(second)
 
 
-def message(result) -> str:
-    """What a run that was refused said at its end."""
-    assert result.returncode == 1, result.stdout[-3000:]
-    assert "Traceback" not in result.stdout
-    assert result.stdout.count("\nerror: ") == 1
-    return result.stdout.split("\nerror: ")[-1]
-
-
 class TestRun:
     def test_leaves_everything(self, straight):
         out, log = straight
@@ -138,10 +172,10 @@ class TestRun:
         network = load_model(build_network(out / "models" / "model.pt"), out / "models" / "model.pt")
         assert network(torch.rand(1, 1, 32, 32, 16)).shape == (1, 9, 32, 32, 16)
 
-    def test_an_existing_run_is_not_overwritten(self, straight, arguments, tmp_path):
+    def test_an_existing_run_is_not_overwritten(self, straight, settings, refusal):
         out, _ = straight
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        assert "--resume true" in message(run(arguments(out), cwd=tmp_path))
+        assert "--resume true" in refusal(**settings(out))
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -169,25 +203,23 @@ def test_sigterm_saves_and_resumes(straight, arguments, tmp_path):
     assert_same_run(straight[0], out)
 
 
-def test_early_stop_ends_the_run_for_good(arguments, tmp_path):
+def test_early_stop_ends_the_run_for_good(settings, here, caplog, tmp_path):
     """At a learning rate of 0 only the batch norms' statistics change, and soon no validation is better."""
-    settings = {"lr": 0.0, "patience": 1, "max_epochs": 50, "pretrained_encoder": "None"}
-    result = run(arguments(tmp_path / "out", **settings), cwd=tmp_path)
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert "early stopping" in result.stdout
-    last = checkpoints(tmp_path / "out")[-1]
-    rows = metrics(tmp_path / "out")
+    out = tmp_path / "out"
+    stop_soon = settings(out, lr=0.0, patience=1, max_epochs=50, pretrained_encoder=None)
+    here(**stop_soon)
+    last, rows = checkpoints(out)[-1], metrics(out)
     assert int(rows[-1]["epoch"]) < 50
-    resumed = run([*arguments(tmp_path / "out", **settings), "--resume", "true"], cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stdout[-3000:]
-    assert "early stopping" in resumed.stdout
-    assert checkpoints(tmp_path / "out")[-1] == last
-    assert metrics(tmp_path / "out") == rows
+    caplog.clear()
+    with caplog.at_level("INFO", logger="pgl_ext"):
+        here(**stop_soon, resume=True)
+    assert "early stopping" in caplog.text
+    assert checkpoints(out)[-1] == last
+    assert metrics(out) == rows
 
 
-def test_organs_that_are_not_annotated_take_no_part(cases, tmp_path, monkeypatch):
+def test_organs_that_are_not_annotated_take_no_part(cases, here, tmp_path):
     """A multi-label task whose data list says what was annotated: no error, no score, and the rest is learned."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     entries = json.loads((cases / "dataset.json").read_text())["training"]
     for entry in entries:
         entry |= {name: str((cases / entry[name]).resolve()) for name in ("image", "label")}
@@ -200,22 +232,16 @@ def test_organs_that_are_not_annotated_take_no_part(cases, tmp_path, monkeypatch
         entry["label"] = str(path)
     entries[0]["organs"].append("spleen")
     (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
-    workflow = ConfigWorkflow(
-        [str(SEGMENTATION_CONFIGS / name) for name in ("train.json", "small.yaml")],
-        workflow_type="train",
-        logging_file=False,
-        **{
-            **TINY_SEGMENTATION,
-            "data_list_file_path": str(tmp_path / "list.json"),
-            "output_dir": str(tmp_path / "out"),
-            "organs": {"lungs": 1, "liver": 4, "spleen": 5},
-            "multi_label": True,
-            "annotated_key": "organs",
-            "max_epochs": 1,
-        },
+    here(
+        "train.json",
+        "small.yaml",
+        data_list_file_path=str(tmp_path / "list.json"),
+        output_dir=str(tmp_path / "out"),
+        organs={"lungs": 1, "liver": 4, "spleen": 5},
+        multi_label=True,
+        annotated_key="organs",
+        max_epochs=1,
     )
-    workflow.initialize()
-    workflow.run()
     rows = metrics(tmp_path / "out")
     assert all(float(row["loss"]) < 3 for row in rows if row["loss"])
     (validated,) = [row for row in rows if row["val_mean_dice"]]
@@ -224,23 +250,14 @@ def test_organs_that_are_not_annotated_take_no_part(cases, tmp_path, monkeypatch
     assert build_network(tmp_path / "out" / "models" / "model.pt").architecture["out_channels"] == 3
 
 
-def test_two_processes(arguments, cases, cache, encoder_file, tmp_path):
+def test_two_processes(settings, tmp_path):
     """Torchrun with the overlay."""
     files = [
         str(SEGMENTATION_CONFIGS / name)
         for name in ("train.json", "tasks/phantom.yaml", "small.yaml", "multi_gpu_train.json")
     ]
-    overrides = {
-        **TINY_SEGMENTATION,
-        "dataset_dir": str(cases),
-        "cache_dir": str(cache),
-        "pretrained_encoder": str(encoder_file),
-        "output_dir": str(tmp_path / "out"),
-        "config_file": files,
-        "validation_fraction": 0.5,
-        "encoder_lr_factor": 0.5,
-        "micro_batch_size": 1,
-    }
+    overrides = {"config_file": files, "validation_fraction": 0.5, "encoder_lr_factor": 0.5, "micro_batch_size": 1}
+    overrides = {**TINY_SEGMENTATION, **settings(tmp_path / "out", **overrides)}
     (tmp_path / "arguments.json").write_text(json.dumps(overrides))
     worker = Path(__file__).with_name("distributed_worker.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -282,35 +299,50 @@ class TestBadCases:
         other = nib.load(images[2])
         nib.save(nib.Nifti1Image(np.zeros(other.shape, np.uint8), other.affine), empty)
         gone.unlink()
-        said = message(run(fine_tuning_arguments(dataset_dir=data, output_dir=tmp_path / "out"), cwd=tmp_path))
+        result = run(fine_tuning_arguments(dataset_dir=data, output_dir=tmp_path / "out"), cwd=tmp_path)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stdout
+        said = result.stdout.split("\nerror: ")[-1]
         assert "4 of 4" in said
         for image, reason in zip(images, ("another grid", "77", "empty", "does not exist"), strict=True):
             (line,) = [line for line in said.splitlines() if image.name.split(".")[0] in line]
             assert reason in line
         assert not (tmp_path / "out" / "models").exists()
 
-    def test_images_without_label_map(self, cases, tmp_path):
+    def test_images_without_label_map(self, cases, refusal, tmp_path):
         data = tmp_path / "data"
         shutil.copytree(cases, data)
         (data / "dataset.json").unlink()
         missing = sorted((data / "labelsTr").glob("*.nii.gz"))[:2]
         for path in missing:
             path.unlink()
-        said = message(run(fine_tuning_arguments(dataset_dir=data, output_dir=tmp_path / "out"), cwd=tmp_path))
+        said = refusal(dataset_dir=str(data), output_dir=str(tmp_path / "out"))
         assert all(path.name in said for path in missing)
 
 
 class TestBadEncoderFiles:
-    def test_another_architecture(self, arguments, tmp_path):
+    def test_another_architecture(self, settings, refusal, tmp_path):
         path = tmp_path / "wide.pt"
         save_encoder(ResNetEncoder(**{**ENCODER, "widen_factor": 0.25}), path, {})
-        said = message(run(arguments(tmp_path / "out", pretrained_encoder=path), cwd=tmp_path))
+        said = refusal(**settings(tmp_path / "out", pretrained_encoder=str(path)))
         assert "mismatched" in said
         assert "conv1.weight: (16, 1, 7, 7, 7), (8, 1, 7, 7, 7)" in said
         assert not (tmp_path / "out" / "checkpoints").exists()
 
-    def test_truncated(self, arguments, encoder_file, tmp_path):
+    def test_truncated(self, settings, refusal, encoder_file, tmp_path):
         path = tmp_path / "half.pt"
         path.write_bytes(encoder_file.read_bytes()[:-5000])
-        said = message(run(arguments(tmp_path / "out", pretrained_encoder=path), cwd=tmp_path))
-        assert f"{path} can not be read" in said
+        assert f"{path} can not be read" in refusal(**settings(tmp_path / "out", pretrained_encoder=str(path)))
+
+    def test_missing(self, settings, refusal, tmp_path):
+        path = tmp_path / "none.pt"
+        assert str(path) in refusal(**settings(tmp_path / "out", pretrained_encoder=str(path)))
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(straight, settings, refusal, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "out")
+    path = checkpoints(tmp_path / "out")[-1]
+    path.write_bytes(path.read_bytes()[:-5000])
+    said = refusal(**settings(tmp_path / "out", resume=True))
+    assert "no intact checkpoint" in said
+    assert str(path.parent) in said
