@@ -18,6 +18,7 @@ from ignite.engine import Engine, Events
 
 from pgl_ext import __version__
 from pgl_ext.files import write_atomically
+from pgl_ext.flags import as_bool
 from pgl_ext.weights import load_state, save_encoder
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
@@ -113,7 +114,7 @@ class CheckpointHandler:
         self.encoder_path = encoder_path
         self.description = dict(description)
         self.interval = interval
-        self.resume = resume
+        self.resume = as_bool(resume, "resume")
         self.rank = rank
         self._saved_step = -1
 

@@ -17,6 +17,7 @@ from monai.engines import Evaluator, Trainer
 from monai.inferers import Inferer, SimpleInferer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pgl_ext.flags import as_bool
 from pgl_ext.retrieval import correspondence_retrieval
 
 __all__ = [
@@ -91,6 +92,7 @@ class StepTrainer(Trainer):
         self.lr_scheduler = lr_scheduler
         self.batch_transform = batch_transform
         self.micro_batch_size = micro_batch_size
+        amp = as_bool(amp, "amp")
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
         self.seed = seed
         self.max_non_finite = max_non_finite
@@ -256,6 +258,7 @@ class PretrainEvaluator(Evaluator):
         **kwargs: Any,
     ) -> None:
         self.network = network
+        amp = as_bool(amp, "amp")
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
         self.inferer = SimpleInferer() if inferer is None else inferer
         super().__init__(device=device, val_data_loader=val_data_loader, amp=amp, decollate=False, **kwargs)
@@ -294,12 +297,12 @@ def prepare_network(
     Returns:
         the same method.
     """
-    if sync_batch_norm:
+    if as_bool(sync_batch_norm, "sync_batch_norm"):
         method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method.to(device)
-    if channels_last:
+    if as_bool(channels_last, "channels_last"):
         method.to(memory_format=torch.channels_last_3d)
-    if compile:
+    if as_bool(compile, "compile"):
         for child in method.children():
             if any(True for _ in child.parameters()):
                 child.compile()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgl_ext.flags import as_bool
 from pgl_ext.networks.segmentation import SegmentationNet
 from pgl_ext.weights import compare_states, load_encoder, load_state, read_description
 
@@ -81,10 +82,10 @@ def start_network(
         logger.info("%s: %s", pretrained_encoder, report)
         for difference in _input_differences(pretrained_encoder, hu_window, spacing):
             logger.warning("%s was pre-trained on other input: %s", pretrained_encoder, difference)
-    if sync_batch_norm:
+    if as_bool(sync_batch_norm, "sync_batch_norm"):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device)
-    if channels_last:
+    if as_bool(channels_last, "channels_last"):
         network.to(memory_format=torch.channels_last_3d)
     return network
 
@@ -171,8 +172,8 @@ def load_model(network: nn.Module, path: str | os.PathLike, device: torch.device
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with --model_path "
-            "FILE."
+            f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with "
+            "--model_path FILE."
         )
     state = load_state(path)
     report = compare_states(state, network.state_dict())

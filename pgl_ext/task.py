@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from pgl_ext.flags import as_bool
+
 __all__ = ["SegmentationTask"]
 
 
@@ -47,12 +49,12 @@ class SegmentationTask:
             raise ValueError(f"organs must give label values by name, such as {{'spleen': [1]}}, got {organs!r}.")
         self.organs = {str(name): _values(values, name) for name, values in organs.items()}
         self.background_values = _values(background_values, "background")
-        self.multi_label = multi_label
+        self.multi_label = as_bool(multi_label, "multi_label")
         if not self.organs:
             raise ValueError("the task has no organs: give the label values of each, such as organs = {'spleen': [1]}.")
         used = [value for values in self.organs.values() for value in values]
         shared = sorted({value for value in used if used.count(value) > 1})
-        if shared and not multi_label:
+        if shared and not self.multi_label:
             raise ValueError(
                 f"organs {self.organs} share the label values {shared}: overlapping organs need multi_label = true."
             )
@@ -60,7 +62,7 @@ class SegmentationTask:
         if both:
             raise ValueError(f"the label values {both} belong to an organ and to background_values: choose one.")
         self.names: tuple[str, ...] = tuple(self.organs)
-        self.out_channels = len(self.names) + (0 if multi_label else 1)
+        self.out_channels = len(self.names) + (0 if self.multi_label else 1)
         self.values: tuple[int, ...] = tuple(sorted({*used, *self.background_values}))
 
     def masks_of_labels(self, labels: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from pgl_ext.data.checks import BadVolumeError, BadVolumesError, check_volume
 from pgl_ext.data.datalist import item_name
 from pgl_ext.files import write_atomically
+from pgl_ext.flags import as_bool
 
 __all__ = ["VolumeCache", "fingerprint", "prepare_items", "rank_and_world_size", "resolve_bad"]
 
@@ -317,7 +318,7 @@ def resolve_bad(
     good = [dict(item) for item in items if item_name(item) not in bad]
     if not bad:
         return good
-    if not skip_bad_files or not good:
+    if not as_bool(skip_bad_files, "skip_bad_files") or not good:
         raise BadVolumesError(bad, len(items))
     logger.warning("Left out %d of %d volumes that cannot be used.", len(bad), len(items))
     if report_path is not None:
