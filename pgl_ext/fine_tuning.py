@@ -65,7 +65,9 @@ class OrganMasksd(MapTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         pred_key, label_key = self.keys
-        masks = {pred_key: self.task.masks(data[pred_key]), label_key: self.task.masks_of_labels(data[label_key])}
+        # Logits of a large volume are put together on the CPU.
+        labels = data[label_key].to(data[pred_key].device)
+        masks = {pred_key: self.task.masks(data[pred_key]), label_key: self.task.masks_of_labels(labels)}
         return {**data, **masks}
 
 

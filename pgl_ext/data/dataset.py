@@ -192,7 +192,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         if self.draws // self.steps < world_size:
             raise ValueError(
                 f"{self.draws} pairs in {self.steps} steps leave some of {world_size} processes without work: use "
-                "fewer processes, a larger --batch_size or a larger --patches_per_volume."
+                "fewer processes, a larger --batch_size, or more patches of each volume or case per epoch."
             )
         self.max_epochs = max_epochs
         self.seed = seed
