@@ -58,7 +58,7 @@ def scans_to_segment(
     loading: Callable[[Mapping], Any],
     dataset_dir: str | os.PathLike | None = None,
     data_list_file_path: str | os.PathLike | None = None,
-    data_list_key: str = "testing",
+    data_list_key: str = "test",
     skip_bad_files: bool = False,
     overwrite: bool = False,
     dicom_seg: bool = True,

@@ -75,7 +75,7 @@ def test_one_slice_stands_for_its_series(tmp_path):
 
 def test_items_of_a_data_list(tmp_path):
     save_scan(tmp_path / "a.nii.gz")
-    (tmp_path / "list.json").write_text(json.dumps({"testing": [{"image": "a.nii.gz", "label": "x.nii.gz"}]}))
+    (tmp_path / "list.json").write_text(json.dumps({"test": [{"image": "a.nii.gz", "label": "x.nii.gz"}]}))
     items = scans_to_segment(tmp_path / "out", LOADING, None, tmp_path / "list.json")
     assert items == [{"image": str(tmp_path / "a.nii.gz"), "name": "a"}]
 
