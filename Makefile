@@ -44,7 +44,7 @@ demo: install
 	@echo "Done: open $(abspath $(DEMO_DIR)/report.html)"
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(RUN) -m ruff check .
