@@ -115,9 +115,15 @@ def _read_comparison(folder: Path) -> dict[str, Any]:
     table = folder / "compare.csv"
     if not table.is_file():
         raise FileNotFoundError(f"{folder} holds no compare.csv: run 'python -m pgl_ext compare ... --out {folder}'.")
-    with open(table, newline="") as file:
+    with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return {"rows": rows, "picture": folder / "compare.png"}
+    pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        numbers = {name: float(row[name]) if row[name] else None for name in ("difference", "p")}
+        numbers["ci95"] = [float(row["ci95_low"]), float(row["ci95_high"])] if row["ci95_low"] else None
+        organs = pairs.setdefault((row["run"], row["reference"]), {})
+        organs.setdefault(row["organ"], {"n": row["n"]})[row["metric"]] = numbers
+    return {"pairs": pairs, "picture": folder / "compare.png"}
 
 
 def _best(runs: list[_Run], row: str, metric: str) -> str | None:

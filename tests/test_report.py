@@ -64,7 +64,9 @@ def report(tmp_path):
     (pretraining / "models" / "pgl_encoder.json").write_text(json.dumps(description))
     comparison = tmp_path / "comparison"
     picture(comparison / "compare.png")
-    (comparison / "compare.csv").write_text("organ,difference\nliver,0.25\n")
+    head = "metric,organ,run,reference,n,mean_a,mean_b,difference,ci95_low,ci95_high,p\n"
+    rows = "dice,liver,PGL,random,3,0.51,0.76,0.25,0.2,0.31,\nhd95_mm,liver,PGL,random,3,4,4,-1.5,,,0.0625\n"
+    (comparison / "compare.csv").write_text(head + rows)
     runs = {
         "random": make_run(tmp_path / "random", 0.5),
         "PGL": make_run(tmp_path / "pgl", 0.75, "out/models/pgl_encoder.pt"),
@@ -105,7 +107,8 @@ def test_content(report):
     assert "encoder pgl_encoder.pt" in text
     assert "random weights" in text
     assert "PGL, 100 steps, 1600 pairs of views of 12 volumes" in text
-    assert "0.25" in text
+    assert "PGL minus random" in text
+    assert "liver 0.250 0.200 to 0.310 n/a -1.5 0.062 3" in text
 
 
 def test_nothing_lies_outside_the_file(report):
