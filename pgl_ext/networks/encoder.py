@@ -8,7 +8,7 @@ import torch
 from monai.networks.nets.resnet import ResNet, get_inplanes
 from monai.utils import ensure_tuple_rep
 
-__all__ = ["ResNetEncoder"]
+__all__ = ["ResNetEncoder", "initialise_convolutions"]
 
 
 class ResNetEncoder(ResNet):
@@ -17,7 +17,8 @@ class ResNetEncoder(ResNet):
     The default is the PGL paper's 3D ResNet-50 (blocks 3-4-6-3, 46,155,072 parameters). Its state dict loads with
     ``strict=True`` into ``monai.networks.nets.resnet50(spatial_dims=3, n_input_channels=1, feed_forward=False,
     shortcut_type="B", bias_downsample=False)``. Stem stride (2, 2, 1), max-pooling, stage strides 1, 2, 2 and a last
-    stage that is dilated by 2 instead of strided: the output stride is (16, 16, 8).
+    stage that is dilated by 2 instead of strided: the output stride is (16, 16, 8). Convolutions are initialised
+    Kaiming-uniform.
 
     Args:
         layers: residual blocks of the four stages.
@@ -65,6 +66,9 @@ class ResNetEncoder(ResNet):
             shortcut_type="B",
             bias_downsample=False,
         )
+        # MONAI's normal initialisation, by outputs, gives the first convolution a quarter of this norm. Batch norm
+        # hides it, but one learning rate then turns that layer far faster than all others.
+        initialise_convolutions(self)
         # The pyramid is wanted, not a pooled vector; neither has parameters, so the state dict stays MONAI's.
         del self.avgpool
         del self.fc
@@ -110,6 +114,15 @@ class ResNetEncoder(ResNet):
                 f"view_size {tuple(view_size)} is not a multiple of the encoder's output stride {self.stride}. "
                 f'Choose a multiple on each axis, for example --view_size "{list(nearest)}".'
             )
+
+
+def initialise_convolutions(module: torch.nn.Module) -> None:
+    """Kaiming-uniform convolutions, the random initialisation of the paper's comparison; biases 0."""
+    for part in module.modules():
+        if isinstance(part, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)):
+            torch.nn.init.kaiming_uniform_(part.weight, nonlinearity="relu")
+            if part.bias is not None:
+                torch.nn.init.zeros_(part.bias)
 
 
 def _dilate(stage: torch.nn.Sequential) -> None:

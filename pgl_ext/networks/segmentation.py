@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgl_ext.networks.encoder import ResNetEncoder
+from pgl_ext.networks.encoder import ResNetEncoder, initialise_convolutions
 
 __all__ = ["ASPP", "Decoder", "SegmentationNet"]
 
@@ -57,7 +57,6 @@ class SegmentationNet(nn.Module):
             self.encoder = encoder
         else:
             self.encoder = ResNetEncoder(**{"in_channels": in_channels, **(encoder or {})})
-            _initialise(self.encoder)
         _check_encoder(self.encoder, in_channels)
         stem, stage1, stage2, _, deepest = self.encoder.channels
         self.aspp = ASPP(deepest, aspp_channels)
@@ -72,8 +71,8 @@ class SegmentationNet(nn.Module):
             "decoder_channels": list(decoder_channels),
         }
         self.stem_stride = tuple(float(s) for s in self.encoder.strides[0])
-        _initialise(self.aspp)
-        _initialise(self.decoder)
+        initialise_convolutions(self.aspp)
+        initialise_convolutions(self.decoder)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Segment.
@@ -209,12 +208,3 @@ def _check_encoder(encoder: nn.Module, in_channels: int) -> None:
                 f"the decoder doubles the resolution between the encoder's levels, but their strides are {levels}: "
                 "build the encoder with last_stage_stride=1."
             )
-
-
-def _initialise(module: nn.Module) -> None:
-    """Kaiming-uniform convolutions, the baseline of the paper's comparison."""
-    for part in module.modules():
-        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d)):
-            nn.init.kaiming_uniform_(part.weight, nonlinearity="relu")
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
