@@ -7,8 +7,8 @@ PRETRAIN := bundles/pgl_pretrain/configs
 SEGMENT := bundles/pgl_segmentation/configs
 FINE_TUNE = $(RUN) -m monai.bundle run training \
 	--config_file "['$(SEGMENT)/train.json','$(SEGMENT)/tasks/phantom.yaml','$(SEGMENT)/small.yaml']" \
-	--spacing "[4, 4, 4]" --data_list_file_path $(DEMO_DIR)/data/dataset.json --labelled_cases 3 \
-	--patches_per_case 32 --max_epochs 10 --val_interval 2
+	--spacing "[5, 5, 5]" --data_list_file_path $(DEMO_DIR)/data/dataset.json --labelled_cases 3 \
+	--patches_per_case 32 --max_epochs 24 --val_interval 6
 
 .PHONY: install demo test lint format benchmarks clean
 
@@ -28,7 +28,7 @@ demo: install
 	$(RUN) -m pgl_ext phantom $(DEMO_DIR)/data --cases 12 --test_cases 4
 	rm -rf $(DEMO_DIR)/pretraining $(DEMO_DIR)/random $(DEMO_DIR)/pgl $(DEMO_DIR)/comparison
 	$(RUN) -m monai.bundle run training \
-		--config_file "['$(PRETRAIN)/train.json','$(PRETRAIN)/small.yaml']" --spacing "[4, 4, 4]" \
+		--config_file "['$(PRETRAIN)/train.json','$(PRETRAIN)/small.yaml']" --spacing "[5, 5, 5]" --max_epochs 16 \
 		--data_list_file_path $(DEMO_DIR)/data/dataset.json --output_dir $(DEMO_DIR)/pretraining
 	$(FINE_TUNE) --output_dir $(DEMO_DIR)/random
 	$(FINE_TUNE) --output_dir $(DEMO_DIR)/pgl --pretrained_encoder $(DEMO_DIR)/pretraining/models/pgl_encoder.pt
