@@ -19,7 +19,7 @@ from monai.transforms import Compose, Orientationd
 from pgl_ext.data.cases import labelled_items
 from pgl_ext.data.checks import BadVolumesError
 from pgl_ext.data.datalist import item_name
-from pgl_ext.figures.overlays import plot_overlay
+from pgl_ext.figures.overlays import plot_overlay, thinning
 from pgl_ext.figures.scores import plot_scores
 from pgl_ext.inference import unique_names
 from pgl_ext.metrics import METRICS, organ_scores, spacing_of
@@ -32,7 +32,6 @@ __all__ = ["CASE_COLUMNS", "EvaluationReport", "check_cases", "evaluation_cases"
 logger = logging.getLogger(__name__)
 
 CASE_COLUMNS = ("case", "organ", *METRICS, "reference_ml", "predicted_ml", "status")
-_PICTURE_SIZE = 256  # voxels per axis
 
 
 # --- cases ----------------------------------------------------------------------------------------------------------
@@ -231,10 +230,8 @@ class EvaluationReport:
         case = {**self.cases[name], "pred": str(self._prediction_path(name))}
         keys = ["image", "label", "pred"]
         data = Compose([LoadVolumed(keys), Orientationd(keys, axcodes="RAS", labels=None)])(case)
-        # A picture shows no more voxels than it has pixels.
-        steps = [math.ceil(n / _PICTURE_SIZE) for n in data["image"].shape[1:]]
-        thinned = (slice(None), *(slice(None, None, step) for step in steps))
-        image, label, pred = (_plain(data[key])[thinned] for key in keys)
+        thinned = thinning(data["image"].shape[1:])
+        image, label, pred = (_plain(data[key])[(slice(None), *thinned)] for key in keys)
         plot_overlay(
             image[0].numpy(),
             {
@@ -242,7 +239,7 @@ class EvaluationReport:
                 "prediction": self.task.masks_of_labels(pred).numpy(),
             },
             self.task.names,
-            np.multiply(spacing_of(data["image"].affine), steps),
+            np.multiply(spacing_of(data["image"].affine), [part.step for part in thinned]),
             path,
             title,
         )

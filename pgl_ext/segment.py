@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import logging
-import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from pgl_ext.data.checks import BadVolumesError
 from pgl_ext.data.datalist import NIFTI_SUFFIXES, file_suffix, is_dicom_file
 from pgl_ext.dicom_seg import require_highdicom, write_dicom_seg
 from pgl_ext.evaluation import check_cases
-from pgl_ext.figures.overlays import plot_overlay
+from pgl_ext.figures.overlays import plot_overlay, thinning
 from pgl_ext.files import write_atomically
 from pgl_ext.flags import as_bool
 from pgl_ext.inference import inference_items, unique_names
@@ -42,7 +41,6 @@ _LABELS, _PROBABILITIES, _UNCERTAINTY = "_seg.nii.gz", "_probabilities.nii.gz", 
 _DICOM, _OVERLAY = "_seg.dcm", "_overlay.png"
 _OUTPUTS = (_LABELS, _PROBABILITIES, _UNCERTAINTY, _DICOM, _OVERLAY)
 _COLUMNS = ("case", "organ", "millilitres")
-_PICTURE_SIZE = 256  # voxels per axis
 # Fields of a NIfTI header that say where its voxels lie.
 _GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
@@ -334,14 +332,12 @@ class SaveSegmentations:
     def _draw(self, name: str, masks: MetaTensor, source: Mapping[str, str]) -> None:
         data = {**LoadVolumed("image")(source), "masks": masks}
         data = Compose([Orientationd(["image", "masks"], axcodes="RAS", labels=None)])(data)
-        # A picture shows no more voxels than it has pixels.
-        steps = [math.ceil(n / _PICTURE_SIZE) for n in data["image"].shape[1:]]
-        thinned = (slice(None), *(slice(None, None, step) for step in steps))
+        thinned = thinning(data["image"].shape[1:])
         plot_overlay(
-            _array(data["image"])[thinned][0],
-            {"segmentation": _array(data["masks"])[thinned]},
+            _array(data["image"])[0][thinned],
+            {"segmentation": _array(data["masks"])[(slice(None), *thinned)]},
             self.task.names,
-            np.multiply(spacing_of(data["image"].affine), steps),
+            np.multiply(spacing_of(data["image"].affine), [part.step for part in thinned]),
             self._path(name, _OVERLAY),
             name,
         )

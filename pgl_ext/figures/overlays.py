@@ -12,7 +12,14 @@ from matplotlib.patches import Patch
 
 from pgl_ext.figures.base import PLANES, grey_levels, organ_colors, save_figure, slice_through
 
-__all__ = ["plot_overlay"]
+__all__ = ["plot_overlay", "thinning"]
+
+_PICTURE_SIZE = 256  # voxels per axis
+
+
+def thinning(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Every how many voxels of a volume (X, Y, Z) to draw: a picture shows no more of them than it has pixels."""
+    return tuple(slice(None, None, -(-n // _PICTURE_SIZE)) for n in shape)
 
 
 def plot_overlay(
