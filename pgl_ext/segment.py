@@ -30,6 +30,7 @@ from pgl_ext.files import write_atomically
 from pgl_ext.flags import as_bool
 from pgl_ext.inference import inference_items, unique_names
 from pgl_ext.metrics import spacing_of
+from pgl_ext.summary import write_csv
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed, series_files
 
@@ -314,11 +315,7 @@ class SaveSegmentations:
         for organ, mask in zip(self.task.names, masks, strict=True):
             volume = np.count_nonzero(mask) * millilitres
             rows.append({"case": name, "organ": organ, "millilitres": f"{volume:.3f}"})
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(lambda file: file.write(text.getvalue().encode()), path)
+        write_csv(path, [{column: row.get(column, "") for column in _COLUMNS} for row in rows])
 
     def _write_dicom(self, name: str, masks: np.ndarray, source: Mapping[str, str]) -> None:
         path, uid = source["image"], source.get("series_uid", "")
