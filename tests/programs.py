@@ -17,8 +17,8 @@ SEGMENTATION_CONFIGS = ROOT / "bundles" / "pgl_segmentation" / "configs"
 TINY = {
     "view_size": [32, 32, 16],
     "encoder#widen_factor": 0.125,
-    "network_def#hidden_channels": 32,
-    "network_def#out_channels": 16,
+    "hidden_channels": 32,
+    "out_channels": 16,
     "patches_per_volume": 4,
     "batch_size": 4,
     "max_epochs": 3,

@@ -19,9 +19,12 @@ class Method(nn.Module):
 
     Attributes:
         encoder: the encoder that is pre-trained, and exported when training ends.
+        feature_channels: channels of the features whose ``feature_std`` is logged; its healthy value is about 1 /
+            sqrt(feature_channels).
     """
 
     encoder: nn.Module
+    feature_channels: int
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
@@ -30,7 +33,7 @@ class Method(nn.Module):
             batch: ``views`` (B, V, C, X, Y, Z) and ``affines`` (B, V, 4, 4), view voxel index to source voxel index.
 
         Returns:
-            ``loss``, a scalar with gradient, and any other scalars to be logged, without.
+            ``loss``, a scalar with gradient, ``feature_std`` and any other scalars to be logged, without.
         """
         raise NotImplementedError
 

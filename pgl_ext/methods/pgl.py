@@ -53,6 +53,7 @@ class PGL(Method):
         self.target_projector = deepcopy(self.projector).requires_grad_(False)
         self.aligner = PriorGuidedAligner(output_size, alignment, sampling_ratio)
         self.loss = LocalConsistencyLoss()
+        self.feature_channels = out_channels
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Compute the symmetric loss (equation 9), in [0, 8].
