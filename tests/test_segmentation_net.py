@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
-from pgl_ext.networks.segmentation import ASPP, Decoder
+from pgl_ext.networks.segmentation import ASPP, Decoder, PlainDecoder
 
 TINY_ENCODER = {"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.0625}
 TINY = {"encoder": TINY_ENCODER, "aspp_channels": 8, "decoder_channels": (8, 6, 4)}
@@ -249,6 +249,33 @@ class TestParts:
         decoder = Decoder(5, (6, 4, 3), (7, 5, 3), 2).eval()
         skips = [torch.rand(1, c, *s) for c, s in zip((6, 4, 3), sizes, strict=True)]
         assert decoder(torch.rand(1, 5, *size), skips).shape == (1, 2, *sizes[-1])
+
+
+class TestPlainDecoder:
+    """The decoder without skips, of a method that wants every level's map."""
+
+    def test_maps_come_coarse_to_fine_in_the_sizes_asked_for(self):
+        decoder = PlainDecoder(5, (6, 4, 3)).eval()
+        sizes = [[6, 8, 3], [11, 16, 6], [22, 32, 12]]
+        maps = decoder(torch.rand(2, 5, 3, 4, 2), sizes)
+        assert [tuple(m.shape) for m in maps] == [(2, c, *s) for c, s in zip((6, 4, 3), sizes, strict=True)]
+
+    def test_is_the_decoder_whose_skips_are_zero(self):
+        torch.manual_seed(0)
+        decoder = Decoder(5, (6, 4, 3), (7, 5, 3), 2).eval()
+        plain = PlainDecoder(5, (7, 5, 3)).eval()
+        shared = {key: value for key, value in decoder.state_dict().items() if ".up." in key or ".refine." in key}
+        plain.load_state_dict(shared, strict=True)
+        sizes = [[6, 8, 4], [12, 15, 8], [24, 30, 15]]
+        skips = [torch.zeros(1, c, *s) for c, s in zip((6, 4, 3), sizes, strict=True)]
+        x = torch.rand(1, 5, 3, 4, 2)
+        torch.testing.assert_close(decoder.head(plain(x, sizes)[-1]), decoder(x, skips))
+
+    def test_torchscript_equals_eager(self):
+        decoder = PlainDecoder(5, (4, 3)).eval()
+        x, sizes = torch.rand(1, 5, 2, 2, 2), [[4, 3, 4], [8, 6, 7]]
+        for scripted, eager in zip(torch.jit.script(decoder)(x, sizes), decoder(x, sizes), strict=True):
+            torch.testing.assert_close(scripted, eager)
 
 
 def test_levels_of_the_default_encoder_are_factors_of_two():

@@ -12,7 +12,7 @@ from torch import nn
 
 from pgl_ext.networks.encoder import ResNetEncoder, initialise_convolutions
 
-__all__ = ["ASPP", "Decoder", "SegmentationNet"]
+__all__ = ["ASPP", "Decoder", "PlainDecoder", "SegmentationNet"]
 
 
 class SegmentationNet(nn.Module):
@@ -83,12 +83,22 @@ class SegmentationNet(nn.Module):
         Returns:
             logits (B, out_channels, X, Y, Z).
         """
-        features = self.encoder(x)
+        return self.decode(self.encoder(x), x.shape[2:])
+
+    def decode(self, features: list[torch.Tensor], size: list[int]) -> torch.Tensor:
+        """From features to the input's grid.
+
+        Args:
+            features: the encoder's feature maps, finest first.
+            size: (X, Y, Z) of the encoder's input.
+
+        Returns:
+            logits (B, out_channels, X, Y, Z).
+        """
         deepest = self.dropout(self.aspp(features[4]))
         logits = self.decoder(deepest, [features[2], features[1], features[0]])
         # By the stride and not to the size: a size that the stride does not divide would stretch the map.
-        logits = F.interpolate(logits, scale_factor=list(self.stem_stride), mode="trilinear")
-        return logits[:, :, : x.shape[2], : x.shape[3], : x.shape[4]]
+        return _crop(F.interpolate(logits, scale_factor=list(self.stem_stride), mode="trilinear"), size)
 
 
 class ASPP(nn.Module):
@@ -156,26 +166,77 @@ class Decoder(nn.Module):
         return self.head(self.dropout(x))
 
 
+class PlainDecoder(nn.Module):
+    """A decoder without skips, of which every level's map is wanted: double the resolution, refine.
+
+    Its tensors are named as those of :class:`Decoder`, which has the projected skips beside them.
+
+    Args:
+        in_channels: channels of the map to start from.
+        channels: channels of each level, coarse to fine.
+    """
+
+    def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(_PlainLevel(*widths) for widths in itertools.pairwise([in_channels, *channels]))
+
+    def forward(self, x: torch.Tensor, sizes: list[list[int]]) -> list[torch.Tensor]:
+        """Decode.
+
+        Args:
+            x: (B, in_channels, X, Y, Z).
+            sizes: (X, Y, Z) of each level, coarse to fine; that of the encoder's level, up to twice the one before.
+
+        Returns:
+            the levels' maps (B, channels, *size), coarse to fine.
+        """
+        maps = []
+        for index, level in enumerate(self.levels):
+            x = level(x, sizes[index])
+            maps.append(x)
+        return maps
+
+
 class _DecoderLevel(nn.Module):
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.up = nn.Sequential(
-            nn.ConvTranspose3d(in_channels, out_channels, kernel_size=2, stride=2, bias=False),
-            nn.BatchNorm3d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        self.up = _double(in_channels, out_channels)
         self.project = nn.Sequential(
             nn.Conv3d(skip_channels, out_channels, kernel_size=1, bias=False), nn.BatchNorm3d(out_channels)
         )
-        self.refine = nn.Sequential(
-            _separable_conv(out_channels, out_channels), _separable_conv(out_channels, out_channels)
-        )
+        self.refine = _refine(out_channels)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        # An odd size was rounded up on the way down.
-        x = self.up(x)[:, :, : skip.shape[2], : skip.shape[3], : skip.shape[4]]
-        x = x + self.project(skip)
+        x = _crop(self.up(x), skip.shape[2:]) + self.project(skip)
         return x + self.refine(x)
+
+
+class _PlainLevel(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.up = _double(in_channels, out_channels)
+        self.refine = _refine(out_channels)
+
+    def forward(self, x: torch.Tensor, size: list[int]) -> torch.Tensor:
+        x = _crop(self.up(x), size)
+        return x + self.refine(x)
+
+
+def _double(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose3d(in_channels, out_channels, kernel_size=2, stride=2, bias=False),
+        nn.BatchNorm3d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _refine(channels: int) -> nn.Sequential:
+    return nn.Sequential(_separable_conv(channels, channels), _separable_conv(channels, channels))
+
+
+def _crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """Cut what an odd size, rounded up on the way down, is too large on the way up."""
+    return x[:, :, : size[0], : size[1], : size[2]]
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
