@@ -14,7 +14,7 @@ from scipy.stats import wilcoxon
 from pgl_ext.figures.scores import plot_differences
 from pgl_ext.summary import AVERAGE, confidence_interval, table, write_csv
 
-__all__ = ["compare_runs", "paired_statistics", "read_scores"]
+__all__ = ["Scores", "by_organ", "common_keys", "compare_runs", "paired_scores", "paired_statistics", "read_scores"]
 
 _METRICS = {"dice": "Dice", "hd95_mm": "HD95 mm"}
 # Of fewer pairs even the clearest difference has p > 0.05.
@@ -25,11 +25,12 @@ Scores = dict[str, dict[tuple[str, str], float]]
 """By metric, and by case and organ."""
 
 
-def read_scores(folder: str | os.PathLike) -> Scores:
-    """The Dice and HD95 that an evaluation wrote.
+def read_scores(folder: str | os.PathLike, metrics: Iterable[str] = tuple(_METRICS)) -> Scores:
+    """The scores that an evaluation wrote.
 
     Args:
         folder: the evaluation's ``output_dir``.
+        metrics: columns of its ``cases.csv`` to read, by default Dice and HD95.
 
     Returns:
         By metric, and by case and organ; NaN where a case has no value, as of an organ that is not annotated.
@@ -46,13 +47,64 @@ def read_scores(folder: str | os.PathLike) -> Scores:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    missing = [name for name in ("case", "organ", *_METRICS) if name not in (reader.fieldnames or [])]
+    metrics = list(metrics)
+    missing = [name for name in ("case", "organ", *metrics) if name not in (reader.fieldnames or [])]
     if missing or not rows:
         problem = f"lacks the columns {missing}" if missing else "holds no case"
         raise ValueError(f"{path} {problem}: give the output_dir of a complete evaluation.")
     if len({(row["case"], row["organ"]) for row in rows}) < len(rows):
         raise ValueError(f"{path} holds a case and organ more than once: evaluate again, with a new --output_dir.")
-    return {metric: {(row["case"], row["organ"]): float(row[metric] or "nan") for row in rows} for metric in _METRICS}
+    return {metric: {(row["case"], row["organ"]): float(row[metric] or "nan") for row in rows} for metric in metrics}
+
+
+def common_keys(found: Mapping[str, Iterable[tuple[str, str]]], common: bool = False) -> list[tuple[str, str]]:
+    """Cases and organs that all evaluations have, in the order of the first.
+
+    Args:
+        found: cases and organs by folder.
+        common: whether others may be left out.
+
+    Raises:
+        ValueError: evaluations have other cases or organs.
+    """
+    first, *others = found.values()
+    shared = [key for key in first if all(key in other for other in others)]
+    every = sorted({key for keys in found.values() for key in keys})
+    if len(shared) < len(every) and not common:
+        lines = [f"  {folder} lacks {_listed([k for k in every if k not in keys])}" for folder, keys in found.items()]
+        raise ValueError(
+            "the runs have other cases or organs:\n"
+            + "\n".join(line for line in lines if not line.endswith(" lacks "))
+            + "\nEvaluate all on the same data list, or compare what all have with --common true."
+        )
+    if not shared:
+        raise ValueError("the runs have no case and organ in common: evaluate all on the same data list.")
+    return shared
+
+
+def by_organ(scores: Mapping[tuple[str, str], float], keys: Iterable[tuple[str, str]]) -> dict[str, list[float]]:
+    """Per organ the values of the cases, in the order of the keys, NaN where a case has none."""
+    organs, cases = (list(dict.fromkeys(column)) for column in reversed(list(zip(*keys, strict=True))))
+    return {organ: [scores.get((case, organ), math.nan) for case in cases] for organ in organs}
+
+
+def paired_scores(
+    first: Sequence[Scores], second: Sequence[Scores], keys: Iterable[tuple[str, str]]
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The scores of two runs side by side.
+
+    Args:
+        first: repetitions of the reference, such as seeds, over which the scores of a case are averaged.
+        second: those of the other run.
+        keys: cases and organs, from :func:`common_keys`.
+
+    Returns:
+        By metric and organ, and as ``"average"`` over the organs that both runs have a value of, the values of the
+        cases in both runs.
+    """
+    keys = list(keys)
+    a, b = (_averaged(repetitions, keys) for repetitions in (first, second))
+    return {metric: _pair(by_organ(a[metric], keys), by_organ(b[metric], keys)) for metric in a}
 
 
 def paired_statistics(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
@@ -113,7 +165,7 @@ def compare_runs(
         raise ValueError(f"a comparison needs at least two runs, got {len(folders)}: give their output folders.")
     names = _names(folders, names)
     repetitions = [[read_scores(folder) for folder in some] for some in folders]
-    keys = _common_keys(
+    keys = common_keys(
         {
             folder: scores["dice"]
             for some, read in zip(folders, repetitions, strict=True)
@@ -121,11 +173,8 @@ def compare_runs(
         },
         common,
     )
-    scores = {name: _averaged(read, keys) for name, read in zip(names, repetitions, strict=True)}
-    pairs = {
-        metric: {name: _pair(*(_by_organ(scores[run][metric], keys) for run in (names[0], name))) for name in names[1:]}
-        for metric in _METRICS
-    }
+    paired = {name: paired_scores(repetitions[0], read, keys) for name, read in zip(names, repetitions, strict=True)}
+    pairs = {metric: {name: paired[name][metric] for name in names[1:]} for metric in _METRICS}
     rows = [
         {"metric": metric, "organ": organ, "run": name, "reference": names[0], **paired_statistics(*pair)}
         for metric, runs in pairs.items()
@@ -153,23 +202,6 @@ def _names(folders: Sequence[Sequence[str]], names: Sequence[str] | None) -> lis
     return [str(name) for name in names]
 
 
-def _common_keys(found: Mapping[str, Iterable[tuple[str, str]]], common: bool) -> list[tuple[str, str]]:
-    """Cases and organs that all folders have, in the order of the first."""
-    first, *others = found.values()
-    shared = [key for key in first if all(key in other for other in others)]
-    every = sorted({key for keys in found.values() for key in keys})
-    if len(shared) < len(every) and not common:
-        lines = [f"  {folder} lacks {_listed([k for k in every if k not in keys])}" for folder, keys in found.items()]
-        raise ValueError(
-            "the runs have other cases or organs:\n"
-            + "\n".join(line for line in lines if not line.endswith(" lacks "))
-            + "\nEvaluate all on the same data list, or compare what all have with --common true."
-        )
-    if not shared:
-        raise ValueError("the runs have no case and organ in common: evaluate all on the same data list.")
-    return shared
-
-
 def _listed(keys: Sequence[tuple[str, str]]) -> str:
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
     return ", ".join(f"{case} ({organ})" for case, organ in keys[:_LISTED]) + more
@@ -177,18 +209,13 @@ def _listed(keys: Sequence[tuple[str, str]]) -> str:
 
 def _averaged(repetitions: Sequence[Scores], keys: Iterable[tuple[str, str]]) -> Scores:
     """Mean over the repetitions in which a case has a value."""
-    return {metric: {key: _mean(scores[metric][key] for scores in repetitions) for key in keys} for metric in _METRICS}
+    metrics = repetitions[0]
+    return {metric: {key: _mean(scores[metric][key] for scores in repetitions) for key in keys} for metric in metrics}
 
 
 def _mean(values: Iterable[float]) -> float:
     found = [value for value in values if math.isfinite(value)]
     return float(np.mean(found)) if found else math.nan
-
-
-def _by_organ(scores: Mapping[tuple[str, str], float], keys: Iterable[tuple[str, str]]) -> dict[str, list[float]]:
-    """Per organ the cases' values, NaN where a case has none."""
-    organs, cases = (list(dict.fromkeys(column)) for column in reversed(list(zip(*keys, strict=True))))
-    return {organ: [scores.get((case, organ), math.nan) for case in cases] for organ in organs}
 
 
 def _pair(
