@@ -1,5 +1,6 @@
 """Transforms: loading, two overlapping views, patches with labels, intensity augmentations of whole batches."""
 
+from pgl_ext.transforms.deformations import RandBezierIntensity, RandDeformedCopyd, RandLocalShuffle, RandPaint
 from pgl_ext.transforms.intensity import (
     BatchIntensityd,
     RandBatchBlur,
@@ -18,7 +19,11 @@ __all__ = [
     "RandBatchBrightness",
     "RandBatchGamma",
     "RandBatchNoise",
+    "RandBezierIntensity",
+    "RandDeformedCopyd",
+    "RandLocalShuffle",
     "RandOrganPatchd",
     "RandOverlappingViewsd",
+    "RandPaint",
     "SplitCased",
 ]
