@@ -18,7 +18,7 @@ from pgl_ext import __version__
 from pgl_ext.files import write_atomically
 from pgl_ext.summary import AVERAGE
 
-__all__ = ["write_report"]
+__all__ = ["render_page", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -72,19 +72,11 @@ def write_report(
                 f"run {run.name!r} has the organs {list(run.summary['organs'])}, run {found[0].name!r} has {organs}: "
                 "report only runs of one task together."
             )
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(picture=_picture, score=_score, interval=_interval)
-    page = environment.get_template("report.html").render(
+    return render_page(
+        "report.html",
+        out,
         title=title,
         note=note,
-        version=__version__,
-        today=date.today().isoformat(),
         runs=found,
         rows=[*organs, AVERAGE],
         scores=lambda run, row: run.summary[AVERAGE] if row == AVERAGE else run.summary["organs"][row],
@@ -93,6 +85,28 @@ def write_report(
         encoder=_encoder(pretraining),
         comparison=None if comparison is None else _read_comparison(Path(comparison)),
     )
+
+
+def render_page(template: str, out: str | os.PathLike, **content: Any) -> Path:
+    """Write a page of ``templates/``.
+
+    Args:
+        template: its file.
+        out: HTML file to write.
+        content: what the template shows; ``title`` and ``note`` are the head of every page.
+
+    Returns:
+        the file.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(picture=_picture, score=_score, interval=_interval)
+    page = environment.get_template(template).render(version=__version__, today=date.today().isoformat(), **content)
     out = Path(out)
     write_atomically(lambda file: file.write(page.encode()), out)
     return out

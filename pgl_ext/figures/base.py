@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
@@ -20,9 +21,11 @@ __all__ = [
     "PLANES",
     "figure_to_array",
     "grey_levels",
+    "name_ticks",
     "organ_colors",
     "save_figure",
     "slice_through",
+    "tidy",
     "unit_range",
 ]
 
@@ -60,6 +63,18 @@ def save_figure(figure: Figure, out_path: str | Path) -> None:
     """Write a figure; its folder is made if missing, the ending sets the format."""
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_path)
+
+
+def tidy(axes: Axes) -> None:
+    """Lines to read values by, and no frame on top and on the right."""
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def name_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """Names below the places 0, 1, ...; many of them tilted."""
+    tilted = len(names) > 3
+    axes.set_xticks(range(len(names)), names, rotation=35 if tilted else 0, ha="right" if tilted else "center")
 
 
 def unit_range(image: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pgl_ext.figures.base import BLUE, GREY, ORANGE, organ_colors, save_figure
+from pgl_ext.figures.base import BLUE, GREY, ORANGE, name_ticks, organ_colors, save_figure, tidy
 
 __all__ = ["plot_differences", "plot_scores"]
 
@@ -37,7 +37,7 @@ def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: s
         _draw_boxes(axes, [_finite(values[organ]) for organ in organs], organ_colors(len(organs)))
         axes.set_ylabel(_TITLES.get(metric, metric))
         axes.set_ylim(*((-0.02, 1.02) if metric in ("dice", "iou") else (0, None)))
-    _name_ticks(panels[-1], organs)
+    name_ticks(panels[-1], organs)
     if out_path is not None:
         save_figure(figure, out_path)
     return figure
@@ -81,8 +81,8 @@ def plot_differences(
         better = "higher" if metric in ("dice", "iou") else "lower"
         axes.set_ylabel(f"{_TITLES.get(metric, metric)} minus {reference}\n({better} is better)", fontsize=9)
         axes.set_xlim(-0.6, len(organs) - 0.4)
-        _tidy(axes)
-    _name_ticks(panels[-1], organs)
+        tidy(axes)
+    name_ticks(panels[-1], organs)
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
     if out_path is not None:
         save_figure(figure, out_path)
@@ -115,14 +115,4 @@ def _draw_boxes(axes: Axes, columns: Sequence[Sequence[float]], colors: np.ndarr
         )
         axes.plot(place, np.mean(values), "D", color="white", markeredgecolor="black", markersize=4.5, zorder=4)
     axes.set_xlim(-0.6, len(columns) - 0.4)
-    _tidy(axes)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _name_ticks(axes: Axes, organs: Sequence[str]) -> None:
-    tilted = len(organs) > 3
-    axes.set_xticks(range(len(organs)), organs, rotation=35 if tilted else 0, ha="right" if tilted else "center")
+    tidy(axes)
