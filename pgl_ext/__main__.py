@@ -74,13 +74,50 @@ def report(
     return str(write_report(out, folders, pretraining, comparison, title or "Few-label segmentation", note))
 
 
+def study(
+    file: str,
+    out: str,
+    bundles: str | None = None,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    **overrides: object,
+) -> str:
+    """Compare pre-training methods: methods x labelled cases x seeds, each pre-trained, fine-tuned and evaluated.
+
+    What is finished is not run again, and what was interrupted goes on. Any entry of the study file can be overridden,
+    as in --pretraining#settings#max_epochs 2.
+
+    Args:
+        file: study file.
+        out: folder of the study.
+        bundles: folder of pgl_pretrain and pgl_segmentation, if not beside the package.
+        jobs: cells at a time; by default one on each GPU, or one.
+        dry_run: only list the cells and estimate the time.
+    """
+    import yaml
+
+    from pgl_ext.flags import as_bool
+    from pgl_ext.study.run import run_study
+
+    # fire leaves true, null and the like as text.
+    values = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in overrides.items()}
+    return run_study(file, out, bundles, jobs, as_bool(dry_run, "dry_run"), values)
+
+
 def main() -> None:
+    commands = {
+        "phantom": phantom,
+        "export_encoder": export_encoder,
+        "compare": compare,
+        "report": report,
+        "study": study,
+    }
     try:
-        fire.Fire(
-            {"phantom": phantom, "export_encoder": export_encoder, "compare": compare, "report": report}, name="pgl_ext"
-        )
+        fire.Fire(commands, name="pgl_ext")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

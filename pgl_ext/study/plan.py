@@ -1,0 +1,312 @@
+"""The cells that a study consists of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+import pgl_ext
+from pgl_ext.data.cases import labelled_items, split_cases
+from pgl_ext.data.datalist import item_name
+from pgl_ext.study.cells import Cell, Stage
+from pgl_ext.study.configs import merged_config
+from pgl_ext.study.study_file import read_study_file
+from pgl_ext.summary import write_text
+
+__all__ = ["Study", "read_study"]
+
+_SET_BY_STUDY = (
+    *("output_dir", "cache_dir", "seed", "resume", "pretrained_encoder", "model_path"),
+    *("labelled_cases", "label_fraction", "split_seed", "test_cases"),
+)
+# What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
+_DATA = ("dataset_dir", "data_list_file_path", "data_list_key", "validation_fraction")
+_BUDGET = (
+    *(*_DATA, "max_epochs", "batch_size", "patches_per_volume"),
+    *(*(f"volumes#{name}" for name in _DATA), "train#sampler", "train#trainer#max_epochs"),
+)
+_LIST_SETTINGS = ("data_list_file_path", "dataset_dir", "data_list_key", "annotated_key")
+# What cached volumes depend on: the cache wants a folder for each preprocessing.
+_CACHED_WITH = ("volume_preprocessing", "case_preprocessing", "hu_window", "spacing", "organs", "background_values")
+
+
+def read_study(
+    file: str | os.PathLike,
+    folder: str | os.PathLike,
+    bundles: str | os.PathLike | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Study:
+    """Read a study file and find its cells.
+
+    Args:
+        file: see :func:`pgl_ext.study.study_file.read_study_file`, also for what is raised.
+        folder: of the cells.
+        bundles: folder of ``pgl_pretrain`` and ``pgl_segmentation``; by default the one beside the package.
+        overrides: of entries of the study file.
+    """
+    content = read_study_file(file, overrides)
+    bundles = Path(pgl_ext.__file__).parents[1] / "bundles" if bundles is None else bundles
+    return Study(content, Path(os.path.abspath(folder)), Path(os.path.abspath(bundles)))
+
+
+class Study:
+    """The cells of a study.
+
+    Args:
+        content: all entries of the study file.
+        folder: of the cells.
+        bundles: folder of the two bundles.
+
+    Attributes:
+        title, note: of the report.
+        methods: names in their order.
+        reference: the method that the others are compared with.
+        ablations: the methods of the ablations' figure.
+        labels: numbers (int) or fractions (float) of labelled cases, ascending.
+        seeds: each for all methods.
+
+    Raises:
+        FileNotFoundError: a config does not exist.
+        ValueError: methods differ in what they must share, cases are both labelled and for testing, or entries are
+            missing or wrong.
+    """
+
+    def __init__(self, content: Mapping[str, Any], folder: Path, bundles: Path) -> None:
+        self.folder = folder
+        self.title, self.note = str(content["title"]), str(content["note"])
+        self.methods = list(content["methods"])
+        self.reference: str = content["reference"]
+        self.ablations: list[str] = content["ablations"]
+        self.labels = _labels(content)
+        self.seeds = [int(seed) for seed in content["seeds"]]
+        _check_methods(self)
+        entries = content["methods"].items()
+        self._encoders = {name: _absolute(entry["encoder"]) for name, entry in entries if "encoder" in entry}
+        self._pretraining = _pretraining_stages(content, folder, bundles / "pgl_pretrain" / "configs")
+        self._fine_tuning, self._evaluation = _segmentation_stages(
+            content, self.labels, folder, bundles / "pgl_segmentation" / "configs"
+        )
+        self._rates = _rates_to_choose(content, self._pretraining)
+
+    def cells(self, rates: Mapping[str, float]) -> list[Cell]:
+        """All cells in the order to run them: one seed of all methods after another, pre-training before its use.
+
+        Args:
+            rates: learning rates by method, as chosen; methods whose rate is still to be chosen are left out.
+        """
+        cells: dict[str, Cell] = {}
+        for seed in self.seeds:
+            for method in self.methods:
+                for labels in self.labels:
+                    if method in rates or method not in self._rates:
+                        cell = self.fine_tuning(method, labels, seed, rates.get(method))
+                        cells |= {part.name: part for part in (cell.pretraining, cell) if part is not None}
+        return list(cells.values())
+
+    def selection(self) -> dict[str, dict[float, Cell]]:
+        """The fine-tunings that learning rates are chosen by: of the fewest labels and the first seed.
+
+        Returns:
+            By method whose rate is to be chosen, and by rate; empty where the study file gives no rates.
+        """
+        first = self.labels[0], self.seeds[0]
+        return {
+            method: {rate: self.fine_tuning(method, *first, rate) for rate in rates}
+            for method, rates in self._rates.items()
+        }
+
+    def pretraining(self, method: str, seed: int, rate: float | None = None) -> Cell | None:
+        """The pre-training of a method; None where it starts from random weights or from an encoder file."""
+        if method not in self._pretraining:
+            return None
+        name = f"pretraining/{_folder_name(method, rate)}/seed_{seed}"
+        chosen = {} if rate is None else {"lr": rate}
+        folder = self.folder / name
+        stage = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed, **chosen)
+        return Cell(folder, name, method, seed, (stage,), lr=rate)
+
+    def fine_tuning(self, method: str, labels: float, seed: int, rate: float | None = None) -> Cell:
+        """The fine-tuning of a method on some labelled cases, with its evaluation."""
+        share = f"{labels}_cases" if isinstance(labels, int) else f"{100 * labels:g}_percent"
+        name = f"fine_tuning/{_folder_name(method, rate)}/{share}/seed_{seed}"
+        folder = self.folder / name
+        pretraining, encoder = self.pretraining(method, seed, rate), self._encoders.get(method)
+        if pretraining is not None:
+            encoder = str(pretraining.folder / "models" / "pgl_encoder.pt")
+        stages = (
+            self._fine_tuning[labels].with_settings(
+                output_dir=str(folder), pretrained_encoder=encoder, seed=seed, split_seed=seed
+            ),
+            self._evaluation.with_settings(
+                output_dir=str(folder / "evaluation"), model_path=str(folder / "models" / "model.pt")
+            ),
+        )
+        return Cell(folder, name, method, seed, stages, labels, rate, pretraining)
+
+
+def _folder_name(method: str, rate: float | None = None) -> str:
+    name = re.sub(r"[^\w.-]+", "_", method).strip("_")
+    return name if rate is None else f"{name}_lr_{rate:g}"
+
+
+# --- entries of the study file --------------------------------------------------------------------------------------
+
+
+def _labels(content: Mapping[str, Any]) -> list[float]:
+    cases, fractions = content["labelled_cases"], content["label_fractions"]
+    if bool(cases) == bool(fractions):
+        raise ValueError(
+            f"labelled_cases is {cases} and label_fractions {fractions}: give one of them, such as labelled_cases: "
+            "[3, 14]."
+        )
+    return sorted({int(count) for count in cases} if cases else {float(fraction) for fraction in fractions})
+
+
+def _check_methods(study: Study) -> None:
+    unknown = [name for name in (study.reference, *study.ablations) if name not in study.methods]
+    if unknown:
+        raise ValueError(f"reference or ablations name {unknown}, the study has the methods {study.methods}.")
+    folders = {_folder_name(name) for name in study.methods}
+    if len(folders) < len(study.methods):
+        raise ValueError(
+            f"some of the methods {study.methods} would share a folder, of {sorted(folders)}: rename them."
+        )
+    if not study.seeds:
+        raise ValueError("seeds is empty: give at least one, such as seeds: [0, 1, 2].")
+
+
+def _stage(entry: Mapping[str, Any], place: str, section: str, folder: Path) -> Stage:
+    """The command that a part of the study file describes."""
+    refused = [name for name in entry["settings"] if name in _SET_BY_STUDY]
+    if refused:
+        raise ValueError(f"{place} sets {refused}, which the study sets itself: remove them.")
+    settings = dict(entry["settings"])
+    for name in ("data_list_file_path", "dataset_dir"):
+        if name in settings:
+            settings[name] = _absolute(settings[name])
+    return Stage(section, (*(_config_path(name, folder) for name in entry["configs"]), settings))
+
+
+def _absolute(path: str | Sequence[str] | None) -> str | list[str] | None:
+    """A path, or several, so that it does not matter where a command is run."""
+    if path is None or isinstance(path, str):
+        return path and os.path.abspath(os.path.expanduser(path))
+    return [_absolute(part) for part in path]
+
+
+def _config_path(name: str, folder: Path) -> str:
+    """A config of the bundle, or else one that the working directory has."""
+    for path in (folder / name, Path(os.path.abspath(name))):
+        if path.is_file():
+            return str(path)
+    raise FileNotFoundError(f"the config {name} is neither in {folder} nor in the working directory.")
+
+
+# --- pre-training ---------------------------------------------------------------------------------------------------
+
+
+def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path) -> dict[str, Stage]:
+    """By method what all its pre-trainings share."""
+    base = _stage(content["pretraining"], "pretraining", "training", configs)
+    stages = {}
+    for name, entry in content["methods"].items():
+        if "encoder" in entry:
+            if entry["configs"] or entry["settings"]:
+                raise ValueError(
+                    f"method {name!r} has an encoder and is not pre-trained: remove its configs and settings."
+                )
+        else:
+            own = _stage(entry, f"method {name!r}", "training", configs)
+            stage = Stage("training", base.layers + own.layers)
+            _check_budget(name, base, stage)
+            stages[name] = _with_cache(stage, folder / "cache" / "pretraining")
+    return stages
+
+
+def _check_budget(method: str, base: Stage, stage: Stage) -> None:
+    shared, own = (merged_config(part.layers) for part in (base, stage))
+    changed = [f"{name} from {shared[name]} to {own[name]}" for name in _BUDGET if own[name] != shared[name]]
+    if changed:
+        raise ValueError(
+            f"method {method!r} changes {'; '.join(changed)}: all methods are compared on the same data with the same "
+            "number of pairs. Set it under pretraining, for all of them."
+        )
+
+
+def _rates_to_choose(content: Mapping[str, Any], stages: Mapping[str, Stage]) -> dict[str, list[float]]:
+    """The learning rates to choose among, by method that has none of its own."""
+    rates = sorted({float(rate) for rate in content["pretraining"]["learning_rates"]})
+    shared = len(content["pretraining"]["configs"]) + 1
+
+    def has_own(method: str) -> bool:
+        own = stages[method].layers[shared:]
+        return any("lr" in (ConfigParser.load_config_file(part) if isinstance(part, str) else part) for part in own)
+
+    return {method: rates for method in stages if rates and not has_own(method)}
+
+
+def _with_cache(stage: Stage, prefix: Path) -> Stage:
+    config = merged_config(stage.layers)
+    parts = json.dumps([config.get(name) for name in _CACHED_WITH], sort_keys=True)
+    return stage.with_settings(cache_dir=f"{prefix}_{hashlib.sha256(parts.encode()).hexdigest()[:8]}")
+
+
+# --- fine-tuning and evaluation -------------------------------------------------------------------------------------
+
+
+def _segmentation_stages(
+    content: Mapping[str, Any], labels: Sequence[float], folder: Path, configs: Path
+) -> tuple[dict[float, Stage], Stage]:
+    """What the fine-tunings on the same share of labels have in common, and what all evaluations have."""
+    fine_tuning = _stage(content["fine_tuning"], "fine_tuning", "training", configs)
+    evaluation = _stage(content["test"], "test", "evaluating", configs)
+    if content["test"]["cases"] is not None:
+        fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, content["test"]["cases"], folder / "split.json")
+    config = merged_config(fine_tuning.layers)
+    # Which organs are annotated is known of the same field in both.
+    evaluation = evaluation.with_settings(annotated_key=config["annotated_key"])
+    cases = _cases(fine_tuning, "fine_tuning")
+    both = {item_name(case) for case in cases} & {item_name(case) for case in _cases(evaluation, "test")}
+    if both:
+        raise ValueError(
+            f"{len(both)} test cases are among the labelled ones, such as {min(both)}: give another list or "
+            "data_list_key under test, or a number of cases to hold out (test: cases)."
+        )
+    stage = _with_cache(fine_tuning, folder / "cache" / "fine_tuning")
+    patches = content["fine_tuning"]["patches_per_epoch"]
+    stages = {}
+    for share in labels:
+        counts = {"labelled_cases": None, "label_fraction": 1.0}
+        counts["labelled_cases" if isinstance(share, int) else "label_fraction"] = share
+        training = len(split_cases(cases, validation_fraction=config["validation_fraction"], **counts)["training"])
+        budget = {} if patches is None else {"patches_per_case": max(1, round(patches / training))}
+        stages[share] = stage.with_settings(test_cases=0, **counts, **budget)
+    return stages, evaluation
+
+
+def _cases(stage: Stage, place: str) -> list[dict]:
+    config = merged_config(stage.layers)
+    if not config["data_list_file_path"]:
+        raise ValueError(
+            f"{place} has no data_list_file_path: set it under {place}: settings, to a JSON list of image and label of "
+            "each case."
+        )
+    return labelled_items(*(config[name] for name in _LIST_SETTINGS))
+
+
+def _hold_out(fine_tuning: Stage, evaluation: Stage, count: int, path: Path) -> tuple[Stage, Stage]:
+    """Hold test cases out of the labelled ones, the same ones in all cells."""
+    parts = split_cases(_cases(fine_tuning, "fine_tuning"), test_cases=count, validation_fraction=0)
+    write_text(path, json.dumps({name: parts[name] for name in ("training", "test")}, indent=2) + "\n")
+    split = {"data_list_file_path": str(path), "dataset_dir": None}
+    return (
+        fine_tuning.with_settings(**split, data_list_key="training"),
+        evaluation.with_settings(**split, data_list_key="test"),
+    )

@@ -1,0 +1,95 @@
+"""Pictures of a study and its page: one HTML file that opens anywhere, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pgl_ext.figures.study import Estimate, method_colors, plot_bars, plot_gains
+from pgl_ext.report import render_page
+from pgl_ext.study.cells import labels_text
+from pgl_ext.study.plan import Study
+from pgl_ext.study.results import Results
+from pgl_ext.study.tables import NOTES, missing_text, paper_tables, verdicts
+from pgl_ext.summary import AVERAGE
+
+__all__ = ["draw_figures", "write_study_report"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def draw_figures(study: Study, rows: Rows) -> None:
+    """Draw ``gains.png``, ``organs.png`` and ``ablations.png`` of the comparison's rows, where there is anything to."""
+    dice = [row for row in rows if row["metric"] == "dice"]
+    colors = method_colors(study.methods, study.reference)
+    names = [labels_text(labels) for labels in study.labels]
+    gains = _gains(study, dice)
+    if gains:
+        plot_gains(gains, names, colors, study.reference, study.folder / "gains.png")
+    organs = list(dict.fromkeys(row["organ"] for row in dice))
+    panels = {labels_text(labels): _organ_scores(study, dice, labels, organs) for labels in study.labels}
+    panels = {title: scores for title, scores in panels.items() if scores}
+    if panels:
+        plot_bars(panels, organs, colors, "Dice", study.folder / "organs.png")
+    ablations = {method: gains[method] for method in study.ablations if method in gains}
+    if ablations:
+        title = f"average Dice minus {study.reference}"
+        plot_bars({"": ablations}, names, colors, title, study.folder / "ablations.png")
+
+
+def _gains(study: Study, dice: Rows) -> dict[str, list[Estimate]]:
+    """By method its gain in the average for each share of labels, NaN where there is none."""
+    found: dict[str, dict[float, Estimate]] = {}
+    for row in dice:
+        if row["organ"] == AVERAGE and row["paired_seeds"]:
+            estimate = tuple(row[name] for name in ("difference", "ci95_low", "ci95_high"))
+            found.setdefault(row["method"], {})[row["labels"]] = estimate
+    nothing = (float("nan"),) * 3
+    return {method: [some.get(labels, nothing) for labels in study.labels] for method, some in found.items()}
+
+
+def _organ_scores(study: Study, dice: Rows, labels: float, organs: Sequence[str]) -> dict[str, list[Estimate]]:
+    """By method its mean of each organ, from one standard deviation over seeds below to one above."""
+    scores: dict[str, list[Estimate]] = {}
+    for method in study.methods:
+        some = {row["organ"]: row for row in dice if row["labels"] == labels and row["method"] == method}
+        if some:
+            ends = [(row["mean"], row["mean"] - row["sd"], row["mean"] + row["sd"]) for row in map(some.get, organs)]
+            scores[method] = ends
+    return scores
+
+
+def write_study_report(
+    study: Study,
+    results: Results,
+    rows: Rows,
+    learning_rates: Rows,
+    failures: Mapping[str, str],
+) -> Path:
+    """Write ``report.html``.
+
+    Args:
+        study: whose report it is.
+        results: of its finished cells.
+        rows: of the comparison.
+        learning_rates: which were tried, with the validation's Dice and which was chosen.
+        failures: why cells failed, by name.
+
+    Returns:
+        the file.
+    """
+    return render_page(
+        "study.html",
+        study.folder / "report.html",
+        title=study.title,
+        note=study.note,
+        study=study,
+        verdicts=verdicts(study, rows),
+        blocks=paper_tables(study, results, rows),
+        notes=NOTES,
+        missing=missing_text(results),
+        failures=failures,
+        learning_rates=learning_rates,
+        cells=results.cells,
+    )

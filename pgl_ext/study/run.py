@@ -1,0 +1,130 @@
+"""A study from its file to its report."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from pgl_ext.study.cells import Cell
+from pgl_ext.study.fingerprint import check_cells, code_digests, fingerprint
+from pgl_ext.study.plan import Study, read_study
+from pgl_ext.study.report import draw_figures, write_study_report
+from pgl_ext.study.results import comparison_rows, read_results
+from pgl_ext.study.runner import Runner, default_jobs, time_left
+from pgl_ext.study.tables import verdicts, write_tables
+from pgl_ext.summary import write_csv
+
+__all__ = ["run_study"]
+
+
+def run_study(
+    file: str | os.PathLike,
+    out: str | os.PathLike,
+    bundles: str | os.PathLike | None = None,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> str:
+    """Run what is not finished of a study, and write its tables, pictures and report.
+
+    Args:
+        file: study file; see :func:`pgl_ext.study.study_file.read_study_file`.
+        out: folder of the study.
+        bundles: folder of the two bundles.
+        jobs: cells at a time; by default one on each GPU, or one.
+        dry_run: only say which cells there are, which are finished, and how long the others will take.
+        overrides: of entries of the study file.
+
+    Returns:
+        In words, what was found.
+
+    Raises:
+        ChildProcessError: cells failed; the message says which and why. The tables cover the others.
+        ValueError: the study cannot be run as it is written, or cells are of another version of code or settings.
+    """
+    study = read_study(file, out, bundles, overrides)
+    jobs = default_jobs() if jobs is None else jobs
+    selection = _selection_cells(study)
+    cells = [*selection, *study.cells(_choose_rates(study)[0])]
+    fingerprints = _checked_fingerprints(cells)
+    if dry_run:
+        return _plan_text(study, cells, jobs)
+    # By default it would end this process alone, and leave the commands running.
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        failures = Runner(selection, fingerprints, jobs).run()
+        rates, learning_rates = _choose_rates(study)
+        cells = study.cells(rates)
+        failures |= Runner(cells, _checked_fingerprints(cells), jobs).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    results = read_results(cells)
+    results.missing += [cell for cell in selection if not cell.is_finished]
+    rows = comparison_rows(study, results)
+    if learning_rates:
+        write_csv(study.folder / "learning_rates.csv", learning_rates)
+    write_tables(study, results, rows)
+    draw_figures(study, rows)
+    report = write_study_report(study, results, rows, learning_rates, failures)
+    if failures:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
+        raise ChildProcessError(f"{len(failures)} cells failed; {report} covers the others.\n{listed}")
+    return "\n".join([*verdicts(study, rows), f"Tables and pictures in {study.folder}, report: {report}"])
+
+
+def _stop(*_: Any) -> None:
+    raise SystemExit(143)
+
+
+def _selection_cells(study: Study) -> list[Cell]:
+    """What is to be run before learning rates can be chosen."""
+    chosen_by = [cell for cells in study.selection().values() for cell in cells.values()]
+    return [part for cell in chosen_by for part in (cell.pretraining, cell) if part is not None]
+
+
+def _choose_rates(study: Study) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The rate of each method that has the best Dice of validation cases, of equal ones the smallest.
+
+    Returns:
+        The rates by method, of those all of whose candidates are finished; and rows that say how they were chosen.
+    """
+    rates, rows = {}, []
+    for method, cells in study.selection().items():
+        scores = {rate: cell.result()["val_mean_dice"] for rate, cell in cells.items() if cell.is_finished}
+        if None in scores.values():
+            raise ValueError(
+                f"the learning rate of {method!r} cannot be chosen, since fine-tuning had no validation: set "
+                "validation_fraction above 0 under fine_tuning: settings, or give the method an lr."
+            )
+        if len(scores) == len(cells):
+            rates[method] = max(sorted(scores), key=scores.__getitem__)
+        for rate, score in scores.items():
+            rows.append({"method": method, "lr": rate, "val_mean_dice": score, "chosen": rates.get(method) == rate})
+    return rates, rows
+
+
+def _checked_fingerprints(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    code = code_digests()
+    fingerprints = {cell.name: fingerprint(cell, code) for cell in cells}
+    check_cells(cells, fingerprints)
+    return fingerprints
+
+
+def _plan_text(study: Study, cells: Sequence[Cell], jobs: int) -> str:
+    cells = list({cell.name: cell for cell in cells}.values())
+    lines = []
+    for cell in cells:
+        state = tqdm.format_interval(cell.result()["seconds"]) if cell.is_finished else "to do"
+        lines.append(f"  {state:>8}  {cell.name}")
+    finished = sum(cell.is_finished for cell in cells)
+    left = time_left(cells, jobs) or "not known before a pre-training and a fine-tuning are finished"
+    undecided = [method for method in study.selection() if method not in _choose_rates(study)[0]]
+    more = f"\nFurther cells follow once the learning rates of {', '.join(undecided)} are chosen." if undecided else ""
+    return (
+        "\n".join([*lines, f"{finished} of {len(cells)} cells finished; time left with {jobs} at a time: {left}"])
+        + more
+    )

@@ -1,0 +1,83 @@
+"""Reading a study file: its entries, overrides from the command line, and misspelt names."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+__all__ = ["read_study_file"]
+
+_DEFAULTS: dict[str, Any] = {
+    "title": "Comparison of pre-training methods",
+    "note": "",
+    "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": []},
+    "fine_tuning": {"configs": ["train.json"], "settings": {}, "patches_per_epoch": None},
+    "test": {"configs": ["evaluate.json"], "settings": {}, "cases": None},
+    "methods": {},
+    "reference": "random",
+    "ablations": [],
+    "labelled_cases": [],
+    "label_fractions": [],
+    "seeds": [0, 1, 2],
+}
+_PARTS = ("pretraining", "fine_tuning", "test")
+_METHOD: dict[str, Any] = {"configs": [], "settings": {}}
+
+
+def read_study_file(file: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a study file.
+
+    Args:
+        file: YAML or JSON. What it names as ``base``, one file or several relative to its folder, is read before it; as
+            in MONAI's configs, an entry replaces an earlier one, and ``methods#NAME`` adds to one.
+        overrides: entries by id, such as ``pretraining#settings#max_epochs``. What follows ``settings`` is an id of the
+            bundle's config: ``fine_tuning#settings#encoder#layers``.
+
+    Returns:
+        All entries, those not given with their defaults.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: an entry has a name that is not known.
+    """
+    given = ConfigParser.load_config_files(_with_bases(Path(file)))
+    given.pop("base", None)
+    content = copy.deepcopy(_DEFAULTS) | given
+    for part in _PARTS:
+        content[part] = copy.deepcopy(_DEFAULTS[part]) | (content[part] or {})
+    methods = content["methods"] or {}
+    content["methods"] = {str(name): copy.deepcopy(_METHOD) | (entry or {}) for name, entry in methods.items()}
+    for name, value in (overrides or {}).items():
+        _override(content, name.replace("::", "#").split("#"), value)
+    _check_names(content)
+    return content
+
+
+def _with_bases(file: Path) -> list[Path]:
+    named = ConfigParser.load_config_file(file).get("base", [])
+    bases = [named] if isinstance(named, str) else named
+    return [*(part for base in bases for part in _with_bases(file.parent / base)), file]
+
+
+def _override(content: dict[str, Any], name: list[str], value: Any) -> None:
+    while len(name) > 1 and isinstance(content.get(name[0]), dict):
+        content, name = content[name[0]], name[1:]
+    content["#".join(name)] = value
+
+
+def _check_names(content: Mapping[str, Any]) -> None:
+    known = {"the study": (content, _DEFAULTS)}
+    known |= {part: (content[part], _DEFAULTS[part]) for part in _PARTS}
+    known |= {f"method {name!r}": (entry, {**_METHOD, "encoder": None}) for name, entry in content["methods"].items()}
+    for place, (entries, names) in known.items():
+        unknown = [str(name) for name in entries if name not in names]
+        if unknown:
+            raise ValueError(
+                f"{place} has the entries {unknown}, which mean nothing there: it may have {', '.join(names)}. "
+                "Settings of a bundle's config go under 'settings'."
+            )
