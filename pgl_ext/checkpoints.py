@@ -19,7 +19,7 @@ from ignite.engine import Engine, Events
 from pgl_ext import __version__
 from pgl_ext.files import write_atomically
 from pgl_ext.flags import as_bool
-from pgl_ext.weights import load_state, save_encoder
+from pgl_ext.weights import load_state, save_decoder, save_encoder
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
 
@@ -84,11 +84,13 @@ class CheckpointHandler:
         objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
         sampler: the training data's ``PairBatchSampler``.
         encoder_path: encoder file written with every checkpoint; None: none.
-        description: what the encoder file's JSON says beside architecture, method and steps.
+        description: what the JSON of encoder and decoder file says beside architecture, method and steps.
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
         resume: go on from the newest intact checkpoint.
         rank: this process.
+        decoder_path: decoder file written with every checkpoint where the network has ``aspp`` and ``decoder``; None:
+            none.
 
     Raises:
         FileExistsError: from ``check``, where the folder holds another run's checkpoints and ``resume`` is false.
@@ -106,12 +108,14 @@ class CheckpointHandler:
         keep_last: int = 3,
         resume: bool = False,
         rank: int = 0,
+        decoder_path: str | os.PathLike | None = None,
     ) -> None:
         self.folder = CheckpointFolder(folder, keep_last)
         self.network = network
         self.objects = dict(objects)
         self.sampler = sampler
         self.encoder_path = encoder_path
+        self.decoder_path = decoder_path
         self.description = dict(description)
         self.interval = interval
         self.resume = as_bool(resume, "resume")
@@ -153,7 +157,7 @@ class CheckpointHandler:
             engine.terminate()
 
     def save(self, engine: Engine) -> None:
-        """Write a checkpoint and the encoder file, once per step."""
+        """Write a checkpoint, the encoder file and the decoder file, once per step."""
         step = engine.state.iteration
         if self.rank > 0 or step == self._saved_step:
             return
@@ -175,6 +179,8 @@ class CheckpointHandler:
         path = self.folder.write(content, step)
         if self.encoder_path is not None:
             save_encoder(self.network.encoder, self.encoder_path, description)
+        if self.decoder_path is not None and {"aspp", "decoder"} <= dict(self.network.named_children()).keys():
+            save_decoder(self.network, self.decoder_path, description)
         self._saved_step = step
         logger.info("saved %s", path)
 

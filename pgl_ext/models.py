@@ -1,4 +1,4 @@
-"""Segmentation models: starting from a pre-trained encoder, and model files with the JSON that says how to use them."""
+"""Segmentation models: starting from pre-trained weights, and model files with the JSON that says how to use them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from pgl_ext.flags import as_bool
 from pgl_ext.networks.segmentation import SegmentationNet
-from pgl_ext.weights import compare_states, load_encoder, load_state, read_description
+from pgl_ext.weights import compare_states, load_decoder, load_encoder, load_state, read_description
 
 __all__ = ["build_network", "load_model", "recorded_model", "start_network"]
 
@@ -51,6 +51,7 @@ def start_network(
     network: nn.Module,
     device: torch.device | str,
     pretrained_encoder: str | os.PathLike | None = None,
+    pretrained_decoder: str | os.PathLike | None = None,
     hu_window: Sequence[float] | None = None,
     spacing: Sequence[float] | None = None,
     channels_last: bool = False,
@@ -59,10 +60,12 @@ def start_network(
     """Make a segmentation network ready for fine-tuning, in place.
 
     Args:
-        network: has ``.encoder``.
+        network: has ``.encoder``, and ``.aspp`` and ``.decoder`` where a decoder is loaded.
         device: where to train.
         pretrained_encoder: an encoder file of pre-training, or the state dict of a stock MONAI or MedicalNet ResNet;
             None: random initialisation.
+        pretrained_decoder: a decoder file of pre-training, of which everything but the last convolution is loaded that
+            fits; None: random initialisation.
         hu_window: range in HU that this task clips to; None: not clipped.
         spacing: that this task resamples to, in mm; None: as stored.
         channels_last: memory layout ``channels_last_3d``, which tensor cores like.
@@ -72,16 +75,17 @@ def start_network(
         the same network.
 
     Raises:
-        FileNotFoundError: where the encoder file is missing.
-        ValueError: where it is damaged or does not fit; the message lists missing, unexpected and mismatched tensors.
+        FileNotFoundError: where a file is missing.
+        ValueError: where one is damaged, the encoder does not fit, or nothing of the decoder does; the message lists
+            missing, unexpected and mismatched tensors.
     """
     if pretrained_encoder is None:
         logger.info("no pretrained_encoder: random initialisation")
-    else:
-        report = load_encoder(network, pretrained_encoder)
-        logger.info("%s: %s", pretrained_encoder, report)
-        for difference in _input_differences(pretrained_encoder, hu_window, spacing):
-            logger.warning("%s was pre-trained on other input: %s", pretrained_encoder, difference)
+    for path, load in ((pretrained_encoder, load_encoder), (pretrained_decoder, load_decoder)):
+        if path is not None:
+            logger.info("%s: %s", path, load(network, path))
+            for difference in _input_differences(path, hu_window, spacing):
+                logger.warning("%s was pre-trained on other input: %s", path, difference)
     if as_bool(sync_batch_norm, "sync_batch_norm"):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(device)
@@ -93,7 +97,7 @@ def start_network(
 def _input_differences(
     path: str | os.PathLike, hu_window: Sequence[float] | None, spacing: Sequence[float] | None
 ) -> list[str]:
-    """What the JSON beside an encoder file says of its input that differs from the task's."""
+    """What the JSON beside an encoder or decoder file says of its input that differs from the task's."""
     if not Path(path).with_suffix(".json").is_file():
         return ["there is no JSON beside it, so that its normalisation and spacing are not known"]
     description = read_description(path)

@@ -1,7 +1,7 @@
-"""Encoder files: what pre-training leaves behind and fine-tuning starts from.
+"""Encoder and decoder files: what pre-training leaves behind and fine-tuning starts from.
 
 An encoder file is a plain state dict with keys ``encoder.*``; a JSON file of the same name beside it says how to build
-the encoder and how its input was prepared.
+the encoder and how its input was prepared. A decoder file has keys ``aspp.*`` and ``decoder.*``, and the same JSON.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ __all__ = [
     "EncoderReport",
     "compare_states",
     "export_encoder",
+    "load_decoder",
     "load_encoder",
     "load_state",
     "read_description",
+    "save_decoder",
     "save_encoder",
     "save_weights",
 ]
 
 _PREFIX = "encoder."
+_DECODER_PREFIXES = ("aspp.", "decoder.")
+_HEAD_PREFIX = "decoder.head."
 _LAYOUTS = ("pgl", "monai_resnet")
 
 
@@ -42,6 +46,21 @@ def save_encoder(encoder: nn.Module, path: str | os.PathLike, description: Mappi
         description: architecture, stride, normalization, spacing, method, steps, data, version.
     """
     save_weights(encoder.state_dict(), path, description, _PREFIX)
+
+
+def save_decoder(network: nn.Module, path: str | os.PathLike, description: Mapping[str, Any]) -> None:
+    """Write ``path`` (keys ``aspp.*`` and ``decoder.*``) and the description as JSON beside it.
+
+    Args:
+        network: has ``.aspp`` and ``.decoder``; their tensors are stored on the CPU.
+        path: file to write, ending in ``.pt``.
+        description: as of the encoder that it was trained with.
+    """
+    save_weights(_decoder_state(network), path, description)
+
+
+def _decoder_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in network.state_dict().items() if key.startswith(_DECODER_PREFIXES)}
 
 
 def save_weights(
@@ -104,7 +123,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
 
 @dataclass
 class EncoderReport:
-    """What became of each tensor when an encoder file, or a whole network's, was loaded.
+    """What became of each tensor when an encoder file, a decoder file, or a whole network's, was loaded.
 
     Attributes:
         loaded: tensors copied into the network.
@@ -186,6 +205,36 @@ def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
             f"{Path(path).with_suffix('.json').name}, or choose the file that belongs to it."
         )
     encoder.load_state_dict({key: state[key] for key in own})
+    return report
+
+
+def load_decoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
+    """Load whatever fits of a decoder file into a network's pyramid pooling and decoder.
+
+    The convolution to the classes is left as it is: what it was trained for is another task's. A decoder of another
+    layout, such as one without skips, fits in part.
+
+    Args:
+        network: a network with ``.aspp`` and ``.decoder``.
+        path: the file.
+
+    Returns:
+        the report; what is missing or mismatched keeps its values.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: where it is damaged, or nothing of it fits.
+    """
+    state = {key: value for key, value in load_state(path).items() if isinstance(value, torch.Tensor)}
+    own = {key: value for key, value in _decoder_state(network).items() if not key.startswith(_HEAD_PREFIX)}
+    report = compare_states(state, own)
+    # Counts of batches are single numbers, which fit everywhere.
+    if all(key.endswith("num_batches_tracked") for key in report.loaded):
+        raise ValueError(
+            f"nothing of {path} fits the decoder: {report}. Give the pgl_decoder.pt of a method that pre-trains a "
+            "decoder, and build the decoder with the same widths (aspp_channels, decoder_channels)."
+        )
+    network.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     return report
 
 

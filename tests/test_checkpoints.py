@@ -17,8 +17,9 @@ from pgl_ext.checkpoints import CheckpointFolder, CheckpointHandler
 from pgl_ext.data.dataset import PairBatchSampler, PretrainDataset
 from pgl_ext.engines import PretrainTrainer
 from pgl_ext.handlers import TargetEMA
+from pgl_ext.networks import SegmentationNet
 from pgl_ext.transforms import BatchIntensityd, RandBatchGamma, RandBatchNoise, RandOverlappingViewsd
-from pgl_ext.weights import load_encoder
+from pgl_ext.weights import load_encoder, read_description
 
 
 class TestCheckpointFolder:
@@ -365,6 +366,30 @@ class TestValidationAtTheEndOfAnEpoch:
         second = self.scored(start("run", resume=True))
         second.trainer.run()
         assert second.score.epochs == [1, 2]
+
+
+class TestDecoderFile:
+    def saved(self, run: Run) -> Run:
+        run.handler.decoder_path = run.folder / "models" / "pgl_decoder.pt"
+        return stopped(run)
+
+    def test_comes_with_each_checkpoint_of_a_method_that_has_a_decoder(self, start, make_encoder):
+        run = start(stop_at=2)
+        # PGL with a decoder of which nothing is trained: what counts are its children.
+        network = SegmentationNet(1, 1, make_encoder(), aspp_channels=8, decoder_channels=(8, 6, 4))
+        run.method.aspp, run.method.decoder = network.aspp, network.decoder
+        self.saved(run)
+        state = torch.load(run.handler.decoder_path, weights_only=True)
+        own = {key: value for key, value in run.method.state_dict().items() if key.startswith(("aspp.", "decoder."))}
+        assert_same(state, own)
+        encoder_path = run.handler.encoder_path
+        assert read_description(run.handler.decoder_path) == read_description(encoder_path)
+        assert read_description(encoder_path)["steps"] == 2
+
+    def test_of_a_method_without_one_is_not_written(self, start):
+        run = self.saved(start(stop_at=1))
+        assert run.handler.encoder_path.is_file()
+        assert not run.handler.decoder_path.exists()
 
 
 def test_without_an_encoder_file(start):

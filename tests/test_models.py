@@ -9,7 +9,7 @@ from torch import nn
 from pgl_ext.models import build_network, load_model, recorded_model, start_network
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.task import SegmentationTask
-from pgl_ext.weights import load_encoder, save_encoder, save_weights
+from pgl_ext.weights import load_encoder, save_decoder, save_encoder, save_weights
 
 ENCODER = {"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.0625}
 TASK = SegmentationTask({"kidney": [1, 2], "tumour": [2]}, multi_label=True)
@@ -207,6 +207,53 @@ class TestStartNetwork:
         assert norms
         assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
         assert_encoder_is(network, make_encoder().state_dict())
+
+
+class TestStartNetworkWithADecoder:
+    """What ``weights.load_decoder`` loads, and what the user is told."""
+
+    @pytest.fixture
+    def decoder_file(self, tmp_path):
+        path = tmp_path / "pgl_decoder.pt"
+        save_decoder(make_network(seed=5, out_channels=1), path, DESCRIPTION)
+        return path
+
+    def test_beside_an_encoder(self, encoder_file, decoder_file, caplog):
+        network, untouched = make_network(), make_network().state_dict()
+        source = torch.load(decoder_file, weights_only=True)
+        with caplog.at_level(logging.INFO, logger="pgl_ext"):
+            start_network(network, "cpu", encoder_file, decoder_file, **SAME_INPUT)
+        assert_encoder_is(network, make_encoder().state_dict())
+        for key, value in network.state_dict().items():
+            if not key.startswith("encoder."):
+                assert torch.equal(value, (untouched if key.startswith("decoder.head.") else source)[key]), key
+        count = len(source) - 2
+        assert f"{decoder_file}: {count} of {count} tensors loaded; unexpected (2): decoder.head.bias" in caplog.text
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    def test_alone(self, decoder_file, caplog):
+        network, before = make_network(), make_network().encoder.state_dict()
+        with caplog.at_level(logging.INFO, logger="pgl_ext"):
+            start_network(network, "cpu", pretrained_decoder=decoder_file, **SAME_INPUT)
+        assert_encoder_is(network, before)
+        assert torch.equal(
+            network.aspp.join[0].weight, torch.load(decoder_file, weights_only=True)["aspp.join.0.weight"]
+        )
+        assert "no pretrained_encoder: random initialisation" in caplog.text
+
+    def test_warns_of_other_input(self, decoder_file, caplog):
+        start_network(make_network(), "cpu", pretrained_decoder=decoder_file, **{**SAME_INPUT, "hu_window": [0, 1]})
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert f"{decoder_file} was pre-trained on other input" in warning
+
+    def test_nothing_fits(self, decoder_file):
+        network = make_network(aspp_channels=16, decoder_channels=(9, 7, 5))
+        with pytest.raises(ValueError, match=r"nothing of .*pgl_decoder\.pt fits.*mismatched"):
+            start_network(network, "cpu", pretrained_decoder=decoder_file)
+
+    def test_missing_file(self, encoder_file, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+            start_network(make_network(), "cpu", encoder_file, tmp_path / "none.pt")
 
 
 @pytest.fixture

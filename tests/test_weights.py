@@ -6,13 +6,16 @@ from monai.networks.nets import ResNet
 from torch import nn
 
 from pgl_ext.files import write_atomically
-from pgl_ext.networks import ResNetEncoder
+from pgl_ext.networks import ResNetEncoder, SegmentationNet
+from pgl_ext.networks.segmentation import ASPP, PlainDecoder
 from pgl_ext.weights import (
     EncoderReport,
     export_encoder,
+    load_decoder,
     load_encoder,
     load_state,
     read_description,
+    save_decoder,
     save_encoder,
 )
 
@@ -178,6 +181,101 @@ class TestForeignFiles:
     def test_a_long_report_is_shortened(self):
         report = EncoderReport(missing=[f"layer{i}" for i in range(20)])
         assert str(report).endswith("missing (20): " + ", ".join(f"layer{i}" for i in range(8)) + ", ...")
+
+
+def decoder_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what a decoder file holds."""
+    state = network.state_dict().items()
+    return {key: value.clone() for key, value in state if key.split(".")[0] in ("aspp", "decoder")}
+
+
+class TestDecoder:
+    @pytest.fixture
+    def make_network(self, make_encoder):
+        """Builds a segmentation network; the same seed gives the same weights, none of which has its initial value."""
+
+        def make(seed: int = 0, out_channels: int = 2, **widths) -> SegmentationNet:
+            widths = {"aspp_channels": 8, "decoder_channels": (8, 6, 4), **widths}
+            network = SegmentationNet(1, out_channels, make_encoder(seed), **widths)
+            for value in network.state_dict().values():
+                value.copy_(torch.rand(value.shape) + 0.5 if value.is_floating_point() else torch.tensor(12 + seed))
+            return network
+
+        return make
+
+    @pytest.fixture
+    def path(self, make_network, tmp_path):
+        path = tmp_path / "models" / "pgl_decoder.pt"
+        save_decoder(make_network(seed=1, out_channels=1), path, DESCRIPTION)
+        return path
+
+    def test_the_file_is_a_plain_state_dict(self, make_network, path):
+        state, expected = torch.load(path, weights_only=True), decoder_of(make_network(seed=1, out_channels=1))
+        assert type(state) is dict
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in state.items())
+        assert read_description(path) == DESCRIPTION
+
+    @pytest.mark.parametrize("out_channels", [1, 3])
+    def test_all_but_the_last_convolution_is_loaded(self, make_network, path, out_channels):
+        """Also where its shape is that of the file: what it was trained for is no organ."""
+        network = make_network(seed=2, out_channels=out_channels)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        report = load_decoder(network, path)
+        source = torch.load(path, weights_only=True)
+        head = ["decoder.head.bias", "decoder.head.weight"]
+        assert sorted(report.loaded) == sorted(source.keys() - head)
+        assert (report.missing, report.mismatched, report.unexpected) == ([], [], head)
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, source[key] if key in report.loaded else before[key]), key
+
+    def test_of_a_decoder_without_skips_what_fits(self, make_network, tmp_path):
+        part = nn.Module()
+        part.aspp, part.decoder = ASPP(64, 8), PlainDecoder(8, (8, 6, 4))
+        save_decoder(part, tmp_path / "part.pt", {})
+        network = make_network()
+        before = decoder_of(network)
+        report = load_decoder(network, tmp_path / "part.pt")
+        assert sorted(report.loaded) == sorted(decoder_of(part))
+        assert len(report.missing) == 3 * 6  # convolution and batch norm of each skip
+        assert all(".project." in key for key in report.missing)
+        assert report.unexpected == []
+        for key, value in decoder_of(network).items():
+            assert torch.equal(value, decoder_of(part)[key] if key in report.loaded else before[key]), key
+
+    def test_of_other_widths_what_fits(self, make_network, tmp_path):
+        """The pyramid pooling and the first level."""
+        save_decoder(make_network(seed=1, decoder_channels=(8, 5, 4)), tmp_path / "other.pt", {})
+        network, source = make_network(seed=2), torch.load(tmp_path / "other.pt", weights_only=True)
+        report = load_decoder(network, tmp_path / "other.pt")
+        assert "decoder.levels.1.up.0.weight: (8, 5, 2, 2, 2), (8, 6, 2, 2, 2)" in report.mismatched
+        fitting = [key for key in source if key.startswith(("aspp.", "decoder.levels.0."))]
+        assert set(fitting) <= set(report.loaded)
+        assert all(torch.equal(network.state_dict()[key], source[key]) for key in fitting)
+
+    @pytest.mark.parametrize(
+        "widths", [{"aspp_channels": 16, "decoder_channels": (9, 7, 5)}, {}], ids=["widths", "part"]
+    )
+    def test_nothing_fits(self, make_network, tmp_path, widths):
+        """The counts of batches have no shape, and are no decoder; nor is an encoder file."""
+        network, source = make_network(seed=2), make_network(seed=1, **widths)
+        if widths:
+            save_decoder(source, tmp_path / "other.pt", {})
+        else:
+            save_encoder(source.encoder, tmp_path / "other.pt", {})
+        before = decoder_of(network)
+        with pytest.raises(
+            ValueError, match=r"nothing of .*other\.pt fits the decoder: .*pgl_decoder\.pt.*aspp_channels"
+        ):
+            load_decoder(network, tmp_path / "other.pt")
+        assert all(torch.equal(value, before[key]) for key, value in decoder_of(network).items())
+
+    def test_damaged_and_missing_files(self, make_network, path, tmp_path):
+        path.write_bytes(path.read_bytes()[:-3000])
+        with pytest.raises(ValueError, match=r"pgl_decoder\.pt can not be read.*copy or export it again"):
+            load_decoder(make_network(), path)
+        with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+            load_decoder(make_network(), tmp_path / "none.pt")
 
 
 class TestExportEncoder:
