@@ -1,6 +1,7 @@
 """Self-supervised methods, one file each."""
 
 from pgl_ext.methods.base import Method, feature_std
+from pgl_ext.methods.models_genesis import ModelsGenesis
 from pgl_ext.methods.pgl import PGL
 
-__all__ = ["PGL", "Method", "feature_std"]
+__all__ = ["PGL", "Method", "ModelsGenesis", "feature_std"]
