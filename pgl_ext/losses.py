@@ -12,7 +12,13 @@ from torch import nn
 from pgl_ext.flags import as_bool
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["DiceCrossEntropyLoss", "LocalConsistencyLoss", "SegmentationLoss"]
+__all__ = [
+    "DiceCrossEntropyLoss",
+    "LocalConsistencyLoss",
+    "NTXentLoss",
+    "SegmentationLoss",
+    "VoxelContrastLoss",
+]
 
 # Its sigmoid is 2e-35: summed over a batch of large patches it is still nothing beside the smoothing of a Dice loss.
 _CERTAINLY_ABSENT = -80.0
@@ -44,16 +50,85 @@ class LocalConsistencyLoss(nn.Module):
         Raises:
             ValueError: where the shapes differ.
         """
-        if prediction.shape != target.shape:
-            raise ValueError(
-                "prediction and target must have the same shape, got "
-                f"{tuple(prediction.shape)} and {tuple(target.shape)}."
-            )
+        _check_same_shape("prediction and target", prediction, target)
         with torch.autocast(prediction.device.type, enabled=False):
             # eps keeps constant features (crops of nothing but air) free of NaN.
             prediction = F.normalize(prediction.float(), dim=1, eps=1e-6)
             target = F.normalize(target.detach().float(), dim=1, eps=1e-6)
             return (prediction - target).square().sum(dim=1).mean()
+
+
+class NTXentLoss(nn.Module):
+    """Normalised temperature-scaled cross-entropy: each sample picks out its partner among all others.
+
+    ``mean over i of -log(exp(cos(z_i, z_p(i)) / t) / sum over j != i of exp(cos(z_i, z_j) / t))``, where i and j run
+    over the 2 N samples of both views and p(i) is i in the other view (Chen et al. 2020, SimCLR, equation 1). In [0,
+    log(1 + (2 N - 2) exp(2 / t))]; 0 for a single pair, which has nothing to be told from. Computed in float32 whatever
+    the inputs' dtype.
+
+    Args:
+        temperature: t; the smaller, the more the most similar of the others count.
+
+    Raises:
+        ValueError: where the temperature is not positive.
+
+    Example:
+        >>> features = torch.eye(4)
+        >>> float(NTXentLoss()(features, features)) < 1e-3
+        True
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        self.temperature = temperature
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Contrast.
+
+        Args:
+            first: features of one view, (N, C).
+            second: features of the other view, in the same order and of the same shape.
+
+        Returns:
+            scalar.
+
+        Raises:
+            ValueError: where the shapes differ.
+        """
+        _check_same_shape("the features of both views", first, second)
+        with torch.autocast(first.device.type, enabled=False):
+            features = F.normalize(torch.cat([first, second]).float(), dim=1, eps=1e-6)
+            logits = (features @ features.T / self.temperature).fill_diagonal_(-torch.inf)
+            partner = torch.arange(len(features), device=features.device).roll(len(first))
+            return F.cross_entropy(logits, partner)
+
+
+class VoxelContrastLoss(NTXentLoss):
+    """:class:`NTXentLoss` whose samples are cells: each picks out the same cell of the other view.
+
+    The others are all other cells of the batch, in both views; memory grows with the square of their number.
+
+    Args:
+        temperature: see :class:`NTXentLoss`.
+    """
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Contrast.
+
+        Args:
+            first: features of one view, (B, C, X, Y, Z).
+            second: features of the other view on the same grid, of the same shape.
+
+        Returns:
+            scalar.
+
+        Raises:
+            ValueError: where the shapes differ.
+        """
+        _check_same_shape("the features of both views", first, second)
+        return super().forward(*(features.movedim(1, -1).flatten(0, -2) for features in (first, second)))
 
 
 class DiceCrossEntropyLoss(nn.Module):
@@ -130,3 +205,8 @@ class SegmentationLoss(nn.Module):
             logits = logits.masked_fill(absent, _CERTAINLY_ABSENT)
             target = target.masked_fill(absent, 0)
         return self.loss(logits, target)
+
+
+def _check_same_shape(names: str, first: torch.Tensor, second: torch.Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"{names} must have the same shape, got {tuple(first.shape)} and {tuple(second.shape)}.")

@@ -10,6 +10,7 @@ import torch
 from monai.transforms import Compose, NormalizeIntensityd
 
 from pgl_ext.data.cache import VolumeCache
+from pgl_ext.data.phantom import generate_case
 from pgl_ext.methods import PGL
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.transforms import LoadVolumed, RandOverlappingViewsd
@@ -61,6 +62,19 @@ def make_batch() -> Callable[..., dict]:
         return {key: torch.stack([sample[key] for sample in samples]) for key in ("views", "affines")}
 
     return make
+
+
+@pytest.fixture
+def phantom_batch() -> dict:
+    """Six view pairs, three from each of two phantoms."""
+    transform = RandOverlappingViewsd("image", VIEW_SIZE).set_random_state(0)
+    normalise = NormalizeIntensityd("image")
+    samples = []
+    for seed in range(2):
+        image, _, _ = generate_case(seed, (64, 64, 32), "RAS")
+        volume = normalise({"image": np.clip(image, -1024, 325).astype(np.float32)[None]})
+        samples += [transform(volume) for _ in range(3)]
+    return {key: torch.stack([sample[key] for sample in samples]) for key in ("views", "affines")}
 
 
 @pytest.fixture

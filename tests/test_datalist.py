@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgl_ext.data.datalist import find_volumes, item_name, listed_path, load_datalist, split_datalist
+from pgl_ext.data.datalist import (
+    find_volumes,
+    item_name,
+    listed_path,
+    load_datalist,
+    source_names,
+    split_datalist,
+)
 
 
 def touch(root: Path, *names: str) -> None:
@@ -141,6 +148,75 @@ def test_load_datalist_keeps_fields_as_they_are(tmp_path):
         {"image": str(tmp_path / "a.nii"), "label": "../b.nii", "organs": ["x"]},
         {"image": str(tmp_path / "c.nii"), "group": 2},
     ]
+
+
+@pytest.mark.parametrize(
+    ("top_level", "expected"),
+    [
+        ({}, [{}, {"task": "own"}, {"group": "own group"}]),
+        ({"name": "liver"}, [{"task": "liver"}, {"task": "own"}, {"task": "liver", "group": "own group"}]),
+        ({"name": "x", "task": "liver"}, [{"task": "liver"}, {"task": "own"}, {"task": "liver", "group": "own group"}]),
+        ({"group": "CT"}, [{"group": "CT"}, {"group": "CT", "task": "own"}, {"group": "own group"}]),
+        (
+            {"task": 0, "group": 0},
+            [{"task": 0, "group": 0}, {"task": "own", "group": 0}, {"task": 0, "group": "own group"}],
+        ),
+    ],
+)
+def test_the_list_says_where_entries_are_from_that_do_not_say_it(tmp_path, top_level, expected):
+    touch(tmp_path, "a.nii")
+    entries = ["a.nii", {"image": "a.nii", "task": "own"}, {"image": "a.nii", "group": "own group"}]
+    items = load_datalist(data_list(tmp_path, {**top_level, "training": entries}))
+    assert items == [{**fields, "image": str(tmp_path / "a.nii")} for fields in expected]
+
+
+class TestSeveralLists:
+    @pytest.fixture
+    def lists(self, tmp_path) -> list[Path]:
+        for name in ("liver", "neck"):
+            touch(tmp_path, f"{name}/images/a.nii", f"{name}/images/b.nii")
+        return [
+            data_list(tmp_path / name, {"name": name, "training": ["images/b.nii", "images/a.nii"]})
+            for name in ("liver", "neck")
+        ]
+
+    def test_each_has_its_own_folder_and_task(self, lists, tmp_path):
+        assert load_datalist(lists) == [
+            {"image": str(tmp_path / name / "images" / file), "task": name}
+            for name in ("liver", "neck")
+            for file in ("b.nii", "a.nii")
+        ]
+        assert load_datalist([str(lists[1])]) == load_datalist(lists[1])
+
+    def test_of_one_dataset_dir(self, lists, tmp_path):
+        touch(tmp_path, "liver/images/c.nii")
+        other = data_list(tmp_path, {"training": ["images/c.nii"]})
+        items = load_datalist([lists[0], other], tmp_path / "liver")
+        assert [Path(item["image"]).name for item in items] == ["b.nii", "a.nii", "c.nii"]
+        assert {Path(item["image"]).parent for item in items} == {tmp_path / "liver" / "images"}
+
+    def test_a_scan_in_two_of_them(self, lists, tmp_path):
+        again = data_list(tmp_path, {"training": ["liver/images/a.nii", "liver/images/c.nii"]})
+        with pytest.raises(ValueError, match=r"1 scans .* more than once: .*liver/images/a\.nii\. .*but one"):
+            load_datalist([lists[0], again])
+
+    def test_a_bad_one_is_named(self, lists):
+        with pytest.raises(ValueError, match=r"nowhere\.json does not exist"):
+            load_datalist([lists[0], "nowhere.json"])
+
+
+class TestSourceNames:
+    def test_each_once_in_order(self):
+        items = [{"image": str(i), "task": name} for i, name in enumerate(["neck", "liver", 3, "neck", "liver"])]
+        assert source_names(items, "task") == ["3", "liver", "neck"]
+
+    @pytest.mark.parametrize("unknown", [{}, {"group": None}, {"group": ""}])
+    def test_all_that_lack_it_are_counted_and_the_remedies_named(self, unknown):
+        items = [{"image": "/d/a.nii", "group": "x"}, *({"image": f"/d/{i}.nii", **unknown} for i in range(7))]
+        with pytest.raises(ValueError, match=r"7 of 8 scans have no 'group': /d/0\.nii, .* and 2 more") as error:
+            source_names(items, "group")
+        for remedy in ('{"group": NAME, "training": [...]}', '{"image": PATH, "group": NAME}', "--data_list_file_path"):
+            assert remedy in str(error.value)
 
 
 @pytest.mark.parametrize(

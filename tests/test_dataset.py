@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pgl_ext.data import dataset as module
 from pgl_ext.data.checks import BadVolumesError
 from pgl_ext.data.dataset import PairBatchSampler, PretrainDataset, prepare_volumes
-from pgl_ext.transforms import RandOverlappingViewsd
+from pgl_ext.transforms import NameToIndexd, RandOverlappingViewsd
 
 
 def transform() -> Compose:
@@ -39,6 +39,20 @@ class TestPrepareVolumes:
         parts = prepare_volumes(cache, str(tmp_path), str(data_list), data_list_key="pretraining")
         assert len(parts["training"]) == 2
         assert len(parts["validation"]) == 1
+
+    def test_from_several_data_lists(self, volumes, cache, tmp_path):
+        lists = []
+        for name, items in (("liver", volumes[:2]), ("neck", volumes[2:])):
+            lists.append(tmp_path / f"{name}.json")
+            lists[-1].write_text(json.dumps({"name": name, "training": [item["image"] for item in items]}))
+        parts = prepare_volumes(cache, None, [str(path) for path in lists], source_fields=["task"])
+        tasks = {item["image"]: item["task"] for part in parts.values() for item in part}
+        assert tasks == {item["image"]: "liver" if index < 2 else "neck" for index, item in enumerate(volumes)}
+
+    def test_scans_of_unknown_source_are_named_before_any_is_prepared(self, volumes, cache):
+        with pytest.raises(ValueError, match="5 of 5 scans have no 'group'"):
+            prepare_volumes(cache, str(Path(volumes[0]["image"]).parent), source_fields=["group"])
+        assert not list(cache.cache_dir.glob("*.b2nd"))
 
     def test_the_seed_chooses_what_is_held_out(self, volumes, cache):
         folder = str(Path(volumes[0]["image"]).parent)
@@ -114,6 +128,20 @@ class TestPretrainDataset:
             dataset[0, index]
         assert seen[:5] == [float(cache.open(item)[:].astype(np.float64).sum()) for item in volumes]
         assert seen[5:] == seen[:2]
+
+    def test_batches_carry_the_source_where_the_transform_keeps_it(self, volumes, cache):
+        data = [{**item, "task": name} for item, name in zip(volumes, ["neck", "liver", "neck", "colon"], strict=False)]
+        steps = [
+            RandOverlappingViewsd("image", (16, 16, 8)),
+            SelectItemsd(["views", "task"]),
+            NameToIndexd("task", ["colon", "liver", "neck"]),
+        ]
+        dataset = PretrainDataset(data, cache, Compose(steps), seed=3, memory_limit_gib=0)
+        batch = next(iter(DataLoader(dataset, batch_sampler=[[(0, 3), (0, 0), (1, 1), (2, 2)]])))
+        assert batch["task"].dtype == torch.int64
+        assert batch["task"].tolist() == [0, 2, 1, 2]
+        # Where it is not kept, samples are those of scans of unknown source.
+        assert same(self.make(data, cache)[0, 1], self.make(volumes, cache)[0, 1])
 
     def test_a_plain_index_is_epoch_0(self, volumes, cache):
         dataset = self.make(volumes, cache)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 __all__ = [
+    "SOURCE_FIELDS",
     "SUPPORTED_SUFFIXES",
     "file_suffix",
     "find_volumes",
@@ -18,6 +20,7 @@ __all__ = [
     "item_name",
     "listed_path",
     "load_datalist",
+    "source_names",
     "split_datalist",
 ]
 
@@ -29,8 +32,11 @@ DICOM_SUFFIXES = (".dcm", ".ima")
 SUPPORTED_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES
 """File endings that can be read, in lower case; a folder is read as a DICOM series."""
 
+SOURCE_FIELDS = ("task", "group")
+"""Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
+
 _LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "imagests"}
-_KEPT_KEYS = ("image", "series_uid", "task", "group")
+_KEPT_KEYS = ("image", "series_uid", *SOURCE_FIELDS)
 _SUPPORTED = f"supported are {', '.join(SUPPORTED_SUFFIXES)} and folders that hold a DICOM series"
 
 
@@ -158,18 +164,20 @@ def _series_and_slices(path: str) -> tuple[str, int]:
 
 
 def load_datalist(
-    data_list_file_path: str | os.PathLike,
+    data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
     dataset_dir: str | os.PathLike | None = None,
     key: str = "training",
     keep: Iterable[str] = (),
 ) -> list[dict]:
-    """Read a data list in the style of the Medical Segmentation Decathlon.
+    """Read a data list in the style of the Medical Segmentation Decathlon, or several that are aggregated.
 
     For lists with labels see :func:`pgl_ext.data.cases.labelled_items`.
 
     Args:
-        data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``.
-        dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
+        data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``. Its own
+            ``"task"`` and ``"group"`` are those of the entries without; for the task, ``"name"`` will do. Or several
+            such files.
+        dataset_dir: folder that relative paths start from; by default the folder of the JSON file, of each its own.
         key: which list of the file to take.
         keep: further fields of the entries to keep, as they are.
 
@@ -178,13 +186,17 @@ def load_datalist(
         the fields ``keep`` where given. Everything else, labels in particular, is dropped.
 
     Raises:
-        ValueError: the file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an
-            unsupported type; or not one of the images exists.
+        ValueError: a file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an unsupported
+            type; not one of the images exists; or several files name the same scan.
     """
+    if not isinstance(data_list_file_path, (str, os.PathLike)):
+        return _joined([load_datalist(path, dataset_dir, key, keep) for path in data_list_file_path])
     path = Path(data_list_file_path)
-    entries = _read_entries(path, key)
+    content = _read_content(path, key)
+    sources = {"task": content.get("task", content.get("name")), "group": content.get("group")}
+    sources = {field: value for field, value in sources.items() if value is not None}
     kept = (*_KEPT_KEYS, *keep)
-    items = [_to_item(entry, index, dataset_dir, path, kept) for index, entry in enumerate(entries)]
+    items = [{**sources, **_to_item(entry, index, dataset_dir, path, kept)} for index, entry in enumerate(content[key])]
     unsupported = [item["image"] for item in items if not _is_supported(item["image"])]
     if unsupported:
         raise ValueError(
@@ -200,7 +212,18 @@ def load_datalist(
     return items
 
 
-def _read_entries(path: Path, key: str) -> list:
+def _joined(lists: Sequence[list[dict]]) -> list[dict]:
+    items = [item for part in lists for item in part]
+    twice = [name for name, count in Counter(map(item_name, items)).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} scans are in the data lists more than once: {_few(twice)}. Held out for validation as one, "
+            "they would be trained on as the other: remove them from all lists but one."
+        )
+    return items
+
+
+def _read_content(path: Path, key: str) -> dict:
     if not path.is_file():
         raise ValueError(f"Data list {path} does not exist or is not a file: give the path of a JSON data list.")
     try:
@@ -212,7 +235,7 @@ def _read_entries(path: Path, key: str) -> list:
     lists = [name for name, value in content.items() if isinstance(value, list) and value]
     if key not in lists:
         raise ValueError(f"Data list {path} has no entries under the key {key!r}; keys with entries: {lists}.")
-    return content[key]
+    return content
 
 
 def listed_path(path: str, data_list_file_path: str | os.PathLike, dataset_dir: str | os.PathLike | None = None) -> str:
@@ -245,6 +268,31 @@ def _is_supported(path: str) -> bool:
 def _few(names: Sequence[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def source_names(items: Iterable[Mapping], field: str) -> list[str]:
+    """The data sets or groups that items are from.
+
+    Args:
+        items: data items.
+        field: ``"task"`` or ``"group"``, see :data:`SOURCE_FIELDS`.
+
+    Returns:
+        The names, each once, in alphabetical order.
+
+    Raises:
+        ValueError: items lack the field.
+    """
+    items = list(items)
+    unknown = [item_name(item) for item in items if item.get(field) in (None, "")]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(items)} scans have no {field!r}: {_few(unknown)}. Give it in the data list "
+            f'(--data_list_file_path), once for all its scans, {{"{field}": NAME, "training": [...]}}, or for each, '
+            f'{{"image": PATH, "{field}": NAME}}. Several lists are given as --data_list_file_path '
+            "\"['first.json','second.json']\"."
+        )
+    return sorted({str(item[field]) for item in items})
 
 
 def split_datalist(items: Iterable[Mapping], validation_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:

@@ -13,7 +13,14 @@ import psutil
 from torch.utils.data import Dataset, Sampler
 
 from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
-from pgl_ext.data.datalist import find_volumes, item_name, load_datalist, split_datalist
+from pgl_ext.data.datalist import (
+    SOURCE_FIELDS,
+    find_volumes,
+    item_name,
+    load_datalist,
+    source_names,
+    split_datalist,
+)
 
 __all__ = ["PairBatchSampler", "PretrainDataset", "prepare_volumes"]
 
@@ -26,12 +33,13 @@ _SECONDS_BETWEEN_ATTEMPTS = 0.2
 def prepare_volumes(
     cache: VolumeCache,
     dataset_dir: str | None = None,
-    data_list_file_path: str | None = None,
+    data_list_file_path: str | Sequence[str] | None = None,
     data_list_key: str = "training",
     validation_fraction: float = 0.05,
     seed: int = 0,
     skip_bad_files: bool = False,
     report_path: str | None = None,
+    source_fields: Sequence[str] = (),
 ) -> dict[str, list[dict]]:
     """The start-up scan: find the volumes, check and cache each, and hold some out for validation.
 
@@ -40,19 +48,20 @@ def prepare_volumes(
     Args:
         cache: where the preprocessed volumes are kept.
         dataset_dir: folder that is searched recursively, or that the data list's paths are relative to.
-        data_list_file_path: Decathlon-style JSON to use instead of searching.
+        data_list_file_path: Decathlon-style JSON to use instead of searching, or several.
         data_list_key: the list in that JSON.
         validation_fraction: share of the volumes held out, at least one.
         seed: of the split.
         skip_bad_files: go on without bad files and write their list to ``report_path``.
         report_path: text file, one ``path<TAB>reason`` per line.
+        source_fields: what the method has to know of every scan, of ``"task"`` and ``"group"``.
 
     Returns:
         ``training`` and ``validation``: lists of items.
 
     Raises:
         BadVolumesError: listing all bad files at once.
-        FileNotFoundError, ValueError: where folder or list are missing or empty.
+        FileNotFoundError, ValueError: where folder or list are missing or empty, or scans lack a source field.
     """
     if data_list_file_path:
         items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
@@ -60,6 +69,9 @@ def prepare_volumes(
         items = find_volumes(dataset_dir)
     else:
         raise ValueError("no scans given: set --dataset_dir to a folder of scans, or --data_list_file_path to a list.")
+    # Before volumes are prepared, which can take hours.
+    for field in source_fields:
+        source_names(items, field)
     items = prepare_items(cache, items, skip_bad_files, report_path)
     training, validation = split_datalist(items, validation_fraction, seed)
     if rank_and_world_size()[0] == 0:
@@ -76,7 +88,8 @@ class PretrainDataset(Dataset):
     Args:
         data: items of a data list.
         cache: the cache they were prepared in.
-        transform: takes ``{"image": (C, X, Y, Z) array}`` and returns the sample; a MONAI randomizable transform.
+        transform: takes ``{"image": (C, X, Y, Z) array}``, with ``task`` and ``group`` of items that have them, and
+            returns the sample; a MONAI randomizable transform.
         seed: of all views.
         memory_limit_gib: memory for volumes, in GiB; default: half of what is available to this process' share of the
             machine (``processes``). 0 reads everything from the cache.
@@ -137,7 +150,8 @@ class PretrainDataset(Dataset):
 
     def inputs(self, volume: int, array: Any) -> dict[str, Any]:
         """What the transform is given for a volume, whose array (C, X, Y, Z) may lie on disk."""
-        return {"image": array}
+        item = self.data[volume]
+        return {"image": array, **{field: item[field] for field in SOURCE_FIELDS if field in item}}
 
     def _read_and_transform(self, volume: int) -> dict[str, Any]:
         if volume in self._in_memory:

@@ -1,7 +1,9 @@
 """Self-supervised methods, one file each."""
 
 from pgl_ext.methods.base import Method, feature_std
+from pgl_ext.methods.byol import BYOL
+from pgl_ext.methods.hssl import HSSL
 from pgl_ext.methods.models_genesis import ModelsGenesis
 from pgl_ext.methods.pgl import PGL
 
-__all__ = ["PGL", "Method", "ModelsGenesis", "feature_std"]
+__all__ = ["BYOL", "HSSL", "PGL", "Method", "ModelsGenesis", "feature_std"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Method", "feature_std"]
+__all__ = ["Method", "check_two_views", "feature_std"]
 
 
 class Method(nn.Module):
@@ -40,6 +40,14 @@ class Method(nn.Module):
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs (online, target) of modules where the target follows the online one; none by default."""
         return iter(())
+
+
+def check_two_views(method: Method, views: torch.Tensor) -> None:
+    """Raise a ValueError where ``views`` are not (B, 2, C, X, Y, Z)."""
+    if views.ndim != 6 or views.shape[1] != 2:
+        raise ValueError(
+            f"{type(method).__name__} compares two views: expected views (B, 2, C, X, Y, Z), got {tuple(views.shape)}."
+        )
 
 
 def feature_std(features: torch.Tensor) -> torch.Tensor:

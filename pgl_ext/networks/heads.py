@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["ConvHead"]
+__all__ = ["ConvHead", "MLPHead"]
 
 
 class ConvHead(nn.Sequential):
@@ -20,4 +20,19 @@ class ConvHead(nn.Sequential):
             nn.BatchNorm3d(hidden_channels),
             nn.ReLU(inplace=True),
             nn.Conv3d(hidden_channels, out_channels, kernel_size=1),
+        )
+
+
+class MLPHead(nn.Sequential):
+    """Linear layer, batch norm, ReLU, linear layer: BYOL's projector and predictor (Grill et al. 2020, section 3.2).
+
+    For pooled features: (B, in_channels) becomes (B, out_channels). Otherwise as :class:`ConvHead`.
+    """
+
+    def __init__(self, in_channels: int, hidden_channels: int = 4096, out_channels: int = 256) -> None:
+        super().__init__(
+            nn.Linear(in_channels, hidden_channels, bias=False),
+            nn.BatchNorm1d(hidden_channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_channels, out_channels),
         )

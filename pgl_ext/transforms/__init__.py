@@ -9,12 +9,14 @@ from pgl_ext.transforms.intensity import (
     RandBatchNoise,
 )
 from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.transforms.names import NameToIndexd
 from pgl_ext.transforms.patches import RandOrganPatchd, SplitCased
 from pgl_ext.transforms.views import RandOverlappingViewsd
 
 __all__ = [
     "BatchIntensityd",
     "LoadVolumed",
+    "NameToIndexd",
     "RandBatchBlur",
     "RandBatchBrightness",
     "RandBatchGamma",

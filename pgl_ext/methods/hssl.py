@@ -1,0 +1,152 @@
+"""HSSL-style: hierarchical contrast and classification on data of several sources (after Zheng et al. 2021)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pgl_ext.aligner import PriorGuidedAligner
+from pgl_ext.losses import NTXentLoss, VoxelContrastLoss
+from pgl_ext.methods.base import Method, check_two_views, feature_std
+from pgl_ext.networks.heads import MLPHead
+from pgl_ext.networks.segmentation import SegmentationNet
+
+__all__ = ["HSSL"]
+
+logger = logging.getLogger(__name__)
+
+
+class HSSL(Method):
+    """Contrast of views and of voxels, and classification of where a scan comes from: an encoder and a decoder.
+
+    HSSL-style: of "Hierarchical Self-Supervised Learning for Medical Image Segmentation Based on Multi-Domain Data
+    Aggregation" (Zheng et al. 2021) only the abstract is public. It aggregates the scans of several challenges and
+    pre-trains an encoder-decoder with a contrastive and a classification loss. All beyond that is a choice made here,
+    and no fidelity is claimed:
+
+    ``loss = image_loss + task_weight * task_loss + group_weight * group_loss + voxel_loss``
+
+    - ``image_loss``: NT-Xent of the two views' projections (encoder, global average pool, projector) among all views of
+      the micro-batch;
+    - ``task_loss``, ``group_loss``: cross-entropy of a linear classifier on the pooled features, over the source data
+      sets, and over the groups that these are merged into ("abdomen CT", "head-and-neck CT");
+    - ``voxel_loss``: NT-Xent of the cells of the decoder's output, in which both views are aligned through the known
+      crop, scale and flip.
+
+    ASPP and decoder are those of ``networks.SegmentationNet``, their tensors have the same names. The decoder's output
+    has as many channels as its finest level.
+
+    Args:
+        encoder: returns a feature pyramid, finest first, and has ``channels`` and ``strides``.
+        tasks: number of source data sets.
+        groups: number of groups of them.
+        hidden_channels: channels inside the projector.
+        out_channels: channels of the image-level features that are contrasted.
+        aspp_channels: channels of the pyramid pooling.
+        decoder_channels: channels of the decoder's three levels, coarse to fine.
+        task_weight: lambda_task.
+        group_weight: lambda_group.
+        temperature: of both contrasts.
+        alignment: ``"exact"`` or ``"paper"``, see ``PriorGuidedAligner``.
+        output_size: cells per axis of the grid that voxels are contrasted on; default: the size of the deepest map.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        tasks: int,
+        groups: int,
+        hidden_channels: int = 4096,
+        out_channels: int = 256,
+        aspp_channels: int = 256,
+        decoder_channels: Sequence[int] = (256, 128, 32),
+        task_weight: float = 1.0,
+        group_weight: float = 1.0,
+        temperature: float = 0.1,
+        alignment: str = "exact",
+        output_size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        network = SegmentationNet(
+            encoder.conv1.in_channels,
+            decoder_channels[-1],
+            encoder,
+            aspp_channels=aspp_channels,
+            decoder_channels=decoder_channels,
+        )
+        self.encoder = network.encoder
+        self.aspp = network.aspp
+        self.decoder = network.decoder
+        self.projector = MLPHead(encoder.channels[-1], hidden_channels, out_channels)
+        self.task_classifier = nn.Linear(encoder.channels[-1], tasks)
+        self.group_classifier = nn.Linear(encoder.channels[-1], groups)
+        self.task_weight = task_weight
+        self.group_weight = group_weight
+        self.image_contrast = NTXentLoss(temperature)
+        self.voxel_contrast = VoxelContrastLoss(temperature)
+        self.alignment = alignment
+        self.output_size = output_size
+        self.feature_channels = out_channels
+        for name, classes in (("task", tasks), ("group", groups)):
+            if classes < 2:
+                logger.warning(
+                    "HSSL tells scans apart by their %s, but all are of one: %s_loss stays 0. It is meant for several "
+                    "data sets.",
+                    name,
+                    name,
+                )
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Compute the loss.
+
+        Args:
+            batch: ``views`` (B, 2, C, X, Y, Z), ``affines`` (B, 2, 4, 4), ``task`` and ``group`` (B,) int64.
+
+        Returns:
+            ``loss``; its parts ``image_loss``, ``task_loss``, ``group_loss`` and ``voxel_loss``; and ``feature_std``
+            (of the projections; healthy is about 1 / sqrt(out_channels)).
+
+        Raises:
+            ValueError: where there are not two views, or where the network is to be trained on a single pair, whose
+                views have no others to be told from.
+        """
+        views = batch["views"]
+        check_two_views(self, views)
+        if self.training and len(views) == 1:
+            raise ValueError(
+                "HSSL contrasts pairs of views with each other, but a micro-batch has a single pair: choose "
+                "--batch_size and --micro_batch_size such that every micro-batch of every process has at least 2."
+            )
+        stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
+        pooled = deepest.mean(dim=(2, 3, 4))
+        projected = self.projector(pooled)
+        voxels = self.decoder(self.aspp(deepest), [stage2, stage1, stem])
+        parts = {
+            "image_loss": self.image_contrast(projected[0::2], projected[1::2]),
+            "task_loss": _classification_loss(self.task_classifier(pooled), batch["task"]),
+            "group_loss": _classification_loss(self.group_classifier(pooled), batch["group"]),
+            "voxel_loss": self._voxel_loss(voxels, batch, deepest.shape[2:]),
+        }
+        loss = (
+            parts["image_loss"]
+            + self.task_weight * parts["task_loss"]
+            + self.group_weight * parts["group_loss"]
+            + parts["voxel_loss"]
+        )
+        logged = {name: part.detach() for name, part in parts.items()}
+        return {"loss": loss, **logged, "feature_std": feature_std(projected)}
+
+    def _voxel_loss(self, voxels: torch.Tensor, batch: dict[str, Any], deepest_size: Sequence[int]) -> torch.Tensor:
+        aligner = PriorGuidedAligner(self.output_size or deepest_size, self.alignment)
+        aligned = aligner(voxels.unflatten(0, (-1, 2)), batch["affines"], batch["views"].shape[3:])
+        return self.voxel_contrast(aligned[:, 0], aligned[:, 1])
+
+
+def _classification_loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of both views' logits (2 B, number of classes) with the class of each pair (B,)."""
+    return F.cross_entropy(logits.float(), classes.repeat_interleave(2))

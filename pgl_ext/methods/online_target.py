@@ -1,0 +1,71 @@
+"""What PGL and BYOL share: an online network that predicts what a slowly moving target network makes of a view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgl_ext.losses import LocalConsistencyLoss
+from pgl_ext.methods.base import Method, check_two_views, feature_std
+
+__all__ = ["OnlineTargetMethod"]
+
+
+class OnlineTargetMethod(Method):
+    """Online features of one view predict the target's features of the other.
+
+    The online path is encoder, projector, :meth:`match`, predictor; the target path is the same without a predictor,
+    gets no gradient and follows the online one by an exponential moving average (``handlers.TargetEMA``). Its
+    batch-norm statistics come from its own forward passes.
+
+    Args:
+        encoder: returns a feature pyramid, finest first.
+        projector: maps the deepest features to those that are compared, (B, feature_channels, ...).
+        predictor: maps those onto the target's, in the online path alone.
+        feature_channels: channels of the features that are compared.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module, feature_channels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.predictor = predictor
+        self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
+        self.target_projector = deepcopy(self.projector).requires_grad_(False)
+        self.loss = LocalConsistencyLoss()
+        self.feature_channels = feature_channels
+
+    def match(self, projected: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """Make the features of both views comparable, (2 B, feature_channels, ...); by default they are."""
+        return projected
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Compute the symmetric loss, each view predicting the other: the sum of two terms in [0, 4].
+
+        Args:
+            batch: ``views`` (B, 2, C, X, Y, Z) and whatever :meth:`match` needs.
+
+        Returns:
+            ``loss`` and ``feature_std`` (of the online projections; healthy is about 1 / sqrt(feature_channels)).
+
+        Raises:
+            ValueError: where there are not two views.
+        """
+        views = batch["views"]
+        check_two_views(self, views)
+        flat = views.flatten(0, 1)
+        projected = self.projector(self.encoder(flat)[-1])
+        prediction = self.predictor(self.match(projected, batch)).unflatten(0, views.shape[:2])
+        with torch.no_grad():
+            target = self.target_projector(self.target_encoder(flat)[-1])
+            target = self.match(target, batch).unflatten(0, views.shape[:2])
+        loss = self.loss(prediction[:, 0], target[:, 1]) + self.loss(prediction[:, 1], target[:, 0])
+        return {"loss": loss, "feature_std": feature_std(projected)}
+
+    def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield self.encoder, self.target_encoder
+        yield self.projector, self.target_projector
