@@ -27,7 +27,8 @@ _NO_EFFECT_CODE = (
 )
 # Where things lie, and what changes speed or records alone. Data lists and encoders count by their content.
 _NO_EFFECT_SETTINGS = {
-    *("bundle_root", "output_dir", "cache_dir", "model_path", "pretrained_encoder", "data_list_file_path", "resume"),
+    *("bundle_root", "output_dir", "cache_dir", "model_path", "data_list_file_path", "resume"),
+    *("pretrained_encoder", "pretrained_decoder"),
     *("num_workers", "memory_limit_gib", "log_interval", "checkpoint_interval", "keep_last", "picture_interval"),
 }
 _LISTED = 8
@@ -60,6 +61,7 @@ def _input(cell: Cell) -> dict[str, dict[str, Any]]:
         config = merged_config(stage.layers).config
         kept = {name: value for name, value in config.items() if name not in _NO_EFFECT_SETTINGS}
         settings |= {f"{stage.section} {name}": value for name, value in flat(kept)}
+        settings[f"{stage.section} with decoder"] = config.get("pretrained_decoder") is not None
         data[stage.section] = _list_digest(config["data_list_file_path"])
     return {"settings": settings, "data": data}
 

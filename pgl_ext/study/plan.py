@@ -16,14 +16,14 @@ import pgl_ext
 from pgl_ext.data.cases import labelled_items, split_cases
 from pgl_ext.data.datalist import item_name
 from pgl_ext.study.cells import Cell, Stage
-from pgl_ext.study.configs import merged_config
+from pgl_ext.study.configs import flat, merged_config
 from pgl_ext.study.study_file import read_study_file
 from pgl_ext.summary import write_text
 
 __all__ = ["Study", "read_study"]
 
 _SET_BY_STUDY = (
-    *("output_dir", "cache_dir", "seed", "resume", "pretrained_encoder", "model_path"),
+    *("output_dir", "cache_dir", "seed", "resume", "pretrained_encoder", "pretrained_decoder", "model_path"),
     *("labelled_cases", "label_fraction", "split_seed", "test_cases"),
 )
 # What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
@@ -89,6 +89,7 @@ class Study:
         _check_methods(self)
         entries = content["methods"].items()
         self._encoders = {name: _absolute(entry["encoder"]) for name, entry in entries if "encoder" in entry}
+        self._with_decoder = {name for name, entry in entries if entry["decoder"]}
         self._pretraining = _pretraining_stages(content, folder, bundles / "pgl_pretrain" / "configs")
         self._fine_tuning, self._evaluation = _segmentation_stages(
             content, self.labels, folder, bundles / "pgl_segmentation" / "configs"
@@ -140,10 +141,11 @@ class Study:
         pretraining, encoder = self.pretraining(method, seed, rate), self._encoders.get(method)
         if pretraining is not None:
             encoder = str(pretraining.folder / "models" / "pgl_encoder.pt")
+        weights = {"pretrained_encoder": encoder}
+        if method in self._with_decoder:
+            weights["pretrained_decoder"] = str(pretraining.folder / "models" / "pgl_decoder.pt")
         stages = (
-            self._fine_tuning[labels].with_settings(
-                output_dir=str(folder), pretrained_encoder=encoder, seed=seed, split_seed=seed
-            ),
+            self._fine_tuning[labels].with_settings(output_dir=str(folder), seed=seed, split_seed=seed, **weights),
             self._evaluation.with_settings(
                 output_dir=str(folder / "evaluation"), model_path=str(folder / "models" / "model.pt")
             ),
@@ -218,10 +220,8 @@ def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path)
     stages = {}
     for name, entry in content["methods"].items():
         if "encoder" in entry:
-            if entry["configs"] or entry["settings"]:
-                raise ValueError(
-                    f"method {name!r} has an encoder and is not pre-trained: remove its configs and settings."
-                )
+            if entry["configs"] or entry["settings"] or entry["decoder"]:
+                raise ValueError(f"method {name!r} has an encoder and is not pre-trained: remove its other entries.")
         else:
             own = _stage(entry, f"method {name!r}", "training", configs)
             stage = Stage("training", base.layers + own.layers)
@@ -231,8 +231,9 @@ def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path)
 
 
 def _check_budget(method: str, base: Stage, stage: Stage) -> None:
-    shared, own = (merged_config(part.layers) for part in (base, stage))
-    changed = [f"{name} from {shared[name]} to {own[name]}" for name in _BUDGET if own[name] != shared[name]]
+    configs = [merged_config(part.layers) for part in (base, stage)]
+    shared, own = ({id_: v for name in _BUDGET for id_, v in flat(config.get(name), name)} for config in configs)
+    changed = [f"{id_} from {shared[id_]} to {own.get(id_)}" for id_ in shared if own.get(id_) != shared[id_]]
     if changed:
         raise ValueError(
             f"method {method!r} changes {'; '.join(changed)}: all methods are compared on the same data with the same "

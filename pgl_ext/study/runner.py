@@ -198,7 +198,7 @@ class Runner:
     def _stop(self) -> None:
         processes = [run.process for run in self._running if run.process is not None and run.process.poll() is None]
         if processes:
-            self._say(f"stopping {len(processes)} cells, which save a checkpoint first")
+            self._say("stopping, after a checkpoint of what is running")
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for process in processes:

@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "seeds": [0, 1, 2],
 }
 _PARTS = ("pretraining", "fine_tuning", "test")
-_METHOD: dict[str, Any] = {"configs": [], "settings": {}}
+_METHOD: dict[str, Any] = {"configs": [], "settings": {}, "decoder": False}
 
 
 def read_study_file(file: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -47,13 +47,10 @@ def read_study_file(file: str | os.PathLike, overrides: Mapping[str, Any] | None
     """
     given = ConfigParser.load_config_files(_with_bases(Path(file)))
     given.pop("base", None)
-    content = copy.deepcopy(_DEFAULTS) | given
-    for part in _PARTS:
-        content[part] = copy.deepcopy(_DEFAULTS[part]) | (content[part] or {})
-    methods = content["methods"] or {}
-    content["methods"] = {str(name): copy.deepcopy(_METHOD) | (entry or {}) for name, entry in methods.items()}
+    content = _with_defaults(given)
     for name, value in (overrides or {}).items():
         _override(content, name.replace("::", "#").split("#"), value)
+    content = _with_defaults(content)  # of methods that overrides added
     _check_names(content)
     return content
 
@@ -62,6 +59,15 @@ def _with_bases(file: Path) -> list[Path]:
     named = ConfigParser.load_config_file(file).get("base", [])
     bases = [named] if isinstance(named, str) else named
     return [*(part for base in bases for part in _with_bases(file.parent / base)), file]
+
+
+def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    content = copy.deepcopy(_DEFAULTS) | given
+    for part in _PARTS:
+        content[part] = copy.deepcopy(_DEFAULTS[part]) | (content[part] or {})
+    methods = content["methods"] or {}
+    content["methods"] = {str(name): copy.deepcopy(_METHOD) | (entry or {}) for name, entry in methods.items()}
+    return content
 
 
 def _override(content: dict[str, Any], name: list[str], value: Any) -> None:

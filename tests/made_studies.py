@@ -1,0 +1,81 @@
+"""Study files for tests, and cells that look as if they had been run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pgl_ext.study.cells import Cell
+from pgl_ext.study.plan import Study, read_study
+from pgl_ext.summary import write_csv
+
+FINGERPRINT = {"code": {}, "versions": {}, "settings": {}, "data": {}, "encoder": None}
+
+
+def write_list(path: Path, cases: int, **lists: int) -> str:
+    """A data list whose images and label maps are empty files; further lists count on from its cases."""
+    names = iter(f"case_{number}.nii.gz" for number in itertools.count())
+    content = {}
+    for key, count in {"training": cases, **lists}.items():
+        content[key] = [
+            {"image": f"images/{name}", "label": f"labels/{name}"} for name in itertools.islice(names, count)
+        ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for entry in itertools.chain(*content.values()):
+        for name in entry.values():
+            (path.parent / name).parent.mkdir(exist_ok=True)
+            (path.parent / name).touch()
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def write_study(folder: Path, **entries: Any) -> Path:
+    """A study of the small presets on lists of empty files, with some entries replaced."""
+    data = write_list(folder / "data" / "dataset.json", 10, test=4)
+    content = {
+        "title": "A study",
+        "pretraining": {"configs": ["train.json", "small.yaml"], "settings": {"data_list_file_path": data}},
+        "fine_tuning": {
+            "configs": ["train.json", "tasks/phantom.yaml", "small.yaml"],
+            "settings": {"data_list_file_path": data},
+            "patches_per_epoch": 48,
+        },
+        "test": {"settings": {"data_list_file_path": data, "data_list_key": "test"}},
+        "methods": {"random": {"encoder": None}, "PGL": {}},
+        "labelled_cases": [3, 5],
+        "seeds": [0, 1],
+        **entries,
+    }
+    path = folder / "study.yaml"
+    path.write_text(
+        yaml.safe_dump({name: value for name, value in content.items() if value is not None}, sort_keys=False)
+    )
+    return path
+
+
+def make_study(folder: Path, overrides: Mapping[str, Any] | None = None, **entries: Any) -> Study:
+    return read_study(write_study(folder, **entries), folder / "runs", overrides=overrides)
+
+
+def finish(cell: Cell, dice: Mapping[str, list[float]] | None = None, **noted: Any) -> None:
+    """Leave what a finished cell leaves, of a fine-tuning with these Dice by organ; NaN becomes an empty cell."""
+    cost = {"seconds": 60.0, "cost": 0.5, "unit": "CPU-core-hours"}
+    result = (
+        {"steps": 10, "pairs": 160} if cell.is_pretraining else {"steps": 10, "val_mean_dice": 0.5, "mean_dice": 0.6}
+    )
+    write = {"started.json": {"fingerprint": FINGERPRINT, "runs": []}, "cell.json": {**result, **cost, **noted}}
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in write.items():
+        (cell.folder / name).write_text(json.dumps(content))
+    if dice is not None:
+        rows = [
+            {"case": f"case_{number}", "organ": organ, "dice": value, "iou": value / (2 - value), "hd95_mm": 10 - value}
+            for organ, values in dice.items()
+            for number, value in enumerate(values)
+        ]
+        write_csv(cell.folder / "evaluation" / "cases.csv", rows)

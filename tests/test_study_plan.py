@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from made_studies import make_study, write_list, write_study
+from programs import ROOT
+
+from pgl_ext.study.configs import flat, merged_config
+from pgl_ext.study.plan import read_study
+from pgl_ext.study.study_file import read_study_file
+
+
+def config_of(cell, section="training"):
+    (layers,) = (stage.layers for stage in cell.stages if stage.section == section)
+    return merged_config(layers)
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+
+def test_cells_in_their_order(tmp_path):
+    assert [cell.name for cell in make_study(tmp_path).cells({})] == [
+        "fine_tuning/random/3_cases/seed_0",
+        "fine_tuning/random/5_cases/seed_0",
+        "pretraining/PGL/seed_0",
+        "fine_tuning/PGL/3_cases/seed_0",
+        "fine_tuning/PGL/5_cases/seed_0",
+        "fine_tuning/random/3_cases/seed_1",
+        "fine_tuning/random/5_cases/seed_1",
+        "pretraining/PGL/seed_1",
+        "fine_tuning/PGL/3_cases/seed_1",
+        "fine_tuning/PGL/5_cases/seed_1",
+    ]
+
+
+def test_methods_differ_by_the_encoder_alone(tmp_path):
+    study = make_study(tmp_path)
+    random, pgl = (study.fine_tuning(method, 3, 1) for method in ("random", "PGL"))
+    first, second = (dict(flat(config_of(cell).config)) for cell in (random, pgl))
+    assert {name for name in first if first[name] != second[name]} == {"output_dir", "pretrained_encoder"}
+    assert first["pretrained_encoder"] is None
+    assert second["pretrained_encoder"] == str(tmp_path / "runs/pretraining/PGL/seed_1/models/pgl_encoder.pt")
+    assert (first["seed"], first["split_seed"], first["labelled_cases"]) == (1, 1, 3)
+    evaluated = config_of(pgl, "evaluating")
+    assert evaluated["model_path"] == str(pgl.folder / "models" / "model.pt")
+    assert evaluated["data_list_key"] == "test"
+
+
+def test_as_many_patches_for_few_cases_as_for_many(tmp_path):
+    study = make_study(tmp_path)
+    # Of 3 cases 1 is for validation, of 5 also 1: 2 x 24 = 4 x 12 patches.
+    assert [config_of(study.fine_tuning("PGL", n, 0))["patches_per_case"] for n in (3, 5)] == [24, 12]
+
+
+def test_fractions_of_the_labels(tmp_path):
+    study = make_study(tmp_path, labelled_cases=None, label_fractions=[1.0, 0.5])
+    assert study.labels == [0.5, 1.0]
+    half = study.fine_tuning("random", 0.5, 0)
+    assert half.name == "fine_tuning/random/50_percent/seed_0"
+    assert config_of(half)["label_fraction"] == 0.5
+    assert config_of(half)["labelled_cases"] is None
+    # Of 10 cases 5 are labelled, 4 of them for training.
+    assert config_of(half)["patches_per_case"] == 12
+
+
+def test_own_settings_of_a_method_win(tmp_path):
+    pretraining = {
+        "configs": ["train.json", "small.yaml"],
+        "settings": {"data_list_file_path": str(tmp_path / "data" / "dataset.json"), "scale_range": [0.8, 1.0]},
+    }
+    methods = {
+        "random": {"encoder": None},
+        "PGL": {},
+        "w/o CS": {"configs": ["methods/pgl_without_crop_scale.yaml"]},
+        "mine": {"settings": {"scale_range": [1.0, 1.5]}},
+    }
+    study = make_study(tmp_path, pretraining=pretraining, methods=methods)
+    ranges = [config_of(study.pretraining(name, 0))["scale_range"] for name in ("PGL", "w/o CS", "mine")]
+    assert ranges == [[0.8, 1.0], [1.0, 1.0], [1.0, 1.5]]
+    assert study.pretraining("w/o CS", 0).name == "pretraining/w_o_CS/seed_0"
+
+
+def test_another_preprocessing_has_another_cache(tmp_path):
+    methods = {"random": {"encoder": None}, "PGL": {}, "narrow": {"settings": {"hu_window": [-200, 300]}}}
+    study = make_study(tmp_path, methods=methods)
+    folders = [config_of(study.pretraining(name, seed))["cache_dir"] for name in ("PGL", "narrow") for seed in (0, 1)]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+
+
+def test_an_encoder_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = make_study(tmp_path, methods={"random": {"encoder": None}, "theirs": {"encoder": "resnet_50.pth"}})
+    cell = study.fine_tuning("theirs", 3, 0)
+    assert cell.pretraining is None
+    assert config_of(cell)["pretrained_encoder"] == str(tmp_path / "resnet_50.pth")
+
+
+def test_a_decoder_that_was_pretrained_too(tmp_path):
+    methods = {"random": {"encoder": None}, "both": {"configs": ["methods/models_genesis.yaml"], "decoder": True}}
+    cell = make_study(tmp_path, methods=methods).fine_tuning("both", 3, 1)
+    assert config_of(cell)["pretrained_decoder"] == str(cell.pretraining.folder / "models" / "pgl_decoder.pt")
+
+
+# --- test cases -----------------------------------------------------------------------------------------------------
+
+
+def test_held_out_cases_are_the_same_in_all_cells(tmp_path):
+    study = make_study(tmp_path, test={"cases": 4})
+    split = json.loads((tmp_path / "runs" / "split.json").read_text())
+    assert (len(split["training"]), len(split["test"])) == (6, 4)
+    images = [Path(case["image"]).name for part in split.values() for case in part]
+    assert len(set(images)) == 10
+    for cell in (study.fine_tuning(method, 3, seed) for method in ("random", "PGL") for seed in (0, 1)):
+        assert config_of(cell)["data_list_file_path"] == str(tmp_path / "runs" / "split.json")
+        assert (config_of(cell)["data_list_key"], config_of(cell)["test_cases"]) == ("training", 0)
+        assert config_of(cell, "evaluating")["data_list_key"] == "test"
+
+
+def test_labelled_cases_are_not_tested_on(tmp_path):
+    with pytest.raises(ValueError, match=r"10 test cases are among the labelled ones, such as .*case_0\.nii\.gz"):
+        make_study(tmp_path, {"test#settings#data_list_key": "training"})
+
+
+# --- learning rates -------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_to_choose_among(tmp_path):
+    methods = {
+        "random": {"encoder": None},
+        "PGL": {},
+        "fixed": {"settings": {"lr": 0.7}},
+        "file": {"configs": [str(tmp_path / "own.yaml")]},
+    }
+    (tmp_path / "own.yaml").write_text("lr: 0.9\n")
+    study = make_study(tmp_path, {"pretraining#learning_rates": [1.0, 0.3]}, methods=methods)
+    selection = study.selection()
+    assert {method: list(cells) for method, cells in selection.items()} == {"PGL": [0.3, 1.0]}
+    # Of the fewest labels and the first seed.
+    assert [cell.name for cell in selection["PGL"].values()] == [
+        f"fine_tuning/PGL_lr_{rate}/3_cases/seed_0" for rate in ("0.3", "1")
+    ]
+    assert config_of(selection["PGL"][0.3].pretraining)["lr"] == 0.3
+    assert config_of(study.pretraining("fixed", 0))["lr"] == 0.7
+    assert config_of(study.pretraining("file", 0))["lr"] == 0.9
+    assert not any("PGL" in cell.name for cell in study.cells({}))
+    # What the choice was made by is part of the study.
+    assert selection["PGL"][0.3].name in [cell.name for cell in study.cells({"PGL": 0.3})]
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_epochs", 20),
+        ("batch_size", 8),
+        ("patches_per_volume", 70),
+        ("data_list_key", "validation"),
+        ("validation_fraction", 0.5),
+        ("train#sampler#batch_size", 8),
+        ("volumes#data_list_key", "validation"),
+    ],
+)
+def test_one_budget_for_all_methods(tmp_path, name, value):
+    (tmp_path / "more.yaml").write_text(f"{name}: {value}\n")
+    for entry in ({"settings": {name: value}}, {"configs": [str(tmp_path / "more.yaml")]}):
+        methods = {"random": {"encoder": None}, "greedy": entry}
+        with pytest.raises(ValueError, match=rf"method 'greedy' changes {name} from .* to {value}"):
+            make_study(tmp_path, methods=methods)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"pretraning": {}}, r"the study has the entries \['pretraning'\], which mean nothing there"),
+        ({"fine_tuning#max_epochs": 3}, r"fine_tuning has the entries \['max_epochs'\].*go under 'settings'"),
+        ({"methods#PGL#fine_tuning": {}}, r"method 'PGL' has the entries \['fine_tuning'\]"),
+        ({"pretraining#settings#max_epoch": 3}, r"the settings \['max_epoch'\] are not in .*train\.json"),
+        ({"fine_tuning#settings#seed": 3}, r"fine_tuning sets \['seed'\], which the study sets itself"),
+        ({"methods#PGL#configs": ["methods/none.yaml"]}, r"config methods/none\.yaml is neither in"),
+        ({"reference": "Random"}, r"reference or ablations name \['Random'\]"),
+        ({"ablations": ["PGL w/o F"]}, r"reference or ablations name \['PGL w/o F'\]"),
+        ({"methods#P/G/L": {}, "methods#P-G-L": {}, "methods#P G L": {}}, "would share a folder"),
+        ({"label_fractions": [0.5]}, "give one of them"),
+        ({"labelled_cases": [30]}, "labelled_cases must be from 1 to 10"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"test#settings#data_list_file_path": None}, "test has no data_list_file_path"),
+        ({"methods#random#settings": {"lr": 1}}, "method 'random' has an encoder and is not pre-trained"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make_study(tmp_path, overrides)
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def test_base_files_and_overrides(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "methods.yaml").write_text("methods: {PGL: {}}\nseeds: [0]\n")
+    (tmp_path / "parts" / "base.yaml").write_text("base: methods.yaml\nmethods#BYOL: {configs: [methods/byol.yaml]}\n")
+    (tmp_path / "study.yaml").write_text("base: [parts/base.yaml]\nseeds: [3, 4]\n")
+    overrides = {
+        "pretraining#settings#encoder#layers": [1, 1, 1, 1],
+        "methods::BYOL::settings::lr": 0.5,
+        "title": "Mine",
+    }
+    content = read_study_file(tmp_path / "study.yaml", overrides)
+    assert content["seeds"] == [3, 4]
+    assert content["title"] == "Mine"
+    assert content["pretraining"]["settings"] == {"encoder#layers": [1, 1, 1, 1]}
+    assert content["methods"]["PGL"] == {"configs": [], "settings": {}, "decoder": False}
+    assert content["methods"]["BYOL"]["configs"] == ["methods/byol.yaml"]
+    assert content["methods"]["BYOL"]["settings"] == {"lr": 0.5}
+
+
+STUDIES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if "fine_tuning:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_files_that_come_with_the_project(path, tmp_path):
+    count = read_study_file(path)["test"]["cases"] or 5
+    data = write_list(tmp_path / "dataset.json", count + 15, validation=5, test=5)
+    overrides = {f"{part}#settings#data_list_file_path": data for part in ("pretraining", "fine_tuning", "test")}
+    study = read_study(path, tmp_path / "runs", overrides=overrides)
+    cells = study.cells({})
+    trained = [name for name in study.methods if name != "random"]
+    fine_tunings = len(study.methods) * len(study.labels) * len(study.seeds)
+    assert len(cells) == fine_tunings + len(trained) * len(study.seeds)
+    for cell in cells:
+        for stage in cell.stages:
+            assert stage.section in merged_config(stage.layers)
+
+
+def test_paths_start_from_the_working_directory(tmp_path, monkeypatch):
+    path = write_study(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    study = read_study(path, "out", overrides={"pretraining#settings#data_list_file_path": ["dataset.json"]})
+    assert study.folder == tmp_path / "data" / "out"
+    assert config_of(study.pretraining("PGL", 0))["data_list_file_path"] == [str(tmp_path / "data" / "dataset.json")]
