@@ -31,7 +31,7 @@ def default_jobs() -> int:
 
 
 def time_left(cells: Iterable[Cell], jobs: int) -> str:
-    """How long the cells that are not finished will take, by those that are; empty where none is."""
+    """How long the cells that are not finished will take, by those that are; empty where that is not known."""
     cells = list(cells)
     finished = [cell for cell in cells if cell.is_finished]
     seconds = 0.0
@@ -184,7 +184,7 @@ class Runner:
         dice = result.get("mean_dice")
         score = "" if dice is None else f"mean Dice {dice:.4f}, "
         left = time_left(self.cells, self.jobs)
-        ending = f"; about {left} left" if left else ""
+        ending = f"; about {left} left" if left and len(self._running) + len(self._waiting) > 1 else ""
         self._say(f"{cell}: {score}{tqdm.format_interval(result['seconds'])}{ending}")
 
     def _fail(self, cell: Cell, reason: str) -> None:

@@ -16,7 +16,7 @@ __all__ = ["NOTES", "Block", "missing_text", "paper_tables", "verdicts", "write_
 
 NOTES = """\
 Scores are means over the test cases; of several seeds their mean is given and, after ±, their standard deviation.
-Gains are paired: a case's scores are averaged over the seeds that both methods have, and differences are taken case
+Differences are paired: a case's scores are averaged over the seeds that both methods have, and differences are taken case
 by case, with a 95 % bootstrap interval over the test cases. p is that of the two-sided Wilcoxon signed-rank test and
 not adjusted; p (Holm) is adjusted for the number of methods. Neither knows what other seeds or other labelled cases
 would change. A method is called better or worse than the reference where p (Holm) of its average Dice is below 0.05.
@@ -28,13 +28,16 @@ _SIGNIFICANT = 0.05
 def verdicts(study: Study, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """For each share of labels, in a sentence, which methods differ from the reference and which cannot be told apart.
 
-    A method is told apart where ``p_holm`` of its average Dice is below 0.05.
+    A method differs where ``p_holm`` of its average Dice is below 0.05.
     """
     groups: dict[float, dict[str, list[str]]] = {}
     for row in rows:
         if row["metric"] == "dice" and row["organ"] == AVERAGE and row["paired_seeds"]:
-            significant = row["p_holm"] < _SIGNIFICANT
-            group = ("better than", "worse than")[row["difference"] < 0] if significant else "not distinguishable from"
+            group = "not distinguishable from"
+            if row["p_holm"] < _SIGNIFICANT:
+                group = "worse than" if row["difference"] < 0 else "better than"
+            elif math.isnan(row["p_holm"]):
+                group = "on too few test cases to be told apart from"
             text = f"{row['method']} ({_number(row['difference'], 3, '+')}, {_interval(row, 3)})"
             groups.setdefault(row["labels"], {}).setdefault(group, []).append(text)
     return [
@@ -65,7 +68,7 @@ class Block:
 
 
 def paper_tables(study: Study, results: Results, rows: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """The tables of the paper: for each share of labels and metric methods by organs, and the gain in the average."""
+    """The tables of the paper: for each share of labels and metric methods by organs, and how the average differs."""
     blocks = []
     costs = pretraining_costs(results)
     unit = next((unit for _, unit in costs.values()), "")
@@ -73,18 +76,18 @@ def paper_tables(study: Study, results: Results, rows: Sequence[Mapping[str, Any
         for metric, (name, digits) in METRICS.items():
             some = [row for row in rows if row["labels"] == labels and row["metric"] == metric]
             organs = list(dict.fromkeys(row["organ"] for row in some))
-            gain = (f"gain over {study.reference}", "95 % interval", "p", "p (Holm)", *([unit] if unit else []))
-            block = Block(f"{name}, {labels_text(labels)}", ["method", *organs, *gain], [])
+            difference = (f"minus {study.reference}", "95 % interval", "p", "p (Holm)", *([unit] if unit else []))
+            block = Block(f"{name}, {labels_text(labels)}", ["method", *organs, *difference], [])
             for method in dict.fromkeys(row["method"] for row in some):
                 found = {row["organ"]: row for row in some if row["method"] == method}
                 cost = [f"{costs[method][0]:.3g}" if method in costs else ""] if unit else []
                 scores = [_score(found[organ], digits) for organ in organs]
-                block.rows.append([method, *scores, *_gain(found[AVERAGE], digits), *cost])
+                block.rows.append([method, *scores, *_difference(found[AVERAGE], digits), *cost])
             blocks.append(block)
     return blocks
 
 
-def _gain(row: Mapping[str, Any], digits: int) -> list[str]:
+def _difference(row: Mapping[str, Any], digits: int) -> list[str]:
     p = [f"{row[name]:.3g}" if math.isfinite(row[name]) else "" for name in ("p", "p_holm")]
     return [_number(row["difference"], digits, "+"), _interval(row, digits), *p]
 
