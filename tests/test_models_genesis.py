@@ -189,20 +189,20 @@ class TestOverlays:
         assert type(optimizer) is torch.optim.SGD
         assert {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0}.items() <= optimizer.param_groups[0].items()
         assert parser.get_parsed_content("lr_scheduler") is None
-        assert parser.get_parsed_content("early_stop").patience == 50
+        assert parser.get_parsed_content("patience") == 50
         assert parser.get_parsed_content("val_interval") == 1
 
     def test_original_stops_where_validation_no_longer_falls(self):
         parser = ConfigParser(self.config(OVERLAY, ORIGINAL, "small.yaml"))
         parser["patience"] = 3
+        parser["validate#evaluator"] = {"_target_": "types.SimpleNamespace", "state": Engine(lambda *_: None).state}
         losses = iter([0.5, 0.4, 0.4, 0.3, 0.3, 0.35, 0.31, 0.1])
-        evaluator = Engine(lambda *_: None)
-        evaluator.add_event_handler(Events.EPOCH_STARTED, lambda: evaluator.state.metrics.update(val_loss=next(losses)))
+        metrics = parser.get_parsed_content("validate#evaluator").state.metrics
         trainer = Engine(lambda *_: None)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run([0]))
-        (early_stop,) = parser.get_parsed_content("validate#handlers")
-        early_stop.attach(evaluator)
-        parser.get_parsed_content(f"train#handlers#{len(parser['train#handlers']) - 1}").attach(trainer)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: metrics.update(val_loss=next(losses)))
+        count = len(parser["train#handlers"])
+        for index in (count - 2, count - 1):
+            parser.get_parsed_content(f"train#handlers#{index}").attach(trainer)
         trainer.run([0], max_epochs=8)
         assert trainer.state.epoch == 7
 
@@ -212,7 +212,7 @@ def test_encoder_and_decoder_go_from_pre_training_to_fine_tuning(tmp_path):
     write_dataset(tmp_path / "data", 3, shape=(64, 64, 32))
     settings = {"aspp_channels": 16, "decoder_channels": [16, 8, 8], "max_epochs": 2}  # as in TINY_SEGMENTATION
     images, pretrained = tmp_path / "data" / "imagesTr", tmp_path / "pretrained"
-    arguments = training_arguments(OVERLAY, dataset_dir=images, output_dir=pretrained, **settings)
+    arguments = training_arguments(OVERLAY, ORIGINAL, dataset_dir=images, output_dir=pretrained, **settings)
     finished = run(arguments, cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout[-3000:]
     files = {f"pretrained_{part}": pretrained / "models" / f"pgl_{part}.pt" for part in ("encoder", "decoder")}
