@@ -60,8 +60,8 @@ class _RandDeformation(RandomizableTransform):
 class RandLocalShuffle(_RandDeformation):
     """Permute the voxels within small blocks, the same way in all channels.
 
-    The blocks' sides are drawn per axis from 1 to a tenth of the patch's, or are 1. Each block is shuffled as it was in
-    the original; where blocks overlap, the later one is seen.
+    The blocks' sides are drawn per axis from 1 to a tenth of the patch's, rounded down but at least 1. Each block is
+    shuffled as it was in the original; where blocks overlap, the later one is seen.
 
     Args:
         prob: probability per patch.
@@ -84,7 +84,9 @@ class RandLocalShuffle(_RandDeformation):
 
     def deform(self, patch: np.ndarray) -> np.ndarray:
         voxels, block = _voxels_of_blocks(self.start, self.size, patch.shape[1:])
+        # One sort of all blocks, which stay in their order.
         shuffled = voxels[np.argsort(block + self.R.random_sample(len(block)))]
+        # Which of several assignments to one voxel would stay, NumPy leaves open.
         seen = np.full(patch[0].size, -1)
         np.maximum.at(seen, voxels, np.arange(len(voxels)))
         (covered,) = np.nonzero(seen >= 0)
