@@ -9,9 +9,18 @@ from pgl_ext.transforms.intensity import (
     RandBatchBrightness,
     RandBatchGamma,
     RandBatchNoise,
+    RandBatchPatchSwap,
 )
 
-TRANSFORMS = [RandBatchNoise, RandBatchBlur, RandBatchBrightness, RandBatchGamma]
+
+class RandBatchVoxelSwap(RandBatchPatchSwap):
+    """Patches that small images have room for."""
+
+    def __init__(self, prob: float = 0.5, fraction: tuple = (0.3, 0.8)) -> None:
+        super().__init__(prob, fraction, patch_size=1)
+
+
+TRANSFORMS = [RandBatchNoise, RandBatchBlur, RandBatchBrightness, RandBatchGamma, RandBatchVoxelSwap]
 
 
 def images(shape: tuple = (3, 2, 12, 10, 8), seed: int = 0) -> torch.Tensor:
@@ -150,6 +159,72 @@ class TestFormulas:
             assert compare(new, old + (-1e-5 if compare is np.greater else 1e-5)).all()
 
 
+class TestPatchSwap:
+    SIZE = (32, 24, 16)
+
+    def permutation(self, seed: int = 0, fraction: float = 0.2, **settings) -> np.ndarray:
+        """Which voxel each voxel of two samples now holds, by its flat index, (2, X, Y, Z)."""
+        voxels = torch.arange(np.prod(self.SIZE)).view(1, 1, *self.SIZE).float().repeat(2, 1, 1, 1, 1)
+        swap = RandBatchPatchSwap(1.0, (fraction, fraction), **settings).set_random_state(seed)
+        return swap(voxels)[:, 0].long().numpy()
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("patch_size", [(8, 4, 4), (5, 3, 2)], ids=str)
+    def test_swaps_pairs_of_whole_patches(self, seed, patch_size):
+        pairs = round(0.2 * np.prod(self.SIZE) / np.prod(patch_size) / 2)
+        for source in self.permutation(seed, patch_size=patch_size):
+            # Exchanged, twice gives the original.
+            np.testing.assert_array_equal(source.ravel()[source.ravel()], np.arange(source.size))
+            # Raster order meets a patch at its first corner; all of it has moved by the same.
+            shift = source - np.arange(source.size).reshape(self.SIZE)
+            patches = 0
+            while shift.any():
+                corner = np.argwhere(shift)[0]
+                patch = tuple(slice(a, a + p) for a, p in zip(corner, patch_size, strict=True))
+                assert shift[patch].shape == patch_size
+                assert len(np.unique(shift[patch])) == 1
+                shift[patch] = 0
+                patches += 1
+            assert patches == 2 * pairs
+
+    def test_patches_lie_anywhere(self):
+        voxels = np.arange(np.prod(self.SIZE)).reshape(self.SIZE)
+        moved = np.stack([source != voxels for seed in range(40) for source in self.permutation(seed)])
+        for axis in range(3):
+            assert moved.any(tuple(a for a in range(4) if a != axis + 1)).all()
+        assert len({tuple(np.argwhere(sample)[0] % (8, 4, 4)) for sample in moved}) > 40
+
+    def test_samples_differ_and_channels_move_together(self):
+        first, second = self.permutation()
+        assert not np.array_equal(first, second)
+        x = images((3, 2, *self.SIZE))
+        x[:, 1] = -2 * x[:, 0]
+        result = RandBatchPatchSwap(1.0, (0.2, 0.2)).set_random_state(0)(x)
+        assert not torch.equal(result, x)
+        assert torch.equal(result[:, 1], -2 * result[:, 0])
+
+    def test_fraction_is_drawn_per_sample(self):
+        x = images((200, 1, *self.SIZE))
+        changed = (RandBatchPatchSwap(1.0, (0.0, 0.2)).set_random_state(0)(x) != x).flatten(1).double().mean(1)
+        assert float(changed.mean()) == pytest.approx(0.1, abs=0.01)
+        assert float(changed.min()) < 0.01
+        assert float(changed.max()) == pytest.approx(0.2, abs=0.01)
+
+    def test_nothing_to_swap_in_a_tiny_image(self):
+        x = images((2, 1, 4, 4, 4))
+        assert torch.equal(RandBatchPatchSwap(1.0)(x), x)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_no_room(self, seed):
+        swap = RandBatchPatchSwap(1.0, (0.0, 0.5)).set_random_state(seed)
+        with pytest.raises(ValueError, match=r"\(8, 8, 8\) voxels have no room for 2 patches of \(8, 4, 4\)"):
+            swap(images((2, 1, 8, 8, 8)))
+
+    def test_patch_size(self):
+        with pytest.raises(ValueError, match=r"patch_size must be positive, got \(8, 0, 4\)"):
+            RandBatchPatchSwap(patch_size=(8, 0, 4))
+
+
 class TestArguments:
     @pytest.mark.parametrize("transform", TRANSFORMS)
     @pytest.mark.parametrize(
@@ -166,7 +241,13 @@ class TestArguments:
             transform(*args)
 
     @pytest.mark.parametrize(
-        ("transform", "name"), [(RandBatchBlur, "sigma"), (RandBatchGamma, "gamma"), (RandBatchNoise, "variance")]
+        ("transform", "name"),
+        [
+            (RandBatchBlur, "sigma"),
+            (RandBatchGamma, "gamma"),
+            (RandBatchNoise, "variance"),
+            (RandBatchPatchSwap, "fraction"),
+        ],
     )
     def test_outside_the_parameters_domain(self, transform, name):
         with pytest.raises(ValueError, match=name):

@@ -7,8 +7,10 @@ from pgl_ext.transforms.intensity import (
     RandBatchBrightness,
     RandBatchGamma,
     RandBatchNoise,
+    RandBatchPatchSwap,
 )
 from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.transforms.local_views import RandGlobalLocalViewsd
 from pgl_ext.transforms.names import NameToIndexd
 from pgl_ext.transforms.patches import RandOrganPatchd, SplitCased
 from pgl_ext.transforms.views import RandOverlappingViewsd
@@ -21,8 +23,10 @@ __all__ = [
     "RandBatchBrightness",
     "RandBatchGamma",
     "RandBatchNoise",
+    "RandBatchPatchSwap",
     "RandBezierIntensity",
     "RandDeformedCopyd",
+    "RandGlobalLocalViewsd",
     "RandLocalShuffle",
     "RandOrganPatchd",
     "RandOverlappingViewsd",

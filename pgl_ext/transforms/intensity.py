@@ -1,4 +1,4 @@
-"""The PGL paper's intensity augmentations (section 3.2, steps 3 to 6), batched, on any device.
+"""Intensity augmentations, batched, on any device: the PGL paper's (section 3.2, steps 3 to 6) and patch swapping.
 
 Each takes ``(B, C, X, Y, Z)``, draws its parameters per sample from its own MONAI random state, and changes only the
 samples that it is applied to. They run after loading, on the device that trains.
@@ -6,16 +6,26 @@ samples that it is applied to. They run after loading, on the device that trains
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.transforms import Compose, Randomizable
+from monai.utils import ensure_tuple_rep
 
 from pgl_ext.geometry import resample_axes
 
-__all__ = ["BatchIntensityd", "RandBatchBlur", "RandBatchBrightness", "RandBatchGamma", "RandBatchNoise"]
+__all__ = [
+    "BatchIntensityd",
+    "RandBatchBlur",
+    "RandBatchBrightness",
+    "RandBatchGamma",
+    "RandBatchNoise",
+    "RandBatchPatchSwap",
+]
 
 
 class _RandBatchTransform(Randomizable):
@@ -133,6 +143,69 @@ class RandBatchGamma(_RandBatchTransform):
         # A constant sample has no range: it stays as it is.
         span = (highest - lowest).clamp_min(1e-7)
         return ((images - lowest) / span).clamp(0, 1).pow(values) * span + lowest
+
+
+class RandBatchPatchSwap(_RandBatchTransform):
+    """Swap pairs of patches within a sample, after context restoration (Chen et al. 2019).
+
+    A sample's patches are disjoint: they lie on a grid as coarse as they are large, shifted at random. All values stay
+    in the sample, in another place.
+
+    Args:
+        prob: probability per sample.
+        fraction: range of the share of the voxels that change place; the number of swaps follows.
+        patch_size: (X, Y, Z) in voxels.
+    """
+
+    def __init__(
+        self,
+        prob: float = 0.5,
+        fraction: Sequence[float] = (0.0, 0.2),
+        patch_size: Sequence[int] | int = (8, 4, 4),
+    ) -> None:
+        super().__init__(prob, fraction)
+        if not 0 <= fraction[0] <= fraction[1] <= 1:
+            raise ValueError(f"fraction must lie in [0, 1], got {tuple(fraction)}.")
+        self.patch_size = ensure_tuple_rep(patch_size, 3)
+        if min(self.patch_size) < 1:
+            raise ValueError(f"patch_size must be positive, got {self.patch_size}.")
+
+    def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        size = tuple(images.shape[2:])
+        pairs_of_all = math.prod(size) / math.prod(self.patch_size) / 2
+        most = round(self.value_range[1] * pairs_of_all)
+        if most == 0:
+            return images
+        corners = np.stack([self._disjoint_corners(size, 2 * most) for _ in images])
+        voxels = _flat_index(corners, size, images.device)[..., None]
+        voxels = voxels + _flat_index(np.indices(self.patch_size).reshape(3, -1).T, size, images.device)
+        # Patches i and i + most are a pair. A sample swaps only as many pairs as were drawn for it.
+        swaps = (values.view(-1, 1) * pairs_of_all).round()
+        swapped = (torch.arange(most, device=images.device) < swaps).repeat(1, 2)[..., None]
+        sources = torch.where(swapped, voxels.roll(most, dims=1), voxels)
+        voxels, sources = (index.flatten(1)[:, None].expand(-1, images.shape[1], -1) for index in (voxels, sources))
+        flat = images.flatten(2)
+        return flat.scatter(2, voxels, flat.gather(2, sources)).view_as(images)
+
+    def _disjoint_corners(self, size: Sequence[int], count: int) -> np.ndarray:
+        """First voxels (count, 3) of patches that do not meet."""
+        size, patch_size = np.asarray(size), np.asarray(self.patch_size)
+        # One patch less per axis than would fit leaves the grid room to be shifted.
+        cells = np.maximum(size - patch_size + 1, 0) // patch_size
+        if count > cells.prod():
+            raise ValueError(
+                f"images of {tuple(size.tolist())} voxels have no room for {count} patches of {self.patch_size}: use a "
+                "smaller fraction or smaller patches."
+            )
+        shift = self.R.randint(size - cells * patch_size + 1)
+        chosen = self.R.choice(cells.prod(), count, replace=False)
+        return shift + patch_size * np.stack(np.unravel_index(chosen, cells), axis=-1)
+
+
+def _flat_index(voxels: np.ndarray, size: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Number (...) of voxels (..., 3) within an image of a size."""
+    index = np.ravel_multi_index(tuple(np.moveaxis(voxels, -1, 0)), size)
+    return torch.from_numpy(index).to(device, non_blocking=True)
 
 
 def _range(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
