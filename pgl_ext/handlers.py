@@ -19,7 +19,15 @@ from tqdm import tqdm
 from pgl_ext.engines import PretrainEvents
 from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
 
-__all__ = ["CollapseWarning", "MetricsLog", "PretrainMetricsLog", "ProgressBar", "TargetEMA", "ViewPictures"]
+__all__ = [
+    "CollapseWarning",
+    "MetricsLog",
+    "PretrainMetricsLog",
+    "ProgressBar",
+    "TargetEMA",
+    "TrainingProgress",
+    "ViewPictures",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +78,25 @@ class TargetEMA:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+
+class TrainingProgress:
+    """Tells a method how much of its training is done, as an epoch starts: completed epochs / epochs, in [0, 1).
+
+    It follows from the epoch, so that a resumed run needs nothing else to go on with it.
+
+    Args:
+        method: has a scalar buffer ``progress``.
+    """
+
+    def __init__(self, method: torch.nn.Module) -> None:
+        self.method = method
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        self.method.progress.fill_((engine.state.epoch - 1) / engine.state.max_epochs)
 
 
 class ProgressBar:

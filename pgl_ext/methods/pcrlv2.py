@@ -1,0 +1,152 @@
+"""PCRLv2: restoration and comparison of views at several scales (Zhou et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pgl_ext.methods.base import Method, check_two_views, feature_std
+from pgl_ext.networks.encoder import initialise_convolutions
+from pgl_ext.networks.heads import MLPHead
+from pgl_ext.networks.segmentation import ASPP, PlainDecoder
+from pgl_ext.transforms.deformations import rescale_to_unit
+
+__all__ = ["PCRLv2"]
+
+# Projections z and predictions p of views, each (B, V, C).
+_Embedding = tuple[torch.Tensor, torch.Tensor]
+
+
+class PCRLv2(Method):
+    """Restores a view at every level of a decoder without skips, and compares views at these levels.
+
+    Each decoder level gives a projection z (global average pool, batch norm), a prediction p (a perceptron with 2 C
+    hidden channels on z) and a restoration (1x1x1 convolution, sigmoid, up-sampled to the view). With
+
+    ``S(a, b) = -(cos(p_a, stop_gradient(z_b)) + cos(p_b, stop_gradient(z_a))) / 2``
+
+    at a level that is drawn anew for every call, the loss of views 1 and 2 and the local views l is
+
+    ``MSE(restored_1, target_1) + S(1, 2) + beta MSE(restored_1[k], target_1) + mean_l (S(1, l) + S(2, l)) / 2``
+
+    Here k is the level of S(1, 2), the first restoration is that of the finest level, and beta falls from 1 to 0 during
+    training, as (1 + cos(pi progress)) / 2. Weights are shared; nothing follows by momentum.
+
+    Levels are drawn from PyTorch's default generator on the CPU, whose state is part of a checkpoint. In evaluation
+    nothing is drawn: all levels count alike, which is what training's loss is on average.
+
+    After "A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image
+    Analysis" (Zhou et al. 2023), on this project's encoder and decoder. Ours: targets are rescaled to [0, 1] by each
+    view's own smallest and largest value, since volumes come standardised, and the finest level's restoration is the
+    network's output.
+
+    Args:
+        encoder: returns a feature pyramid, finest first, and has ``channels``.
+        aspp_channels: channels of the pyramid pooling.
+        decoder_channels: channels of the decoder's three levels, coarse to fine.
+
+    Attributes:
+        progress: share of the training that is done, in [0, 1]; set by ``handlers.TrainingProgress``.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, aspp_channels: int = 256, decoder_channels: Sequence[int] = (256, 128, 32)
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.aspp = ASPP(encoder.channels[-1], aspp_channels)
+        self.decoder = PlainDecoder(aspp_channels, decoder_channels)
+        self.projections = nn.ModuleList(nn.BatchNorm1d(c) for c in decoder_channels)
+        self.predictors = nn.ModuleList(MLPHead(c, 2 * c, c) for c in decoder_channels)
+        self.restorations = nn.ModuleList(nn.Conv3d(c, encoder.conv1.in_channels, 1) for c in decoder_channels)
+        self.register_buffer("progress", torch.zeros(()))
+        self.feature_channels = decoder_channels[-1]
+        for module in (self.aspp, self.decoder, self.restorations):
+            initialise_convolutions(module)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Compute the loss, in [-2, 4].
+
+        Args:
+            batch: ``views`` (B, 2, C, X, Y, Z), ``local_views`` (B, L, C, x, y, z) and optionally ``targets``, the
+                views before their intensities were changed; without them the views themselves are restored.
+
+        Returns:
+            ``loss``, its terms ``restoration_loss``, ``global_loss``, ``middle_loss`` and ``local_loss``, the weight
+            ``beta``, and ``feature_std``: of the global views' projections at the finest level, which everything before
+            it has a part in (healthy is about 1 / sqrt(decoder_channels[-1])).
+
+        Raises:
+            ValueError: where there are not two views, or no local ones.
+        """
+        views, local_views = batch["views"], batch.get("local_views")
+        check_two_views(self, views)
+        if local_views is None or local_views.ndim != 6:
+            raise ValueError(
+                "PCRLv2 needs local_views (B, L, C, x, y, z) in a batch, got "
+                f"{None if local_views is None else tuple(local_views.shape)}: cut views with "
+                "pgl_ext.transforms.RandGlobalLocalViewsd."
+            )
+        maps, local_maps = self._decode(views), self._decode(local_views)
+        restored = self._restore([level[:, 0] for level in maps], views.shape[3:])
+        target, *_ = rescale_to_unit(batch.get("targets", views)[:, 0].float())
+        # Half precision would not tell nearly parallel vectors apart; the heads are tiny.
+        with torch.autocast(views.device.type, enabled=False):
+            errors = torch.stack([F.mse_loss(level, target) for level in restored])
+            embedded, local = self._embed(maps), self._embed(local_maps)
+            pair = torch.stack([_similarities(level, level)[0, 1] for level in embedded])
+            with_local = torch.stack([_similarities(*levels) for levels in zip(embedded, local, strict=True)], dim=-1)
+            # One call for the pair, one for each global view with each local one.
+            weights = self._level_weights(1 + with_local[..., 0].numel()).to(pair)
+            beta = (1 + torch.cos(math.pi * self.progress)) / 2
+            terms = {
+                "restoration_loss": errors[-1],
+                "global_loss": weights[0] @ pair,
+                "middle_loss": weights[0] @ errors,
+                "local_loss": (weights[1:] * with_local.flatten(0, 1)).sum(dim=1).mean(),
+            }
+            loss = terms["restoration_loss"] + terms["global_loss"] + beta * terms["middle_loss"] + terms["local_loss"]
+        logged = {name: term.detach() for name, term in terms.items()}
+        finest, _ = embedded[-1]
+        return {"loss": loss, **logged, "beta": beta, "feature_std": feature_std(finest.flatten(0, 1))}
+
+    def _decode(self, views: torch.Tensor) -> list[torch.Tensor]:
+        """Every decoder level's map (B, V, channels, ...) of views (B, V, C, X, Y, Z), coarse to fine."""
+        stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
+        maps = self.decoder(self.aspp(deepest), [level.shape[2:] for level in (stage2, stage1, stem)])
+        return [level.unflatten(0, views.shape[:2]) for level in maps]
+
+    def _restore(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> list[torch.Tensor]:
+        """Every level's restoration (B, C, X, Y, Z) in [0, 1] of maps (B, channels, ...)."""
+        restored = [torch.sigmoid(head(level).float()) for head, level in zip(self.restorations, maps, strict=True)]
+        return [F.interpolate(level, size=tuple(size), mode="trilinear") for level in restored]
+
+    def _embed(self, maps: Sequence[torch.Tensor]) -> list[_Embedding]:
+        """Projections and predictions at every level of maps (B, V, channels, ...)."""
+        embedded = []
+        for level, projection, predictor in zip(maps, self.projections, self.predictors, strict=True):
+            projected = projection(level.flatten(0, 1).mean(dim=(2, 3, 4), dtype=torch.float32))
+            embedded.append(tuple(x.unflatten(0, level.shape[:2]) for x in (projected, predictor(projected))))
+        return embedded
+
+    def _level_weights(self, calls: int) -> torch.Tensor:
+        """How much each level counts in each call of S, (calls, levels).
+
+        As weights, not as an index: so every parameter gets a gradient in every step, as DistributedDataParallel wants.
+        """
+        levels = len(self.projections)
+        if not self.training:
+            return torch.full((calls, levels), 1 / levels)
+        return F.one_hot(torch.randint(levels, (calls,)), levels)
+
+
+def _similarities(first: _Embedding, second: _Embedding) -> torch.Tensor:
+    """S of each view of the first with each of the second, mean over the batch: (V, W) in [-1, 1]."""
+    (z_a, p_a), (z_b, p_b) = ([F.normalize(x, dim=-1, eps=1e-6) for x in views] for views in (first, second))
+    cosines = torch.einsum("bvc,bwc->bvw", p_a, z_b.detach()) + torch.einsum("bvc,bwc->bvw", z_a.detach(), p_b)
+    return -cosines.mean(dim=0) / 2
