@@ -154,8 +154,18 @@ def test_load_datalist_keeps_fields_as_they_are(tmp_path):
     ("top_level", "expected"),
     [
         ({}, [{}, {"task": "own"}, {"group": "own group"}]),
-        ({"name": "liver"}, [{"task": "liver"}, {"task": "own"}, {"task": "liver", "group": "own group"}]),
-        ({"name": "x", "task": "liver"}, [{"task": "liver"}, {"task": "own"}, {"task": "liver", "group": "own group"}]),
+        (
+            {"name": "liver"},
+            [
+                {"task": "liver", "group": "liver"},
+                {"task": "own", "group": "liver"},
+                {"task": "liver", "group": "own group"},
+            ],
+        ),
+        (
+            {"name": "x", "task": "liver", "group": "CT"},
+            [{"task": "liver", "group": "CT"}, {"task": "own", "group": "CT"}, {"task": "liver", "group": "own group"}],
+        ),
         ({"group": "CT"}, [{"group": "CT"}, {"group": "CT", "task": "own"}, {"group": "own group"}]),
         (
             {"task": 0, "group": 0},
@@ -182,7 +192,7 @@ class TestSeveralLists:
 
     def test_each_has_its_own_folder_and_task(self, lists, tmp_path):
         assert load_datalist(lists) == [
-            {"image": str(tmp_path / name / "images" / file), "task": name}
+            {"image": str(tmp_path / name / "images" / file), "task": name, "group": name}
             for name in ("liver", "neck")
             for file in ("b.nii", "a.nii")
         ]

@@ -175,8 +175,8 @@ def load_datalist(
 
     Args:
         data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``. Its own
-            ``"task"`` and ``"group"`` are those of the entries without; for the task, ``"name"`` will do. Or several
-            such files.
+            ``"task"`` and ``"group"`` are those of the entries without; for the task, ``"name"`` will do, and a list
+            without a group is one of its own. Or several such files.
         dataset_dir: folder that relative paths start from; by default the folder of the JSON file, of each its own.
         key: which list of the file to take.
         keep: further fields of the entries to keep, as they are.
@@ -193,7 +193,8 @@ def load_datalist(
         return _joined([load_datalist(path, dataset_dir, key, keep) for path in data_list_file_path])
     path = Path(data_list_file_path)
     content = _read_content(path, key)
-    sources = {"task": content.get("task", content.get("name")), "group": content.get("group")}
+    task = content.get("task", content.get("name"))
+    sources = {"task": task, "group": content.get("group", task)}
     sources = {field: value for field, value in sources.items() if value is not None}
     kept = (*_KEPT_KEYS, *keep)
     items = [{**sources, **_to_item(entry, index, dataset_dir, path, kept)} for index, entry in enumerate(content[key])]
