@@ -82,7 +82,7 @@ def plot_bars(
         The figure.
     """
     methods = max(map(len, panels.values()))
-    width = max(5.0, 1.5 + 0.11 * len(groups) * (methods + 1.5))
+    width = max(6.5, 1.5 + 0.11 * len(groups) * (methods + 1.5))
     figure = Figure((width, 2.9 * len(panels) + 0.9), dpi=120, layout="constrained")
     rows = figure.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
     for axes, (title, bars) in zip(rows, panels.items(), strict=True):

@@ -16,11 +16,11 @@ __all__ = ["NOTES", "Block", "missing_text", "paper_tables", "verdicts", "write_
 
 NOTES = """\
 Scores are means over the test cases; of several seeds their mean is given and, after ±, their standard deviation.
-Differences are paired: a case's scores are averaged over the seeds that both methods have, and differences are taken case
-by case, with a 95 % bootstrap interval over the test cases. p is that of the two-sided Wilcoxon signed-rank test and
-not adjusted; p (Holm) is adjusted for the number of methods. Neither knows what other seeds or other labelled cases
-would change. A method is called better or worse than the reference where p (Holm) of its average Dice is below 0.05.
-The cost, at the end of a row, is that of one pre-training."""
+Differences are paired: a case's scores are averaged over the seeds that both methods have, and differences are taken
+case by case, with a 95 % bootstrap interval over the test cases. p is that of the two-sided Wilcoxon signed-rank test
+and not adjusted; p (Holm) is adjusted for the number of methods. Neither knows what other seeds or other labelled
+cases would change. A method is called better or worse than the reference where p (Holm) of its average Dice is below
+0.05. The cost, at the end of a row, is that of one pre-training."""
 
 _SIGNIFICANT = 0.05
 
@@ -71,18 +71,18 @@ def paper_tables(study: Study, results: Results, rows: Sequence[Mapping[str, Any
     """The tables of the paper: for each share of labels and metric methods by organs, and how the average differs."""
     blocks = []
     costs = pretraining_costs(results)
-    unit = next((unit for _, unit in costs.values()), "")
+    unit = [next(unit for _, unit in costs.values())] if costs else []
     for labels in sorted(results.scores):
         for metric, (name, digits) in METRICS.items():
             some = [row for row in rows if row["labels"] == labels and row["metric"] == metric]
-            organs = list(dict.fromkeys(row["organ"] for row in some))
-            difference = (f"minus {study.reference}", "95 % interval", "p", "p (Holm)", *([unit] if unit else []))
-            block = Block(f"{name}, {labels_text(labels)}", ["method", *organs, *difference], [])
+            organs = [organ for organ in dict.fromkeys(row["organ"] for row in some) if organ != AVERAGE]
+            head = ["method", AVERAGE, f"minus {study.reference}", "95 % interval", "p", "p (Holm)", *organs, *unit]
+            block = Block(f"{name}, {labels_text(labels)}", head, [])
             for method in dict.fromkeys(row["method"] for row in some):
                 found = {row["organ"]: row for row in some if row["method"] == method}
+                average, *scores = (_score(found[organ], digits) for organ in (AVERAGE, *organs))
                 cost = [f"{costs[method][0]:.3g}" if method in costs else ""] if unit else []
-                scores = [_score(found[organ], digits) for organ in organs]
-                block.rows.append([method, *scores, *_difference(found[AVERAGE], digits), *cost])
+                block.rows.append([method, average, *_difference(found[AVERAGE], digits), *scores, *cost])
             blocks.append(block)
     return blocks
 

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from made_studies import FINGERPRINT, finish, make_study, write_study
+from programs import SEGMENTATION_CONFIGS, TINY, TINY_SEGMENTATION, run
+
+from pgl_ext.data.phantom import write_dataset
+from pgl_ext.study.cells import bundle_command
+from pgl_ext.study.run import run_study
+from pgl_ext.study.runner import Runner, default_jobs, time_left
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+def stand_in(cell, stage) -> list[str]:
+    resume = any((cell.folder / "checkpoints").glob("*.pt"))
+    return [sys.executable, "-I", "-S", str(STAND_IN), stage.section, str(cell.folder), str(cell.seed), str(resume)]
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Cells of milliseconds, and nothing that other tests are about."""
+    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", stand_in)
+    for module in ("run", "runner"):
+        monkeypatch.setattr(f"pgl_ext.study.{module}.code_digests", dict)
+    monkeypatch.setattr("pgl_ext.study.run.draw_figures", lambda *_: None)
+    monkeypatch.setattr("pgl_ext.study.run.write_study_report", lambda *_: "report.html")
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return write_study(tmp_path, labelled_cases=[3])
+
+
+def in_background(path: Path, out: Path, **settings) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=run_study, args=(path, out), kwargs=settings)
+    process.start()
+    return process
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened for {seconds} s"
+        time.sleep(0.01)
+
+
+def scores(out: Path) -> dict[str, str]:
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("cases.csv"))
+    return {name: (out / name).read_text() for name in (*names, "study.csv", "table.md")}
+
+
+# --- a study that nothing disturbs ----------------------------------------------------------------------------------
+
+
+def test_everything_is_run_once(fast, path, tmp_path, capsys):
+    text = run_study(path, tmp_path / "out", jobs=2)
+    assert "3 labelled cases, average Dice:" in text
+    said = capsys.readouterr().out
+    # Each pre-training ends before its fine-tuning begins, and each cell says what it reached.
+    for seed in (0, 1):
+        trained = said.index(f"PGL, pre-training, seed {seed}: 00:")
+        assert trained < said.index(f"PGL, 3 labelled cases, seed {seed}: log in")
+        assert f"PGL, 3 labelled cases, seed {seed}: mean Dice 0." in said
+    assert "[6/6]" in said
+    logs = {log: log.read_text() for log in tmp_path.rglob("log.txt")}
+    assert len(logs) == 6
+    assert not list(tmp_path.rglob("checkpoints"))
+    run_study(path, tmp_path / "out", jobs=2)
+    assert logs == {log: log.read_text() for log in tmp_path.rglob("log.txt")}
+    assert capsys.readouterr().out == ""
+
+
+def test_more_seeds_later(fast, path, tmp_path, capsys):
+    run_study(path, tmp_path / "out", overrides={"seeds": [0]})
+    capsys.readouterr()
+    run_study(path, tmp_path / "out", overrides={"seeds": [0, 1]})
+    assert "seed 0" not in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("cell.json"))) == 6
+
+
+def test_learning_rates_are_chosen_on_the_way(fast, path, tmp_path):
+    run_study(path, tmp_path / "out", overrides={"pretraining#learning_rates": [0.3, 1.0]})
+    rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
+    assert rows[0] == "method,lr,val_mean_dice,chosen"
+    assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]  # equal Dice: the smaller rate
+    names = sorted(cell.parent.relative_to(tmp_path / "out").as_posix() for cell in tmp_path.rglob("cell.json"))
+    assert names == [
+        *(f"fine_tuning/{name}" for name in ("PGL_lr_0.3/3_cases/seed_0", "PGL_lr_0.3/3_cases/seed_1")),
+        *("fine_tuning/PGL_lr_1/3_cases/seed_0", "fine_tuning/random/3_cases/seed_0"),
+        "fine_tuning/random/3_cases/seed_1",
+        *(f"pretraining/{name}" for name in ("PGL_lr_0.3/seed_0", "PGL_lr_0.3/seed_1", "PGL_lr_1/seed_0")),
+    ]
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_cell_does_not_stop_the_others(fast, path, tmp_path):
+    bad = tmp_path / "out" / "pretraining" / "PGL" / "seed_0"
+    bad.mkdir(parents=True)
+    (bad / "fail").touch()
+    with pytest.raises(ChildProcessError, match="2 cells failed") as caught:
+        run_study(path, tmp_path / "out")
+    message = str(caught.value)
+    assert "pretraining/PGL/seed_0: training ended with status 1: error: the disk is on fire" in message
+    assert str(bad / "log.txt") in message
+    assert "fine_tuning/PGL/3_cases/seed_0: its pre-training failed" in message
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "2 cells are not finished" in table
+    assert "| PGL |" in table  # of the other seed
+    (bad / "fail").unlink()
+    run_study(path, tmp_path / "out")
+    assert "not finished" not in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_command_that_leaves_nothing_has_failed(fast, path, tmp_path, monkeypatch):
+    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", lambda *_: [sys.executable, "-c", ""])
+    with pytest.raises(ChildProcessError, match=r"it did not leave what it should: .*pgl_encoder\.json"):
+        run_study(path, tmp_path / "out", overrides={"seeds": [0]})
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("print('10 %\\r20 %'); raise ValueError('what')", "ValueError: what"),
+        (
+            "import sys; sys.stderr.write('\\nerror: no scans\\n(set PGL_TRACEBACK=1)\\n'); sys.exit(1)",
+            "error: no scans",
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "status -9"),
+    ],
+)
+def test_the_last_error_is_told(fast, path, tmp_path, monkeypatch, output, reason):
+    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", lambda *_: [sys.executable, "-c", output])
+    with pytest.raises(ChildProcessError) as caught:
+        run_study(path, tmp_path / "out", overrides={"seeds": [0]})
+    assert reason in str(caught.value)
+
+
+# --- stopped and killed ---------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments(fast, path, tmp_path):
+    """SIGKILL of the study alone, or with what it runs: in the end, the scores are those of an undisturbed one."""
+    run_study(path, tmp_path / "straight", jobs=2)
+    expected, out, draw = scores(tmp_path / "straight"), tmp_path / "killed", random.Random(0)
+    kills = 0
+    for _ in range(8):
+        process = in_background(path, out, jobs=2)
+        process.join(draw.uniform(0.3, 1.5))
+        if process.exitcode is None:
+            kills += 1
+        running = children(process.pid)
+        process.kill()
+        if draw.random() < 0.5:
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+        process.join()
+    assert kills >= 3
+    run_study(path, out, jobs=2)
+    assert scores(out) == expected
+    assert not list(tmp_path.rglob("overlap"))
+
+
+def test_what_a_killed_study_left_running_is_waited_for(fast, path, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN_PAUSE", "0.5")
+    process = in_background(path, tmp_path / "out")
+    wait_for(lambda: list(tmp_path.rglob("running")))
+    (orphan,) = children(process.pid)
+    process.kill()
+    process.join()
+    assert Path(f"/proc/{orphan}").exists()
+    capfd.readouterr()
+    monkeypatch.delenv("STAND_IN_PAUSE")
+    run_study(path, tmp_path / "out")
+    assert "waiting for random, 3 labelled cases, seed 0" in capfd.readouterr().out
+    assert not list(tmp_path.rglob("overlap"))
+
+
+def test_two_studies_share_the_work(fast, path, tmp_path):
+    processes = [in_background(path, tmp_path / "out") for _ in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert not list(tmp_path.rglob("overlap"))
+    # Each cell was trained once.
+    assert {log.read_text().count("stand_in.py training") for log in tmp_path.rglob("log.txt")} == {1}
+
+
+def test_sigterm_ends_what_is_running_after_a_checkpoint(fast, path, tmp_path):
+    process = in_background(path, tmp_path / "out", jobs=2)
+    wait_for(lambda: len(list(tmp_path.rglob("checkpoint_*.pt"))) >= 2)
+    running = children(process.pid)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    assert running
+    assert not any(Path(f"/proc/{child}").exists() for child in running)
+    run_study(path, tmp_path / "out")
+
+
+# --- versions -------------------------------------------------------------------------------------------------------
+
+
+def test_cells_of_other_settings_are_refused(fast, path, tmp_path, capsys):
+    run_study(path, tmp_path / "out", overrides={"seeds": [0]})
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="cells were started with other code or settings") as caught:
+        run_study(path, tmp_path / "out", overrides={"fine_tuning#settings#max_epochs": 7})
+    assert "    training max_epochs: 20 -> 7" in str(caught.value)
+    assert "pretraining" not in str(caught.value).split("\nResults")[0]
+    assert capsys.readouterr().out == ""  # before anything is run
+
+
+def test_a_change_while_the_study_runs_is_noticed(fast, path, tmp_path, monkeypatch):
+    monkeypatch.setattr("pgl_ext.study.runner.code_digests", lambda: {"losses.py": "changed"})
+    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of losses.py'\]"):
+        run_study(path, tmp_path / "out")
+    assert not list(tmp_path.rglob("started.json"))
+
+
+# --- commands, machines and cost ------------------------------------------------------------------------------------
+
+
+def test_the_command_is_the_bundle_s(tmp_path):
+    cell = make_study(tmp_path).fine_tuning("PGL", 3, 0)
+    cell.folder.mkdir(parents=True)
+    cell.start(FINGERPRINT)
+    command = bundle_command(cell, cell.stages[0])
+    assert command[:6] == [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file"]
+    files = [str(SEGMENTATION_CONFIGS / name) for name in ("train.json", "tasks/phantom.yaml", "small.yaml")]
+    assert command[6:] == [str([*files, str(cell.folder / "training_3.json")])]
+    assert json.loads((cell.folder / "training_3.json").read_text())["labelled_cases"] == 3
+    (cell.folder / "checkpoints").mkdir()
+    (cell.folder / "checkpoints" / "checkpoint_00000003.pt").touch()
+    assert bundle_command(cell, cell.stages[0])[7:] == ["--resume", "true"]
+    evaluating = bundle_command(cell, cell.stages[1])
+    assert evaluating[4:] == ["evaluating", "--config_file", evaluating[6]]
+    assert evaluating[6].startswith(f"['{SEGMENTATION_CONFIGS / 'evaluate.json'}'")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "jobs", "expected"),
+    [
+        (0, None, 2, {None}),
+        (2, None, 2, {"0", "1"}),
+        (2, "4,6", 2, {"4", "6"}),
+        (1, "GPU-5a", 2, {"GPU-5a"}),
+    ],
+)
+def test_each_job_has_a_gpu_and_its_share_of_the_cores(
+    fast, path, tmp_path, monkeypatch, gpus, visible, jobs, expected
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert default_jobs() == max(1, gpus)
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+    code = f"import os, time; time.sleep(0.5); print('found', [os.environ.get(name) for name in {names}])"
+    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(ChildProcessError):
+        run_study(path, tmp_path / "out", jobs=jobs, overrides={"methods": {"random": {"encoder": None}}})
+    found = [eval(log.read_text().split("found ")[-1]) for log in tmp_path.rglob("log.txt")]
+    assert {device for device, *_ in found} == expected
+    assert {tuple(rest) for _, *rest in found} == {("4", "2")}
+
+
+def test_no_jobs():
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        Runner([], {}, 0)
+
+
+def test_cost_counts_all_times_that_a_cell_was_run(tmp_path):
+    cell = make_study(tmp_path).pretraining("PGL", 0)
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "models").mkdir()
+    (cell.folder / "models" / "pgl_encoder.json").write_text(json.dumps({"steps": 5, "pairs": 80}))
+    # Killed after 30 s, and then run for 90 s; the log's last line is the last sign of either.
+    for start, end in ((1000.0, 1030.0), (2000.0, 2090.0)):
+        cell.start(FINGERPRINT)
+        started = json.loads((cell.folder / "started.json").read_text())
+        started["runs"][-1][0] = start
+        (cell.folder / "started.json").write_text(json.dumps(started))
+        cell.log.touch()
+        os.utime(cell.log, (end, end))
+    cell.finish(4, "CPU-core-hours")
+    assert cell.result() == {"steps": 5, "pairs": 80, "seconds": 120, "cost": 0.1333, "unit": "CPU-core-hours"}
+
+
+def test_time_left_is_that_of_like_cells(tmp_path):
+    cells = make_study(tmp_path).cells({})
+    assert time_left(cells, 1) == ""
+    fine_tuning, pretraining = (next(cell for cell in cells if cell.is_pretraining is kind) for kind in (False, True))
+    finish(fine_tuning, seconds=60)
+    assert time_left(cells, 1) == ""  # nothing is known of pre-training
+    finish(pretraining, seconds=600)
+    assert time_left(cells, 1) == "17:00"  # 7 of one minute and 1 of ten
+
+
+# --- real bundles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_real_study_killed_at_random_moments(tmp_path):
+    """The scores of a study that was killed five times are, bit by bit, those of one that was left alone."""
+    data = write_dataset(tmp_path / "phantoms", 4, test_cases=2, shape=(64, 64, 32))
+    small = {"patches_per_volume": 2, "max_epochs": 4, "checkpoint_interval": 1}
+    path = write_study(
+        tmp_path,
+        pretraining={
+            "configs": ["train.json", "small.yaml"],
+            "settings": {**TINY, **small, "data_list_file_path": str(data)},
+        },
+        fine_tuning={
+            "configs": ["train.json", "tasks/phantom.yaml", "small.yaml"],
+            "settings": {
+                **{name: value for name, value in TINY_SEGMENTATION.items() if name != "patches_per_case"},
+                **{"max_epochs": 4, "val_interval": 2, "checkpoint_interval": 1, "data_list_file_path": str(data)},
+            },
+            "patches_per_epoch": 8,
+        },
+        test={"settings": {"data_list_file_path": str(data), "data_list_key": "test"}},
+        methods={"PGL": {}},
+        reference="PGL",
+        labelled_cases=[3],
+        seeds=[0],
+    )
+    straight = run(["-m", "pgl_ext", "study", str(path), "--out", "straight"], cwd=tmp_path, timeout=900)
+    assert straight.returncode == 0, straight.stdout[-3000:]
+    out, draw = tmp_path / "killed", random.Random(1)
+    for _ in range(5):
+        process = in_background(path, out, jobs=1)
+        process.join(draw.uniform(3, 14))
+        running = children(process.pid)
+        process.kill()
+        if draw.random() < 0.5:
+            for child in running:
+                os.kill(child, signal.SIGKILL)
+        process.join()
+    run_study(path, out, jobs=1)
+    assert scores(out) == scores(tmp_path / "straight")

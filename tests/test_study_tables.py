@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+import math
+
+import numpy as np
+import pytest
+from made_studies import finish, make_study
+from scipy.stats import bootstrap, wilcoxon
+
+from pgl_ext.figures.study import method_colors, plot_bars, plot_gains
+from pgl_ext.study.report import draw_figures, write_study_report
+from pgl_ext.study.results import comparison_rows, holm, read_results
+from pgl_ext.study.run import _choose_rates, run_study
+from pgl_ext.study.tables import paper_tables, verdicts, write_tables
+from pgl_ext.summary import AVERAGE
+
+RNG = np.random.default_rng(0)
+CASES = 8
+# By method, seed and organ. B gains, C does not.
+BASE = {"liver": RNG.uniform(0.6, 0.8, CASES), "spleen": RNG.uniform(0.5, 0.7, CASES)}
+SHIFTS = {"A": 0.0, "B": 0.05, "C": 0.0}
+DICE = {
+    (method, seed): {organ: (v + shift + RNG.normal(0, 0.02, CASES)).round(4) for organ, v in BASE.items()}
+    for method, shift in SHIFTS.items()
+    for seed in (0, 1, 2)
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    methods = {"A": {"encoder": None}, "B": {}, "C": {}}
+    entries = {"methods": methods, "reference": "A", "ablations": ["B", "C"], "labelled_cases": [3]}
+    return make_study(tmp_path, **entries, seeds=[0, 1, 2])
+
+
+def finish_all(study, without=()):
+    for cell in study.cells({}):
+        if cell.name not in without:
+            finish(cell, None if cell.is_pretraining else DICE[cell.method, cell.seed])
+
+
+def rows_of(study) -> dict[tuple[str, str, str], dict]:
+    rows = comparison_rows(study, read_results(study.cells({})))
+    return {(row["metric"], row["method"], row["organ"]): row for row in rows}
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.04, 0.01, math.nan, 0.03], [0.06, 0.03, math.nan, 0.06]),
+        ([0.5, 0.9], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([math.nan], [math.nan]),
+        ([], []),
+    ],
+)
+def test_holm_by_hand(p, expected):
+    np.testing.assert_allclose(holm(p), expected)
+
+
+def test_mean_and_spread_over_seeds(study):
+    finish_all(study)
+    rows = rows_of(study)
+    for method in SHIFTS:
+        for organ in BASE:
+            means = [DICE[method, seed][organ].mean() for seed in (0, 1, 2)]
+            assert rows["dice", method, organ]["mean"] == pytest.approx(np.mean(means))
+            assert rows["dice", method, organ]["sd"] == pytest.approx(np.std(means, ddof=1))
+        means = [np.mean([DICE[method, seed][organ].mean() for organ in BASE]) for seed in (0, 1, 2)]
+        assert rows["dice", method, AVERAGE]["mean"] == pytest.approx(np.mean(means))
+        assert rows["dice", method, AVERAGE]["sd"] == pytest.approx(np.std(means, ddof=1))
+
+
+def test_differences_are_paired_by_case_after_averaging_over_seeds(study):
+    finish_all(study)
+    rows = rows_of(study)
+    averages = {
+        method: np.mean([np.mean(list(DICE[method, seed].values()), axis=0) for seed in (0, 1, 2)], axis=0)
+        for method in SHIFTS
+    }
+    p = {}
+    for method in ("B", "C"):
+        row, differences = rows["dice", method, AVERAGE], averages[method] - averages["A"]
+        assert row["difference"] == pytest.approx(differences.mean())
+        interval = bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+        assert (row["ci95_low"], row["ci95_high"]) == pytest.approx(tuple(interval.confidence_interval))
+        p[method] = wilcoxon(differences).pvalue
+        assert row["p"] == pytest.approx(p[method])
+        assert (row["paired_seeds"], row["paired_cases"]) == (3, CASES)
+    smaller, larger = sorted(p, key=p.get)
+    assert rows["dice", smaller, AVERAGE]["p_holm"] == pytest.approx(min(1, 2 * p[smaller]))
+    assert rows["dice", larger, AVERAGE]["p_holm"] == pytest.approx(max(min(1, 2 * p[smaller]), p[larger]))
+    # Organs are not adjusted, and the reference is not compared with itself.
+    assert math.isnan(rows["dice", "B", "liver"]["p_holm"])
+    assert math.isnan(rows["dice", "A", AVERAGE]["difference"])
+
+
+def test_other_metrics(study):
+    finish_all(study)
+    rows = rows_of(study)
+    for metric, of_dice in (("iou", lambda d: d / (2 - d)), ("hd95_mm", lambda d: 10 - d)):
+        means = [of_dice(DICE["B", seed]["liver"]).mean() for seed in (0, 1, 2)]
+        assert rows[metric, "B", "liver"]["mean"] == pytest.approx(np.mean(means), abs=1e-5)
+
+
+def test_only_seeds_that_both_have_are_paired(study):
+    finish_all(study, without=("fine_tuning/B/3_cases/seed_1",))
+    row = rows_of(study)["dice", "B", "liver"]
+    expected = np.mean([DICE["B", seed]["liver"] - DICE["A", seed]["liver"] for seed in (0, 2)])
+    assert row["difference"] == pytest.approx(expected)
+    assert (row["seeds"], row["paired_seeds"]) == (2, 2)
+
+
+def test_a_case_without_an_organ(study):
+    finish_all(study)
+    dice = {organ: values.copy() for organ, values in DICE["B", 0].items()}
+    dice["spleen"][3] = math.nan
+    for seed in (0, 1, 2):
+        finish(study.fine_tuning("B", 3, seed), dice)
+    row = rows_of(study)["dice", "B", "spleen"]
+    assert row["mean"] == pytest.approx(np.nanmean(dice["spleen"]))
+    assert row["paired_cases"] == CASES - 1
+    # The average of that case is its liver's.
+    cases = np.nanmean([dice["liver"], dice["spleen"]], axis=0)
+    assert rows_of(study)["dice", "B", AVERAGE]["mean"] == pytest.approx(cases.mean())
+
+
+def test_evaluations_on_other_cases_are_not_compared(study):
+    finish_all(study)
+    finish(study.fine_tuning("B", 3, 1), {organ: values[:5] for organ, values in DICE["B", 1].items()})
+    with pytest.raises(ValueError, match=r"B, 3 labelled cases, seed 1 lacks case_5 \(liver\)"):
+        rows_of(study)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_files(study):
+    finish_all(study)
+    results = read_results(study.cells({}))
+    write_tables(study, results, comparison_rows(study, results))
+    scores = read_csv(study.folder / "study.csv")
+    assert len(scores) == 3 * 3 * 2 * CASES
+    found = {(row["method"], row["seed"], row["case"], row["organ"]): float(row["dice"]) for row in scores}
+    assert found["C", "2", "case_6", "spleen"] == DICE["C", 2]["spleen"][6]
+    assert set(scores[0]) == {"labelled_cases", "method", "seed", "case", "organ", "dice", "iou", "hd95_mm"}
+
+    cells = {row["cell"]: row for row in read_csv(study.folder / "cells.csv")}
+    assert len(cells) == 3 * 3 + 2 * 3
+    average = np.mean([DICE["B", 1][organ].mean() for organ in BASE])
+    assert float(cells["fine_tuning/B/3_cases/seed_1"]["mean_dice"]) == pytest.approx(average, abs=1e-6)
+    assert cells["pretraining/B/seed_1"]["pairs"] == "160"
+    assert cells["pretraining/B/seed_1"]["cost"] == "0.5"
+
+    table = read_csv(study.folder / "table.csv")
+    assert len(table) == 3 * 3 * 3
+    assert {row["pretraining_cost"] for row in table if row["method"] == "B"} == {"0.5"}
+
+    text = (study.folder / "table.md").read_text()
+    means = [np.mean([DICE["B", seed][organ].mean() for organ in BASE]) for seed in (0, 1, 2)]
+    assert f"| B | {np.mean(means):.3f} ± {np.std(means, ddof=1):.3f} | +0.0" in text
+    assert "### HD95 (mm), 3 labelled cases" in text
+    assert "not adjusted" in text
+    assert "missing" not in text
+
+
+def test_words_say_what_cannot_be_told_apart(study):
+    finish_all(study)
+    (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+    assert verdict.startswith("3 labelled cases, average Dice: better than A: B (+0.0")
+    assert "; not distinguishable from A: C (" in verdict
+
+
+def test_few_cases_say_nothing(study):
+    for cell in study.cells({}):
+        scores = {} if cell.is_pretraining else DICE[cell.method, cell.seed]
+        finish(cell, {organ: values[:3] for organ, values in scores.items()} or None)
+    (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+    assert "on too few test cases to be told apart from A: B (" in verdict
+
+
+def test_what_is_missing_is_said(study):
+    missing = "fine_tuning/C/3_cases/seed_2"
+    finish_all(study, without=(missing,))
+    results = read_results(study.cells({}))
+    write_tables(study, results, comparison_rows(study, results))
+    assert (
+        "1 cells are not finished and missing here: C, 3 labelled cases, seed 2."
+        in (study.folder / "table.md").read_text()
+    )
+
+
+def test_no_cell_at_all(study):
+    results = read_results(study.cells({}))
+    rows = comparison_rows(study, results)
+    assert rows == []
+    assert paper_tables(study, results, rows) == []
+    write_tables(study, results, rows)
+    draw_figures(study, rows)
+    assert "nothing to compare" in write_study_report(study, results, rows, [], {}).read_text()
+
+
+# --- learning rates -------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_are_chosen_on_validation_cases(tmp_path):
+    methods = {"A": {"encoder": None}, "B": {}, "C": {}, "D": {}}
+    rates = {"pretraining#learning_rates": [0.3, 1.0, 3.0]}
+    study = make_study(tmp_path, rates, methods=methods, reference="A")
+    validation = {"B": (0.5, 0.7, 0.6), "C": (0.7, 0.5, 0.7), "D": (0.7, 0.5)}
+    for method, scores in validation.items():
+        for cell, score in zip(study.selection()[method].values(), scores, strict=False):
+            # What the test cases say must not matter.
+            finish(cell, None, val_mean_dice=score, mean_dice=1 - score)
+    rates, rows = _choose_rates(study)
+    # Of equal ones the smaller; D is not finished.
+    assert rates == {"B": 1.0, "C": 0.3}
+    assert [row["lr"] for row in rows if row["chosen"]] == [1.0, 0.3]
+    assert len(rows) == 8
+    assert "fine_tuning/B_lr_1/5_cases/seed_1" in [cell.name for cell in study.cells(rates)]
+    assert not any("/D" in cell.name for cell in study.cells(rates))
+
+
+def test_without_validation_there_is_no_choice(tmp_path):
+    study = make_study(tmp_path, {"pretraining#learning_rates": [0.3]})
+    finish(study.selection()["PGL"][0.3], None, val_mean_dice=None)
+    with pytest.raises(ValueError, match="learning rate of 'PGL' cannot be chosen"):
+        _choose_rates(study)
+
+
+# --- page and pictures ----------------------------------------------------------------------------------------------
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.open = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page(study):
+    finish_all(study)
+    results = read_results(study.cells({}))
+    rows = comparison_rows(study, results)
+    draw_figures(study, rows)
+    chosen = [{"method": "B", "lr": 0.3, "val_mean_dice": 0.712, "chosen": True}]
+    failures = {"fine_tuning/C/3_cases/seed_0": "error: <no space>"}
+    page = write_study_report(study, results, rows, chosen, failures).read_text()
+    reader = _Links()
+    reader.feed(page)
+    assert reader.open == []
+    assert len(reader.links) == 4  # icon and three pictures
+    assert all(link.startswith("data:") for link in reader.links)
+    for text in ("not distinguishable from A: C", "0.712", "failed: error: &lt;no space&gt;", "CPU-core-hours"):
+        assert text in page
+
+
+def test_pictures_show_the_numbers(tmp_path):
+    colors = method_colors(["A", "B", "C"], "A")
+    assert len({str(color) for color in colors.values()}) == 3
+    gains = {"B": [(0.1, 0.05, 0.2), (0.3, 0.2, 0.4)], "C": [(math.nan,) * 3, (0.0, -0.1, 0.1)]}
+    (axes,) = plot_gains(gains, ["few", "many"], colors, "A", tmp_path / "gains.png").axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines["B"] == [0.1, 0.3]
+    assert [segment[:, 1].tolist() for segment in axes.collections[0].get_segments()] == [[0.05, 0.2], [0.2, 0.4]]
+    panels = {"few": {"A": [(0.5, 0.4, 0.6)], "B": [(0.7, 0.6, 0.8)]}, "many": {"A": [(0.8, 0.8, 0.8)]}}
+    figure = plot_bars(panels, ["liver"], colors, "Dice", tmp_path / "bars.png")
+    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
+    assert heights == [[0.5, 0.7], [0.8]]
+    for name in ("gains.png", "bars.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_many_methods_have_colours_of_their_own():
+    methods = [f"method {number}" for number in range(16)]
+    assert len({tuple(np.ravel(color)) for color in method_colors(methods, "method 3").values()}) == 16
+
+
+# --- dry run --------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_lists_and_estimates(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("pgl_ext.study.run.check_cells", lambda *_: None)  # made-up cells have made-up fingerprints
+    finish(study.fine_tuning("A", 3, 0), seconds=120)
+    text = run_study(tmp_path / "study.yaml", study.folder, jobs=1, dry_run=True)
+    assert "  02:00  fine_tuning/A/3_cases/seed_0\n" in text
+    assert "  to do  pretraining/B/seed_0\n" in text
+    assert "1 of 15 cells finished; time left with 1 at a time: not known" in text
+    finish(study.pretraining("B", 0), seconds=600)
+    text = run_study(tmp_path / "study.yaml", study.folder, jobs=2, dry_run=True)
+    # 8 fine-tunings of 2 minutes and 5 pre-trainings of 10, two at a time.
+    assert "2 of 15 cells finished; time left with 2 at a time: 33:00" in text
+    assert not (study.folder / "study.csv").exists()
+    assert json.loads((study.folder / "pretraining/B/seed_0/cell.json").read_text())["seconds"] == 600
