@@ -7,6 +7,7 @@ import pytest
 from made_studies import make_study, write_list, write_study
 from programs import ROOT
 
+from pgl_ext.__main__ import main
 from pgl_ext.study.configs import flat, merged_config
 from pgl_ext.study.plan import read_study
 from pgl_ext.study.study_file import read_study_file
@@ -234,6 +235,23 @@ def test_files_that_come_with_the_project(path, tmp_path):
     for cell in cells:
         for stage in cell.stages:
             assert stage.section in merged_config(stage.layers)
+
+
+def test_command_line(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("pgl_ext.study.run.run_study", lambda *args: calls.append(args) or "done")
+    options = ["--pretraining#settings#spacing", "[4, 4, 3]", "--methods#PGL w/o F#settings#amp", "false"]
+    options += ["--fine_tuning#settings#hu_window", "null", "--title", "Mine", "--jobs", "2", "--dry_run", "false"]
+    monkeypatch.setattr("sys.argv", ["pgl_ext", "study", "study.yaml", "--out", "runs", *options])
+    main()
+    ((*arguments, overrides),) = calls
+    assert arguments == ["study.yaml", "runs", None, 2, False]
+    assert overrides == {
+        "pretraining#settings#spacing": [4, 4, 3],
+        "methods#PGL w/o F#settings#amp": False,
+        "fine_tuning#settings#hu_window": None,
+        "title": "Mine",
+    }
 
 
 def test_paths_start_from_the_working_directory(tmp_path, monkeypatch):

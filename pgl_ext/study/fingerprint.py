@@ -22,8 +22,8 @@ __all__ = ["check_cells", "code_digests", "differences", "fingerprint"]
 _PACKAGES = ("torch", "monai", "pytorch-ignite", "pytorch-optimizer", "numpy")
 # What only draws, reports, or runs other programs.
 _NO_EFFECT_CODE = (
-    *("figures/", "study/", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "report.py", "segment.py"),
-    "summary.py",
+    *("figures/", "probes/", "study/", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "report.py"),
+    *("segment.py", "summary.py"),
 )
 # Where things lie, and what changes speed or records alone. Data lists and encoders count by their content.
 _NO_EFFECT_SETTINGS = {
