@@ -104,6 +104,37 @@ def study(
     return run_study(file, out, bundles, jobs, as_bool(dry_run, "dry_run"), values)
 
 
+def package(
+    *bundles: str,
+    out: str = "dist",
+    model: str | None = None,
+    encoder: str | None = None,
+    model_url: str | None = None,
+    encoder_url: str | None = None,
+    data_license: str | None = None,
+) -> str:
+    """Write self-contained bundles, as folders and as zip files, that the MONAI Model Zoo takes as they are.
+
+    Args:
+        bundles: folders of bundles; by default both.
+        out: folder to write.
+        model: model file of fine-tuning that comes with pgl_segmentation.
+        encoder: encoder file of pre-training that comes with every bundle.
+        model_url: where the model can be downloaded, if it has more than 25 MiB.
+        encoder_url: the same of the encoder.
+        data_license: text file on the data that the weights were trained on, and its terms.
+    """
+    from pathlib import Path
+
+    import pgl_ext
+    from pgl_ext.packaging import package_bundles
+
+    repository = Path(pgl_ext.__file__).parents[1]
+    folders = bundles or [repository / "bundles" / name for name in ("pgl_pretrain", "pgl_segmentation")]
+    paths = package_bundles(folders, out, model, encoder, model_url, encoder_url, data_license)
+    return "\n".join(map(str, paths))
+
+
 def main() -> None:
     commands = {
         "phantom": phantom,
@@ -111,6 +142,7 @@ def main() -> None:
         "compare": compare,
         "report": report,
         "study": study,
+        "package": package,
     }
     try:
         fire.Fire(commands, name="pgl_ext")

@@ -128,6 +128,10 @@ class CheckpointHandler:
         engine.add_event_handler(Events.COMPLETED, self.save)
 
     def _start(self, engine: Engine) -> None:
+        if engine.state.iteration > 0:
+            # A further run in the same process, such as a round of federated learning: the next batches, not the first.
+            self.sampler.start_step = engine.state.iteration
+            return
         # Added only now, so that it comes after every other handler's: what validation at the end of the epoch finds,
         # such as the best score so far, belongs into the checkpoint.
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)

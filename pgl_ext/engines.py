@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from ignite.engine import EventEnum
 from ignite.metrics import Average
-from monai.engines import Evaluator, Trainer
-from monai.inferers import Inferer, SimpleInferer
+from monai.engines import SupervisedEvaluator, SupervisedTrainer, Trainer
+from monai.inferers import Inferer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pgl_ext.flags import as_bool
@@ -39,7 +39,7 @@ class PretrainEvents(EventEnum):
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
 
 
-class StepTrainer(Trainer):
+class StepTrainer(SupervisedTrainer):
     """One Ignite iteration is one optimiser step, over one batch in one or more micro-batches.
 
     Subclasses say how the loss of a micro-batch is computed. ``state.output`` is ``[{"loss": ..., ...}]`` with what
@@ -63,7 +63,8 @@ class StepTrainer(Trainer):
         max_non_finite: stop after this many consecutive steps with a loss that is not finite; each is skipped.
         inferer: calls the network with the batch.
         train_handlers: Ignite handlers with ``attach``.
-        kwargs: further arguments of ``monai.engines.Trainer``.
+        loss_function: for subclasses that need one.
+        kwargs: further arguments of ``monai.engines.SupervisedTrainer``.
 
     Raises:
         FloatingPointError: where the loss stays non-finite.
@@ -85,10 +86,9 @@ class StepTrainer(Trainer):
         max_non_finite: int = 10,
         inferer: Inferer | None = None,
         train_handlers: Sequence | None = None,
+        loss_function: Callable | None = None,
         **kwargs: Any,
     ) -> None:
-        self.network = network
-        self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.batch_transform = batch_transform
         self.micro_batch_size = micro_batch_size
@@ -96,7 +96,6 @@ class StepTrainer(Trainer):
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
         self.seed = seed
         self.max_non_finite = max_non_finite
-        self.inferer = SimpleInferer() if inferer is None else inferer
         self.read_errors = 0
         self.stop_requested = False  # by a signal to this process
         self.stop_agreed = False  # by any process, known to all
@@ -104,8 +103,12 @@ class StepTrainer(Trainer):
         super().__init__(
             device=device,
             max_epochs=max_epochs,
-            data_loader=train_data_loader,
-            handlers=train_handlers,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            inferer=inferer,
+            train_handlers=train_handlers,
             amp=amp,
             decollate=False,
             event_names=[PretrainEvents],
@@ -221,8 +224,7 @@ class SegmentationTrainer(StepTrainer):
     """
 
     def __init__(self, *args: Any, loss_function: Callable[[torch.Tensor, dict], torch.Tensor], **kwargs: Any) -> None:
-        self.loss_function = loss_function
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, loss_function=loss_function, **kwargs)
 
     def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         logits = self.inferer(batch["image"], self.network)
@@ -231,7 +233,7 @@ class SegmentationTrainer(StepTrainer):
             return {"loss": self.loss_function(logits.float(), batch)}
 
 
-class PretrainEvaluator(Evaluator):
+class PretrainEvaluator(SupervisedEvaluator):
     """Label-free validation: loss, feature standard deviation and correspondence retrieval on held-out volumes.
 
     ``state.metrics`` after a run: ``val_loss``, ``val_feature_std`` and whatever else the method logs,
@@ -244,7 +246,7 @@ class PretrainEvaluator(Evaluator):
         amp: mixed precision.
         amp_dtype: ``"bfloat16"`` or ``"float16"``.
         inferer: calls the network with the batch.
-        kwargs: further arguments of ``monai.engines.Evaluator``.
+        kwargs: further arguments of ``monai.engines.SupervisedEvaluator``.
     """
 
     def __init__(
@@ -257,11 +259,17 @@ class PretrainEvaluator(Evaluator):
         inferer: Inferer | None = None,
         **kwargs: Any,
     ) -> None:
-        self.network = network
         amp = as_bool(amp, "amp")
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
-        self.inferer = SimpleInferer() if inferer is None else inferer
-        super().__init__(device=device, val_data_loader=val_data_loader, amp=amp, decollate=False, **kwargs)
+        super().__init__(
+            device=device,
+            val_data_loader=val_data_loader,
+            network=network,
+            inferer=inferer,
+            amp=amp,
+            decollate=False,
+            **kwargs,
+        )
         for name in ("loss", "feature_std", "retrieval_top1", "retrieval_chance"):
             Average(output_transform=lambda output, name=name: output[0][name]).attach(self, f"val_{name}")
 
