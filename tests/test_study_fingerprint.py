@@ -158,7 +158,7 @@ def test_cells_of_another_version_are_listed(tmp_path):
     for cell in cells[:2]:
         cell.folder.mkdir(parents=True)
         cell.start({**prints[cell.name], "code": {"losses.py": "old"}})
-    with pytest.raises(ValueError, match="2 cells were started with other code or settings") as caught:
+    with pytest.raises(ValueError, match="these cells were started with other code or settings") as caught:
         check_cells(cells, prints)
     message = str(caught.value)
     assert "  fine_tuning/random/3_cases/seed_0\n  pretraining/PGL/seed_0\n    code of losses.py" in message

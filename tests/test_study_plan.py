@@ -124,6 +124,12 @@ def test_labelled_cases_are_not_tested_on(tmp_path):
         make_study(tmp_path, {"test#settings#data_list_key": "training"})
 
 
+def test_test_scans_that_pretraining_has_seen_are_told(tmp_path):
+    assert make_study(tmp_path).note == ""
+    study = make_study(tmp_path, test={"cases": 4}, note="Few scans.")
+    assert study.note == "Few scans. Pre-training has seen 4 of the 4 test scans, without their labels."
+
+
 # --- learning rates -------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 
 import pgl_ext
 from pgl_ext.data.cases import labelled_items, split_cases
-from pgl_ext.data.datalist import item_name
+from pgl_ext.data.datalist import item_name, load_datalist
 from pgl_ext.study.cells import Cell, Stage
 from pgl_ext.study.configs import flat, merged_config
 from pgl_ext.study.study_file import read_study_file
@@ -80,7 +80,7 @@ class Study:
 
     def __init__(self, content: Mapping[str, Any], folder: Path, bundles: Path) -> None:
         self.folder = folder
-        self.title, self.note = str(content["title"]), str(content["note"])
+        self.title = str(content["title"])
         self.methods = list(content["methods"])
         self.reference: str = content["reference"]
         self.ablations: list[str] = content["ablations"]
@@ -94,6 +94,7 @@ class Study:
         self._fine_tuning, self._evaluation = _segmentation_stages(
             content, self.labels, folder, bundles / "pgl_segmentation" / "configs"
         )
+        self.note = f"{content['note']} {_seen_in_pretraining(self._pretraining, self._evaluation)}".strip()
         self._rates = _rates_to_choose(content, self._pretraining)
 
     def cells(self, rates: Mapping[str, float]) -> list[Cell]:
@@ -251,6 +252,17 @@ def _rates_to_choose(content: Mapping[str, Any], stages: Mapping[str, Stage]) ->
         return any("lr" in (ConfigParser.load_config_file(part) if isinstance(part, str) else part) for part in own)
 
     return {method: rates for method in stages if rates and not has_own(method)}
+
+
+def _seen_in_pretraining(pretraining: Mapping[str, Stage], evaluation: Stage) -> str:
+    """A remark where test scans are among those of pre-training, whose list is the same for all methods."""
+    config = merged_config(next(iter(pretraining.values())).layers) if pretraining else {}
+    if not config or not config["data_list_file_path"]:
+        return ""
+    seen = {item_name(item) for item in load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))}
+    names = [item_name(case) for case in _cases(evaluation, "test")]
+    count = sum(name in seen for name in names)
+    return f"Pre-training has seen {count} of the {len(names)} test scans, without their labels." if count else ""
 
 
 def _with_cache(stage: Stage, prefix: Path) -> Stage:

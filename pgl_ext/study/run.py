@@ -72,7 +72,7 @@ def run_study(
     report = write_study_report(study, results, rows, learning_rates, failures)
     if failures:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        raise ChildProcessError(f"{len(failures)} cells failed; {report} covers the others.\n{listed}")
+        raise ChildProcessError(f"{len(failures)} of {len(cells)} cells failed; {report} covers the others.\n{listed}")
     return "\n".join([*verdicts(study, rows), f"Tables and pictures in {study.folder}, report: {report}"])
 
 

@@ -80,7 +80,7 @@ class Runner:
         self.jobs = jobs
         self.failures: dict[str, str] = {}
         self._gpus = _gpus()
-        self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // jobs))
+        self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
         self._waiting = [cell for cell in self.cells if not cell.is_finished]
         self._running: list[_Run] = []
         self._told: set[str] = set()
@@ -213,9 +213,10 @@ def _gpus() -> list[str]:
 
 
 def _last_error(log: Path) -> str:
-    """The message that a log ends with."""
+    """The message that the last command in a log ended with."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_END))
-        lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
+        text = file.read().decode(errors="replace").rpartition("\n$ ")[2]
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")[1:]]
     said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line] or ["no output"]
     return said[-1]

@@ -132,7 +132,7 @@ def missing_text(results: Results) -> str:
     """Which cells the tables lack."""
     if not results.missing:
         return ""
-    return f"{len(results.missing)} cells are not finished and missing here: {'; '.join(map(str, results.missing))}."
+    return f"Not finished, and missing here: {'; '.join(map(str, results.missing))}."
 
 
 def _score_rows(results: Results, share: str) -> list[dict[str, Any]]:
