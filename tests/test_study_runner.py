@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from made_studies import FINGERPRINT, finish, make_study, write_study
 from programs import SEGMENTATION_CONFIGS, TINY, TINY_SEGMENTATION, run
 
@@ -61,9 +63,21 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def scores(out: Path) -> dict[str, str]:
+def scores(out: Path) -> dict[str, object]:
+    """All that a study says but its costs, which no two have in common."""
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("cases.csv"))
-    return {name: (out / name).read_text() for name in (*names, "study.csv", "table.md")}
+    with open(out / "table.csv", newline="") as file:
+        table = [{name: text for name, text in row.items() if "cost" not in name} for row in csv.DictReader(file)]
+    return {"table.csv": table, **{name: (out / name).read_text() for name in (*names, "study.csv")}}
+
+
+def kill(study: multiprocessing.Process, with_children: bool) -> None:
+    running = children(study.pid)
+    study.kill()
+    if with_children:
+        for child in running:
+            os.kill(child, signal.SIGKILL)
+    study.join()
 
 
 # --- a study that nothing disturbs ----------------------------------------------------------------------------------
@@ -165,14 +179,8 @@ def test_killed_at_random_moments(fast, path, tmp_path):
     for _ in range(8):
         process = in_background(path, out, jobs=2)
         process.join(draw.uniform(0.3, 1.5))
-        if process.exitcode is None:
-            kills += 1
-        running = children(process.pid)
-        process.kill()
-        if draw.random() < 0.5:
-            for child in running:
-                os.kill(child, signal.SIGKILL)
-        process.join()
+        kills += process.exitcode is None
+        kill(process, with_children=draw.random() < 0.5)
     assert kills >= 3
     run_study(path, out, jobs=2)
     assert scores(out) == expected
@@ -184,8 +192,7 @@ def test_what_a_killed_study_left_running_is_waited_for(fast, path, tmp_path, mo
     process = in_background(path, tmp_path / "out")
     wait_for(lambda: list(tmp_path.rglob("running")))
     (orphan,) = children(process.pid)
-    process.kill()
-    process.join()
+    kill(process, with_children=False)
     assert Path(f"/proc/{orphan}").exists()
     capfd.readouterr()
     monkeypatch.delenv("STAND_IN_PAUSE")
@@ -348,14 +355,14 @@ def test_real_study_killed_at_random_moments(tmp_path):
     straight = run(["-m", "pgl_ext", "study", str(path), "--out", "straight"], cwd=tmp_path, timeout=900)
     assert straight.returncode == 0, straight.stdout[-3000:]
     out, draw = tmp_path / "killed", random.Random(1)
-    for _ in range(5):
+    signs = ("pretraining/**/started.json", "pretraining/**/checkpoint_*.pt", "pretraining/**/cell.json")
+    for sign in (*signs, "fine_tuning/**/checkpoint_*.pt", "fine_tuning/**/predictions"):
         process = in_background(path, out, jobs=1)
-        process.join(draw.uniform(3, 14))
-        running = children(process.pid)
-        process.kill()
-        if draw.random() < 0.5:
-            for child in running:
-                os.kill(child, signal.SIGKILL)
-        process.join()
+        wait_for(lambda sign=sign: list(out.glob(sign)), 300)
+        time.sleep(draw.uniform(0, 2))
+        kill(process, with_children=draw.random() < 0.5)
     run_study(path, out, jobs=1)
     assert scores(out) == scores(tmp_path / "straight")
+    for name in ("pretraining/PGL/seed_0/models/pgl_encoder.pt", "fine_tuning/PGL/3_cases/seed_0/models/model.pt"):
+        killed, undisturbed = (torch.load(folder / name, weights_only=True) for folder in (out, tmp_path / "straight"))
+        assert all(torch.equal(tensor, undisturbed[key]) for key, tensor in killed.items())
