@@ -155,7 +155,7 @@ class Study:
 
 
 def _folder_name(method: str, rate: float | None = None) -> str:
-    name = re.sub(r"[^\w.-]+", "_", method).strip("_")
+    name = re.sub(r"[^\w.-]+", "_", method).strip("_.")
     return name if rate is None else f"{name}_lr_{rate:g}"
 
 

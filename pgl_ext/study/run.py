@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -13,7 +13,7 @@ from pgl_ext.study.cells import Cell
 from pgl_ext.study.fingerprint import check_cells, code_digests, fingerprint
 from pgl_ext.study.plan import Study, read_study
 from pgl_ext.study.report import draw_figures, write_study_report
-from pgl_ext.study.results import comparison_rows, read_results
+from pgl_ext.study.results import Results, comparison_rows, read_results
 from pgl_ext.study.runner import Runner, default_jobs, time_left
 from pgl_ext.study.tables import verdicts, write_tables
 from pgl_ext.summary import write_csv
@@ -47,23 +47,40 @@ def run_study(
         ValueError: the study cannot be run as it is written, or cells are of another version of code or settings.
     """
     study = read_study(file, out, bundles, overrides)
-    jobs = default_jobs() if jobs is None else jobs
-    selection = _selection_cells(study)
-    cells = [*selection, *study.cells(_choose_rates(study)[0])]
-    fingerprints = _checked_fingerprints(cells)
-    if dry_run:
-        return _plan_text(study, cells, jobs)
     # By default it would end this process alone, and leave the commands running.
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        failures = Runner(selection, fingerprints, jobs).run()
-        rates, learning_rates = _choose_rates(study)
-        cells = study.cells(rates)
-        failures |= Runner(cells, _checked_fingerprints(cells), jobs).run()
+        return _run(study, default_jobs() if jobs is None else jobs, dry_run)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _stop(*_: Any) -> None:
+    raise SystemExit(143)
+
+
+def _run(study: Study, jobs: int, dry_run: bool) -> str:
+    selection = _selection_cells(study)
+    rates, learning_rates = _choose_rates(study)
+    cells = {cell.name: cell for cell in (*selection, *study.cells(rates))}.values()
+    fingerprints = _checked_fingerprints(cells)
+    if dry_run:
+        return _plan_text(study, cells, jobs)
+    failures = {}
+    if selection:
+        failures = Runner(selection, fingerprints, jobs).run()
+        rates, learning_rates = _choose_rates(study)
+        fingerprints = _checked_fingerprints(study.cells(rates))
+    cells = study.cells(rates)
+    failures |= Runner(cells, fingerprints, jobs).run()
     results = read_results(cells)
     results.missing += [cell for cell in selection if not cell.is_finished]
+    return _write_results(study, results, learning_rates, failures)
+
+
+def _write_results(
+    study: Study, results: Results, learning_rates: Sequence[Mapping[str, Any]], failures: Mapping[str, str]
+) -> str:
     rows = comparison_rows(study, results)
     if learning_rates:
         write_csv(study.folder / "learning_rates.csv", learning_rates)
@@ -72,12 +89,9 @@ def run_study(
     report = write_study_report(study, results, rows, learning_rates, failures)
     if failures:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        raise ChildProcessError(f"{len(failures)} of {len(cells)} cells failed; {report} covers the others.\n{listed}")
+        total = len(results.cells) + len(results.missing)
+        raise ChildProcessError(f"{len(failures)} of {total} cells failed; {report} covers the others.\n{listed}")
     return "\n".join([*verdicts(study, rows), f"Tables and pictures in {study.folder}, report: {report}"])
-
-
-def _stop(*_: Any) -> None:
-    raise SystemExit(143)
 
 
 def _selection_cells(study: Study) -> list[Cell]:
@@ -107,15 +121,14 @@ def _choose_rates(study: Study) -> tuple[dict[str, float], list[dict[str, Any]]]
     return rates, rows
 
 
-def _checked_fingerprints(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+def _checked_fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     code = code_digests()
     fingerprints = {cell.name: fingerprint(cell, code) for cell in cells}
     check_cells(cells, fingerprints)
     return fingerprints
 
 
-def _plan_text(study: Study, cells: Sequence[Cell], jobs: int) -> str:
-    cells = list({cell.name: cell for cell in cells}.values())
+def _plan_text(study: Study, cells: Collection[Cell], jobs: int) -> str:
     lines = []
     for cell in cells:
         state = tqdm.format_interval(cell.result()["seconds"]) if cell.is_finished else "to do"
@@ -124,7 +137,5 @@ def _plan_text(study: Study, cells: Sequence[Cell], jobs: int) -> str:
     left = time_left(cells, jobs) or "not known before a pre-training and a fine-tuning are finished"
     undecided = [method for method in study.selection() if method not in _choose_rates(study)[0]]
     more = f"\nFurther cells follow once the learning rates of {', '.join(undecided)} are chosen." if undecided else ""
-    return (
-        "\n".join([*lines, f"{finished} of {len(cells)} cells finished; time left with {jobs} at a time: {left}"])
-        + more
-    )
+    lines.append(f"{finished} of {len(cells)} cells finished; time left with {jobs} at a time: {left}")
+    return "\n".join(lines) + more
