@@ -25,13 +25,39 @@ def export_encoder(checkpoint: str, out: str, layout: str = "pgl") -> str:
     """Write the encoder of a training checkpoint to a file of its own, with its description beside it.
 
     Args:
-        checkpoint: file written during pre-training.
-        out: file to write, ending in .pt.
-        layout: pgl (keys encoder.*) or monai_resnet (stock MONAI keys).
+        checkpoint: file written during pre-training, or an encoder file.
+        out: file to write, ending in .pt or .safetensors.
+        layout: pgl (keys encoder.*), monai_resnet (keys of MONAI's resnet50) or flexible_unet (of its FlexibleUNet).
     """
     from pgl_ext.weights import export_encoder as export
 
     return str(export(checkpoint, out, layout))
+
+
+def export_decoder(checkpoint: str, out: str) -> str:
+    """Write the decoder of a method that pre-trains one to a file of its own, with its description beside it.
+
+    Args:
+        checkpoint: file written during pre-training, or a decoder file.
+        out: file to write, ending in .pt or .safetensors.
+    """
+    from pgl_ext.weights import export_decoder as export
+
+    return str(export(checkpoint, out))
+
+
+def model_card(weights: str, out: str = "README.md", evaluation: str | None = None, license: str = "apache-2.0") -> str:
+    """Write a model card for the Hugging Face Hub from the JSON beside an encoder or a model.
+
+    Args:
+        weights: encoder file of pre-training, or model file of fine-tuning.
+        out: Markdown file to write.
+        evaluation: output folder of an evaluation of the model, or of one that was fine-tuned from the encoder.
+        license: of the weights, as the Hub names it.
+    """
+    from pgl_ext.model_card import write_model_card
+
+    return str(write_model_card(weights, out, evaluation, license))
 
 
 def compare(*runs: str, names: str | None = None, out: str | None = None, common: bool = False) -> str:
@@ -124,14 +150,9 @@ def package(
         encoder_url: the same of the encoder.
         data_license: text file on the data that the weights were trained on, and its terms.
     """
-    from pathlib import Path
-
-    import pgl_ext
     from pgl_ext.packaging import package_bundles
 
-    repository = Path(pgl_ext.__file__).parents[1]
-    folders = bundles or [repository / "bundles" / name for name in ("pgl_pretrain", "pgl_segmentation")]
-    paths = package_bundles(folders, out, model, encoder, model_url, encoder_url, data_license)
+    paths = package_bundles(bundles, out, model, encoder, model_url, encoder_url, data_license)
     return "\n".join(map(str, paths))
 
 
@@ -139,6 +160,8 @@ def main() -> None:
     commands = {
         "phantom": phantom,
         "export_encoder": export_encoder,
+        "export_decoder": export_decoder,
+        "model_card": model_card,
         "compare": compare,
         "report": report,
         "study": study,

@@ -22,6 +22,7 @@ from pgl_ext.weights import read_description
 __all__ = ["package_bundles", "rewrite_config", "rewrite_module", "rewrite_text"]
 
 _PACKAGE = Path(__file__).parent
+_BUNDLES = [_PACKAGE.parent / "bundles" / name for name in ("pgl_pretrain", "pgl_segmentation")]
 _SHARED = ("LICENSE", "configs", "docs")
 _HASHES = "SHA256SUMS"
 _TEXT_SUFFIXES = {".py", ".html", ".json", ".yaml", ".md", ".txt", ".conf"}
@@ -56,7 +57,7 @@ def package_bundles(
     for ``sha256sum --check``, with that of all these lines in its header.
 
     Args:
-        bundles: folders of bundles.
+        bundles: folders of bundles; if empty, both of the repository.
         out: folder to write; packages in it are replaced.
         model: model file of fine-tuning, its JSON beside it: ``models/model.pt`` of pgl_segmentation.
         encoder: encoder file of pre-training, its JSON beside it: ``models/pgl_encoder.pt`` of every bundle, and
@@ -73,7 +74,7 @@ def package_bundles(
         FileExistsError: in the place of a package lies something else.
         ValueError: version and changelog do not agree with the package's version, or what weights need is not given.
     """
-    folders = [Path(bundle).resolve() for bundle in bundles]
+    folders = [Path(bundle).resolve() for bundle in bundles or _BUNDLES]
     if model is not None and all(folder.name != "pgl_segmentation" for folder in folders):
         raise ValueError(
             f"--model {model} belongs to pgl_segmentation, which is not packaged: give --encoder, or none."

@@ -1,4 +1,4 @@
-"""Unit test of the bundle pgl_pretrain, for the repository of the Model Zoo, run by its ``ci/unit_tests/runner.py``.
+"""Unit test of the bundle pgl_pretrain, for the Model Zoo, run by its ``ci/unit_tests/runner.py``.
 
 Trains one epoch on random volumes, and writes dense features with the encoder that this leaves behind.
 """

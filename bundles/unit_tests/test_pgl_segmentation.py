@@ -1,4 +1,4 @@
-"""Unit test of the bundle pgl_segmentation, for the repository of the Model Zoo, run by its ``ci/unit_tests/runner.py``.
+"""Unit test of the bundle pgl_segmentation, for the Model Zoo, run by its ``ci/unit_tests/runner.py``.
 
 Trains one epoch on random volumes, evaluates the model that this leaves behind, and segments with it.
 """
