@@ -2,6 +2,8 @@
 
 An encoder file is a plain state dict with keys ``encoder.*``; a JSON file of the same name beside it says how to build
 the encoder and how its input was prepared. A decoder file has keys ``aspp.*`` and ``decoder.*``, and the same JSON.
+Files ending in ``.safetensors`` are in that format, with the JSON's content in their metadata too; all others are
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from pgl_ext.files import write_atomically
 __all__ = [
     "EncoderReport",
     "compare_states",
+    "export_decoder",
     "export_encoder",
     "load_decoder",
     "load_encoder",
@@ -34,7 +39,9 @@ __all__ = [
 _PREFIX = "encoder."
 _DECODER_PREFIXES = ("aspp.", "decoder.")
 _HEAD_PREFIX = "decoder.head."
-_LAYOUTS = ("pgl", "monai_resnet")
+_SAFETENSORS = ".safetensors"
+# What the keys of an exported encoder begin with.
+_LAYOUTS = {"pgl": _PREFIX, "monai_resnet": "", "flexible_unet": _PREFIX}
 
 
 def save_encoder(encoder: nn.Module, path: str | os.PathLike, description: Mapping[str, Any]) -> None:
@@ -69,9 +76,24 @@ def save_weights(
     """Write a state dict, its keys after a prefix, and its description as JSON beside it."""
     path = Path(path)
     state = {prefix + key: value.detach().cpu().contiguous() for key, value in state.items()}
-    write_atomically(lambda file: torch.save(state, file), path)
     text = json.dumps(dict(description), indent=4) + "\n"
+    if path.suffix == _SAFETENSORS:
+        # "format" is what readers of the format look for first.
+        content = _safetensors().save(state, metadata={"format": "pt", "description": text})
+        write_atomically(lambda file: file.write(content), path)
+    else:
+        write_atomically(lambda file: torch.save(state, file), path)
     write_atomically(lambda file: file.write(text.encode()), path.with_suffix(".json"))
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "Files ending in .safetensors need the package 'safetensors': pip install safetensors"
+        ) from error
+    return safetensors.torch
 
 
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
@@ -100,15 +122,22 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
     """``torch.load`` on the CPU, tensors and plain values only, with an error that names the file.
 
+    A file ending in ``.safetensors`` is read as such.
+
     Raises:
         FileNotFoundError: where the file is missing.
+        ImportError: ``safetensors`` is needed and not installed.
         ValueError: where it is truncated, damaged, holds more than tensors and plain values, or no dict of names.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}.")
+    if path.suffix == _SAFETENSORS:
+        read = _safetensors().load_file
+    else:
+        read = partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path)
     except Exception as error:
         # Of an empty file the error has no message.
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
@@ -249,28 +278,60 @@ def _without_shortcut_bias(state: Mapping[str, torch.Tensor], own: Mapping[str, 
 
 
 def export_encoder(checkpoint: str | os.PathLike, out: str | os.PathLike, layout: str = "pgl") -> Path:
-    """Write the encoder of a training checkpoint to a file of its own.
+    """Write the encoder of a training checkpoint, or of an encoder file, to a file of its own.
 
     Args:
-        checkpoint: a file written during pre-training.
-        out: file to write, ending in ``.pt``.
+        checkpoint: a file written during pre-training, or an encoder file with its JSON beside it.
+        out: file to write, ending in ``.pt`` or ``.safetensors``; its JSON is written beside it.
         layout: ``"pgl"`` for keys ``encoder.*``; ``"monai_resnet"`` for the keys of MONAI's ResNet, which loads with
-            ``strict=True`` into ``monai.networks.nets.resnet50(feed_forward=False, ...)`` for the default encoder.
+            ``strict=True`` into ``monai.networks.nets.resnet50(feed_forward=False, ...)`` for the default encoder;
+            ``"flexible_unet"`` for the keys of ``monai.networks.nets.FlexibleUNet(backbone="resnet50")``, which calls
+            its encoder what we do.
 
     Returns:
         the path written.
 
     Raises:
-        FileNotFoundError: where the checkpoint is missing.
+        FileNotFoundError: where the file, or the JSON of an encoder file, is missing.
+        ImportError: ``safetensors`` is needed and not installed.
         ValueError: where it is damaged or holds no encoder, or the layout is unknown.
     """
     if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
-    content = load_state(checkpoint)
-    network = content.get("network", {})
-    state = {key.removeprefix(_PREFIX): value for key, value in network.items() if key.startswith(_PREFIX)}
+        raise ValueError(f"layout must be one of {tuple(_LAYOUTS)}, got {layout!r}.")
+    state, description = _part(checkpoint, _PREFIX, "encoder")
+    save_weights({key.removeprefix(_PREFIX): value for key, value in state.items()}, out, description, _LAYOUTS[layout])
+    return Path(out)
+
+
+def export_decoder(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Write the decoder of a checkpoint of a method that pre-trains one, or of a decoder file, to a file of its own.
+
+    Args:
+        checkpoint: a training checkpoint, or a decoder file with its JSON beside it.
+        out: file to write, ending in ``.pt`` or ``.safetensors``; its JSON is written beside it.
+
+    Returns:
+        the path written.
+
+    Raises:
+        FileNotFoundError: where the file, or the JSON of a decoder file, is missing.
+        ImportError: ``safetensors`` is needed and not installed.
+        ValueError: where it is damaged or holds no decoder.
+    """
+    state, description = _part(checkpoint, _DECODER_PREFIXES, "decoder")
+    save_weights(state, out, description)
+    return Path(out)
+
+
+def _part(source: str | os.PathLike, prefixes: str | tuple[str, ...], name: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors of a checkpoint or weights file whose keys begin with a prefix, and the description."""
+    content = load_state(source)
+    checkpoint = "network" in content
+    network = content["network"] if checkpoint else content
+    state = {key: value for key, value in network.items() if key.startswith(prefixes)}
     if not state:
-        raise ValueError(f"{checkpoint} holds no encoder (keys: {sorted(content)[:8]}): give a training checkpoint.")
-    out = Path(out)
-    save_weights(state, out, content["description"], _PREFIX if layout == "pgl" else "")
-    return out
+        raise ValueError(
+            f"{source} holds no {name} (keys: {sorted(network)[:8]}): give a training checkpoint, or the {name} file "
+            "of one."
+        )
+    return state, content["description"] if checkpoint else read_description(source)

@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from monai.networks.nets import ResNet
+from monai.networks.nets import FlexibleUNet, ResNet
+from safetensors import safe_open
 from torch import nn
 
 from pgl_ext.files import write_atomically
@@ -10,6 +11,7 @@ from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
 from pgl_ext.weights import (
     EncoderReport,
+    export_decoder,
     export_encoder,
     load_decoder,
     load_encoder,
@@ -270,6 +272,25 @@ class TestDecoder:
             load_decoder(network, tmp_path / "other.pt")
         assert all(torch.equal(value, before[key]) for key, value in decoder_of(network).items())
 
+    @pytest.mark.parametrize("out", ["decoder.pt", "decoder.safetensors"])
+    @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "decoder file"])
+    def test_export(self, make_network, path, tmp_path, checkpoint, out):
+        network = make_network(seed=1, out_channels=1)
+        if checkpoint:
+            path = tmp_path / "checkpoint_00000012.pt"
+            torch.save({"network": network.state_dict(), "description": DESCRIPTION, "step": 12}, path)
+        found, expected = load_state(export_decoder(path, tmp_path / "out" / out)), decoder_of(network)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+        assert read_description(tmp_path / "out" / out) == DESCRIPTION
+
+    def test_nothing_to_export(self, make_network, tmp_path):
+        save_encoder(make_network().encoder, tmp_path / "encoder.pt", DESCRIPTION)
+        with pytest.raises(
+            ValueError, match=r"encoder\.pt holds no decoder.*give a training checkpoint, or the decoder file"
+        ):
+            export_decoder(tmp_path / "encoder.pt", tmp_path / "out.pt")
+
     def test_damaged_and_missing_files(self, make_network, path, tmp_path):
         path.write_bytes(path.read_bytes()[:-3000])
         with pytest.raises(ValueError, match=r"pgl_decoder\.pt can not be read.*copy or export it again"):
@@ -313,15 +334,85 @@ class TestExportEncoder:
             assert torch.equal(x, encoder.eval()(image)[3])
         assert read_description(path) == DESCRIPTION
 
+    @pytest.mark.parametrize(
+        ("stem_stride", "last_stage_stride", "levels_alike"),
+        [(2, 2, 5), ((2, 2, 1), 1, 0)],
+        ids=["strides of MONAI", "default strides"],
+    )
+    def test_for_flexible_unet(self, tmp_path, stem_stride, last_stage_stride, levels_alike):
+        """Its resnet10, which has one block per stage; whatever the strides, the tensors are the same."""
+        torch.manual_seed(1)
+        encoder = ResNetEncoder((1, 1, 1, 1), "basic", stem_stride=stem_stride, last_stage_stride=last_stage_stride)
+        save_encoder(encoder, tmp_path / "encoder.pt", DESCRIPTION)
+        path = export_encoder(tmp_path / "encoder.pt", tmp_path / "flexible.pt", layout="flexible_unet")
+        unet = FlexibleUNet(1, 2, "resnet10", spatial_dims=3, decoder_channels=(8, 8, 8, 8, 8))
+        before = {key: value.clone() for key, value in unet.state_dict().items() if not key.startswith("encoder.")}
+        state = torch.load(path, weights_only=True)
+        assert {key for key in unet.state_dict() if key.startswith("encoder.")} == set(state)
+        unet.load_state_dict({**before, **state}, strict=True)
+        assert equal(unet.encoder, encoder)
+        image = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            maps = zip(unet.eval().encoder(image), encoder.eval()(image), strict=True)
+            assert (
+                sum(theirs.shape == ours.shape and torch.equal(theirs, ours) for theirs, ours in maps) == levels_alike
+            )
+
+    def test_default_encoder_has_the_tensors_of_flexible_unet(self):
+        with torch.device("meta"):
+            unet, encoder = FlexibleUNet(1, 2, "resnet50", spatial_dims=3), ResNetEncoder()
+        theirs = {key: value.shape for key, value in unet.encoder.state_dict().items()}
+        assert theirs == {key: value.shape for key, value in encoder.state_dict().items()}
+
+    @pytest.mark.parametrize("layout", ["pgl", "monai_resnet", "flexible_unet"])
+    @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+    def test_formats(self, checkpoint, network, make_encoder, tmp_path, layout, suffix):
+        """Every export can be loaded here again, and exported again where its keys are ours."""
+        path = export_encoder(checkpoint, tmp_path / f"{layout}{suffix}", layout)
+        assert load_encoder(network, path).unexpected == []
+        assert equal(network, make_encoder(seed=1))
+        assert read_description(path) == DESCRIPTION
+        if layout != "monai_resnet":
+            again = export_encoder(path, tmp_path / "again.pt")
+            expected = {f"encoder.{key}": value for key, value in make_encoder(seed=1).state_dict().items()}
+            state = torch.load(again, weights_only=True)
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+    def test_safetensors_file(self, checkpoint, make_encoder, tmp_path):
+        """As the format's own library reads it."""
+        path = export_encoder(checkpoint, tmp_path / "encoder.safetensors", "monai_resnet")
+        expected = make_encoder(seed=1).state_dict()
+        with safe_open(path, "pt") as file:
+            assert set(file.keys()) == set(expected)
+            assert all(torch.equal(file.get_tensor(key), value) for key, value in expected.items())
+            metadata = file.metadata()
+        assert metadata["format"] == "pt"
+        assert json.loads(metadata["description"]) == DESCRIPTION
+
+    def test_a_damaged_safetensors_file(self, checkpoint, network, tmp_path):
+        path = export_encoder(checkpoint, tmp_path / "encoder.safetensors")
+        path.write_bytes(path.read_bytes()[:-3000])
+        with pytest.raises(ValueError, match=r"encoder\.safetensors can not be read"):
+            load_encoder(network, path)
+
     def test_unknown_layout(self, checkpoint, tmp_path):
-        with pytest.raises(ValueError, match=r"layout must be one of \('pgl', 'monai_resnet'\), got 'keras'"):
+        layouts = r"\('pgl', 'monai_resnet', 'flexible_unet'\)"
+        with pytest.raises(ValueError, match=rf"layout must be one of {layouts}, got 'keras'"):
             export_encoder(checkpoint, tmp_path / "encoder.pt", layout="keras")
 
-    def test_not_a_checkpoint(self, source, tmp_path):
-        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
-        with pytest.raises(ValueError, match=r"holds no encoder.*give a training checkpoint"):
-            export_encoder(tmp_path / "encoder.pt", tmp_path / "out.pt")
+    def test_a_stock_file(self, source, tmp_path):
+        """MONAI's keys alone do not tell an encoder from any other network."""
+        torch.save(source.state_dict(), tmp_path / "stock.pt")
+        with pytest.raises(ValueError, match=r"holds no encoder.*give a training checkpoint, or the encoder file"):
+            export_encoder(tmp_path / "stock.pt", tmp_path / "out.pt")
         assert not (tmp_path / "out.pt").exists()
+
+    def test_an_encoder_file_without_its_json(self, source, tmp_path):
+        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
+        (tmp_path / "encoder.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"no description .*encoder\.json"):
+            export_encoder(tmp_path / "encoder.pt", tmp_path / "out.pt")
 
     def test_a_damaged_checkpoint(self, checkpoint, tmp_path):
         checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
