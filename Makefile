@@ -10,7 +10,7 @@ FINE_TUNE = $(RUN) -m monai.bundle run training \
 	--spacing "[5, 5, 5]" --data_list_file_path $(DEMO_DIR)/data/dataset.json --labelled_cases 3 \
 	--patches_per_case 32 --max_epochs 24 --val_interval 6
 
-.PHONY: install demo test lint format benchmarks clean
+.PHONY: install demo test lint format docs benchmarks clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +53,10 @@ lint: install
 format: install
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
+
+docs: install
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(RUN) -m mkdocs build --strict
 
 benchmarks: install
 	for script in benchmarks/aligner.py benchmarks/views.py benchmarks/volume_cache.py benchmarks/alignment_error.py benchmarks/training_step.py; do \

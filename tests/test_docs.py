@@ -1,0 +1,74 @@
+"""Links between the Markdown files, as a reader on a forge follows them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+from programs import ROOT
+
+# Not of caches, environments, runs, nor templates that become pages.
+FOLDERS = ("", "benchmarks/", "bundles/**/", "docs/", "studies/")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def prose(text: str) -> str:
+    """Without code, in which brackets mean other things."""
+    return re.sub(r"`[^`\n]*`", "`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings: lower case, hyphens for spaces, letters and digits; a number where one comes again."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), flags=re.M):
+        heading = LINK.sub(lambda match: match[0][match[0].index("[") + 1 : match[0].index("]")], heading)
+        anchor = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        found.add(f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor)
+        seen[anchor] += 1
+    return found
+
+
+def problems(page: Path) -> list[str]:
+    """Relative links of a page that lead nowhere."""
+    wrong = []
+    for link in LINK.findall(prose(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = unquote(link).partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or ROOT not in target.parents:
+            wrong.append(f"{link}: no such file")
+        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+            wrong.append(f"{link}: no such heading")
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert problems(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "other.md").write_text("# Two words, `code`\n# Again\n# Again\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    good = ("other.md", "other.md#two-words-code", "other.md#again-1", "#here", "https://example.org/#x")
+    bad = ("none.png", "other.md#two-words", "other.md#no-heading", "../outside.md")
+    page.write_text("# Here\n" + " ".join(f"[text]({link})" for link in (*good, *bad)) + "\n`[code](no link)`\n")
+    assert [problem.split(":")[0] for problem in problems(page)] == list(bad)
+
+
+def test_pages_of_the_site_exist():
+    def pages(entry) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
+
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert [page for page in pages(site["nav"]) if not (ROOT / page).is_file()] == []
