@@ -162,8 +162,6 @@ def main() -> None:
         "export_encoder": export_encoder,
         "export_decoder": export_decoder,
         "model_card": model_card,
-        "export_decoder": export_decoder,
-        "model_card": model_card,
         "compare": compare,
         "report": report,
         "study": study,
