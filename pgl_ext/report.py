@@ -128,7 +128,7 @@ def _encoder(pretraining: str | os.PathLike | None) -> dict[str, Any]:
 def _read_comparison(folder: Path) -> dict[str, Any]:
     table = folder / "compare.csv"
     if not table.is_file():
-        raise FileNotFoundError(f"{folder} holds no compare.csv: run 'python -m pgl_ext compare ... --out {folder}'.")
+        raise FileNotFoundError(f"{table} does not exist: run 'python -m pgl_ext compare ... --out {folder}'.")
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
