@@ -3,8 +3,7 @@
     python benchmarks/exports.py [--network small|default] [--patch 96 96 48] [--batch 1] [--repeats 5]
 
 Random weights. MONAI's ``ckpt_export`` and ``onnx_export`` write the files, with the bundle's configs. The three take
-turns on the same patches with one thread each; times are of the CPU, so that a busy machine matters less. Only ratios of
-one run can be compared.
+turns on the same patches with one thread each; times are of the CPU, so that a busy machine matters less.
 """
 
 from __future__ import annotations
