@@ -10,7 +10,7 @@ FINE_TUNE = $(RUN) -m monai.bundle run training \
 	--spacing "[5, 5, 5]" --data_list_file_path $(DEMO_DIR)/data/dataset.json --labelled_cases 3 \
 	--patches_per_case 32 --max_epochs 24 --val_interval 6
 
-.PHONY: install demo test lint format docs benchmarks clean
+.PHONY: install demo test lint format docs benchmarks package clean
 
 install: $(VENV)/.installed
 
@@ -61,6 +61,9 @@ docs: install
 benchmarks: install
 	for script in benchmarks/aligner.py benchmarks/views.py benchmarks/volume_cache.py benchmarks/alignment_error.py benchmarks/training_step.py; do \
 		$(RUN) $$script || exit 1; done
+
+package: install
+	$(RUN) -m pgl_ext package --out dist
 
 clean:
 	rm -rf $(VENV) runs

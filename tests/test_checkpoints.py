@@ -258,6 +258,20 @@ class TestResume:
         with pytest.raises(ValueError, match=message):
             start(resume=True, **settings).trainer.run()
 
+    def test_rounds_in_one_process_are_one_run(self, start):
+        """As in federated learning, where an engine runs again and again."""
+        straight = start("straight")
+        straight.trainer.run()
+        rounds = start("rounds")
+        for epochs in (1, 2):
+            rounds.trainer.state.max_epochs = epochs
+            rounds.trainer.run()
+        assert rounds.losses == straight.losses
+        assert_same(straight.method.state_dict(), rounds.method.state_dict())
+        assert [path.name for path in rounds.handler.folder.paths()] == [
+            path.name for path in straight.handler.folder.paths()
+        ]
+
     def test_with_nothing_to_resume_from(self, start):
         with pytest.raises(FileNotFoundError, match="nothing to resume from"):
             start(resume=True).trainer.run()
