@@ -6,16 +6,19 @@ import os
 import sys
 from types import TracebackType
 
+from monai.utils import OptionalImportError
+
 __all__ = ["report_root_cause", "root_cause"]
 
 
-_ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError)
+_ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, OptionalImportError)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What layers of other errors were wrapped around: an error about files or values, else what all began with.
+    """What layers of other errors were wrapped around: an error about files, values or missing packages, else what all began
+    with.
 
-    Of several errors about files or values it is the outermost: it says what to do about those within.
+    Of several errors about these it is the outermost: it says what to do about those within.
     """
     while error.__cause__ is not None and not isinstance(error, _ABOUT_THE_INPUT):
         error = error.__cause__
@@ -23,7 +26,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def report_root_cause() -> None:
-    """Have uncaught errors about files and values end the program with their message alone.
+    """Have uncaught errors about files, values and missing packages end the program with their message alone.
 
     A bundle's config machinery wraps each error in a tower of its own, dozens of lines with the cause at the top.
     ``PGL_TRACEBACK=1`` shows it all; other errors always do.

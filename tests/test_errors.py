@@ -2,6 +2,7 @@ import pickle
 import sys
 
 import pytest
+from monai.utils import OptionalImportError
 
 from pgl_ext.errors import report_root_cause, root_cause
 
@@ -47,7 +48,12 @@ def test_an_error_raised_while_handling_another_is_its_own_cause():
 
 @pytest.mark.parametrize(
     "cause",
-    [ValueError("bad --lr"), FileNotFoundError("no such file: x.nii"), FloatingPointError("the loss has been nan")],
+    [
+        ValueError("bad --lr"),
+        FileNotFoundError("no such file: x.nii"),
+        FloatingPointError("the loss has been nan"),
+        OptionalImportError("please install mlflow"),
+    ],
 )
 @pytest.mark.parametrize("times", [0, 3])
 def test_errors_about_the_input_are_shown_as_their_message_alone(report, cause, times):
