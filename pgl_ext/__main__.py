@@ -146,7 +146,7 @@ def package(
         out: folder to write.
         model: model file of fine-tuning that comes with pgl_segmentation.
         encoder: encoder file of pre-training that comes with every bundle.
-        model_url: where the model can be downloaded, if it has more than 25 MiB.
+        model_url: where the model can be downloaded, if it has more than 25 MB.
         encoder_url: the same of the encoder.
         data_license: text file on the data that the weights were trained on, and its terms.
     """

@@ -26,7 +26,7 @@ _BUNDLES = [_PACKAGE.parent / "bundles" / name for name in ("pgl_pretrain", "pgl
 _SHARED = ("LICENSE", "configs", "docs")
 _HASHES = "SHA256SUMS"
 _TEXT_SUFFIXES = {".py", ".html", ".json", ".yaml", ".md", ".txt", ".conf"}
-_LARGE = 25 * 1024 * 1024  # bytes; larger files are not taken into the Model Zoo's repository
+_LARGE = 25_000_000  # bytes; larger files are not taken into the Model Zoo's repository
 
 # A dotted name such as pgl_ext.losses, or the command; not what is in scripts already, and no path.
 _NAME = re.compile(r"(?<![\w./])pgl_ext(?=\.[a-z])|(?<=python -m )pgl_ext\b")
@@ -62,7 +62,7 @@ def package_bundles(
         model: model file of fine-tuning, its JSON beside it: ``models/model.pt`` of pgl_segmentation.
         encoder: encoder file of pre-training, its JSON beside it: ``models/pgl_encoder.pt`` of every bundle, and
             ``models/model.pt`` of pgl_pretrain.
-        model_url: where the model can be downloaded; needed over 25 MiB, where it is listed in ``large_files.yml``.
+        model_url: where the model can be downloaded; needed over 25 MB, where it is listed in ``large_files.yml``.
         encoder_url: the same of the encoder.
         data_license: text on what the weights were trained on and on what terms; replaces ``docs/data_license.txt``.
 
@@ -189,10 +189,11 @@ def _from_the_bundles_folder(text: str, configs: set[str]) -> str:
 
 def _check_version(path: Path) -> None:
     metadata = json.loads(path.read_text(encoding="utf-8"))
-    if metadata["version"] != __version__ or __version__ not in metadata["changelog"]:
+    version, changelog = metadata.get("version"), metadata.get("changelog", {})
+    if version != __version__ or __version__ not in changelog:
         raise ValueError(
-            f"{path} has version {metadata['version']} and changes of {', '.join(metadata['changelog'])}, the package "
-            f"is version {__version__}: set version to {__version__} and say in changelog what it brings."
+            f"{path} has version {version} and changes of {', '.join(changelog) or 'no version'}, the package is "
+            f"version {__version__}: set version to {__version__} and say in changelog what it brings."
         )
 
 
@@ -217,7 +218,11 @@ def _add_weights(files: dict[str, bytes], path: str, source: Path, url: str | No
     """Put weights and their JSON into a bundle, and what they are into its metadata."""
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: give a file that training wrote.")
-    description = read_description(source)
+    # Folders of the machine that trained are nobody else's business.
+    description = {
+        key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+        for key, value in read_description(source).items()
+    }
     files[str(PurePosixPath(path).with_suffix(".json"))] = _json(description).encode()
     if path == "models/model.pt":
         metadata = json.loads(files["configs/metadata.json"])
@@ -228,8 +233,8 @@ def _add_weights(files: dict[str, bytes], path: str, source: Path, url: str | No
         return
     if url is None:
         raise ValueError(
-            f"{source} has {source.stat().st_size / 2**20:.0f} MiB, and the Model Zoo takes files over 25 MiB by "
-            "download only: upload it and give its address with --model_url or --encoder_url."
+            f"{source} has {source.stat().st_size / 1e6:.0f} MB, and the Model Zoo takes files over 25 MB by download "
+            "only: upload it and give its address with --model_url or --encoder_url."
         )
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     listed = yaml.safe_load(files.get("large_files.yml", b"large_files: []"))

@@ -67,6 +67,12 @@ def one_process(folder: str) -> None:
         assert type(workflow.network_def).__module__.startswith("scripts.pgl_ext.")
         assert workflow.version == json.loads((bundle / "configs" / "metadata.json").read_text())["version"]
     assert scripts.THIRD
+    # As MONAI Label does when a call ends: what is in use needs no more imports.
+    for module in [module for module in sys.modules if module.split(".")[0] == "scripts"]:
+        del sys.modules[module]
+    sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "scripts").is_dir()]
+    with torch.no_grad():
+        assert network.eval()(torch.rand(1, 1, 32, 32, 16)).shape == (1, 3, 32, 32, 16)
 
 
 def federated(folder: str, name: str, dataset_dir: str, settings: str) -> None:

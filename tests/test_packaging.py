@@ -96,6 +96,14 @@ class TestModules:
         # `import pgl_ext` has become `from scripts import pgl_ext`.
         assert after == sorted("scripts" if f"import {name}\n" in source else f"scripts.{name}" for name in before)
 
+    def test_all_of_the_package_is_imported_at_once(self):
+        """MONAI Label takes a bundle off the path when a call ends; only commands start with what they need."""
+        for path in SOURCES:
+            tree = ast.parse((ROOT / "pgl_ext" / path).read_text())
+            inside = {id(node) for top in tree.body if not isinstance(top, ast.ImportFrom) for node in ast.walk(top)}
+            late = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and id(n) in inside and n.module]
+            assert path.name == "__main__.py" or not any(node.module.startswith("pgl_ext") for node in late), path
+
 
 class TestTexts:
     @pytest.mark.parametrize(
@@ -231,7 +239,9 @@ class TestRefused:
     def copy(self, tmp_path) -> Path:
         return shutil.copytree(BUNDLES[0], tmp_path / "pgl_pretrain")
 
-    @pytest.mark.parametrize("changes", [{"version": "9.9.9"}, {"changelog": {"0.0.1": "first"}}], ids=str)
+    @pytest.mark.parametrize(
+        "changes", [{"version": "9.9.9"}, {"changelog": {"0.0.1": "first"}}, {"changelog": {}}], ids=str
+    )
     def test_versions_that_do_not_agree(self, copy, tmp_path, changes):
         path = copy / "configs" / "metadata.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -300,6 +310,13 @@ class TestWeights:
         assert (pred["num_channels"], pred["spatial_shape"]) == (3, [32, 32, 16])
         assert formats["pgl_segmentation"]["inputs"]["image"]["spatial_shape"] == [32, 32, 16]
         assert formats["pgl_pretrain"]["outputs"]["pred"]["num_channels"] == 64
+
+    def test_folders_of_the_machine_are_left_out(self, files, tmp_path):
+        path = files["model"].with_suffix(".json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrained_encoder": "/home/someone/encoder.pt"}))
+        package_bundles([], tmp_path / "out", **files)
+        text = (tmp_path / "out" / "models" / "pgl_segmentation" / "models" / "model.json").read_text()
+        assert json.loads(text)["pretrained_encoder"] == "encoder.pt"
 
     def test_large_ones_are_listed(self, files, tmp_path, monkeypatch):
         monkeypatch.setattr(packaging, "_LARGE", 100)
