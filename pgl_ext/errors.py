@@ -15,8 +15,8 @@ _ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, OptionalImportError
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What layers of other errors were wrapped around: an error about files, values or missing packages, else what all began
-    with.
+    """What layers of other errors were wrapped around: an error about files, values or missing packages, else what all
+    began with.
 
     Of several errors about these it is the outermost: it says what to do about those within.
     """
