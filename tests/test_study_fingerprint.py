@@ -171,3 +171,16 @@ def test_versions_are_named():
     before, now = ({**same, "versions": {"torch": version, "device": "CPU"}} for version in ("2.12.0", "2.13.0"))
     assert differences(before, now) == ["torch: '2.12.0' -> '2.13.0'"]
     assert differences(before, before) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        ({"losses.py": "a", "methods/new.py": "b"}, []),
+        ({"losses.py": "b", "methods/new.py": "b"}, ["code of losses.py"]),
+        ({}, ["code of losses.py"]),
+    ],
+)
+def test_a_new_module_alone_changes_nothing(now, expected):
+    same = {"versions": {}, "settings": {}, "data": {}, "encoder": None}
+    assert differences({**same, "code": {"losses.py": "a"}}, {**same, "code": now}) == expected

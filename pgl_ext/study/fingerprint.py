@@ -115,7 +115,8 @@ def _digest(content: str | bytes) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what two fingerprints differ, in words."""
-    changed = _changed(before["code"], now["code"])
+    # A module that is new changes nothing, unless one that was there, or a setting, has come to use it.
+    changed = [name for name, digest in before["code"].items() if now["code"].get(name) != digest]
     found = [f"code of {', '.join(changed)}"] if changed else []
     for group in ("versions", "settings"):
         first, second = before[group], now[group]
