@@ -46,18 +46,24 @@ def environment() -> dict[str, str]:
 
 def training_arguments(*overlays: str, **overrides: object) -> list[str]:
     """Arguments after ``python`` or ``torchrun`` that pre-train the tiny network."""
-    return _arguments(CONFIGS, ("train.json", "small.yaml", *overlays), {**TINY, **overrides})
+    return _arguments("training", CONFIGS, ("train.json", "small.yaml", *overlays), {**TINY, **overrides})
 
 
 def fine_tuning_arguments(*overlays: str, **overrides: object) -> list[str]:
     """Arguments after ``python`` or ``torchrun`` that fine-tune the tiny segmentation network on phantoms."""
     files = ("train.json", "tasks/phantom.yaml", "small.yaml", *overlays)
-    return _arguments(SEGMENTATION_CONFIGS, files, {**TINY_SEGMENTATION, **overrides})
+    return _arguments("training", SEGMENTATION_CONFIGS, files, {**TINY_SEGMENTATION, **overrides})
 
 
-def _arguments(folder: Path, files: Sequence[str], settings: Mapping[str, object]) -> list[str]:
+def probing_arguments(**overrides: object) -> list[str]:
+    """Arguments after ``python`` that probe the tiny encoder on phantoms."""
+    files = ("train.json", "tasks/phantom.yaml", "small.yaml", "probe.yaml")
+    return _arguments("probing", SEGMENTATION_CONFIGS, files, {**TINY_SEGMENTATION, **overrides})
+
+
+def _arguments(section: str, folder: Path, files: Sequence[str], settings: Mapping[str, object]) -> list[str]:
     paths = [str(folder / name) for name in files]
-    arguments = ["-m", "monai.bundle", "run", "training", "--config_file", str(paths)]
+    arguments = ["-m", "monai.bundle", "run", section, "--config_file", str(paths)]
     for name, value in settings.items():
         arguments += [f"--{name.replace('#', '::')}", str(value)]
     return arguments
