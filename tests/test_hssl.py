@@ -235,7 +235,7 @@ class TestOverlay:
         assert [step["keys"] for step in after[2:]] == ["task", "group"]
 
 
-def write_source(folder: Path, seed: int, **fields: str) -> str:
+def write_source(folder: Path, seed: int, **fields: str | None) -> str:
     """A data list of three phantoms with these top-level fields."""
     path = Path(write_dataset(folder, 3, shape=(64, 64, 32), seed=seed))
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -244,7 +244,7 @@ def write_source(folder: Path, seed: int, **fields: str) -> str:
 
 @pytest.mark.slow
 def test_whole_runs(tmp_path):
-    """Two data sets of two groups; and one of them without a group, which ends with one message."""
+    """Two data sets of two groups; and one of which nothing is said, which ends with one message."""
     liver = write_source(tmp_path / "liver", 0, name="liver", group="abdomen CT")
     neck = write_source(tmp_path / "neck", 1, name="neck", task="parotids", group="head-and-neck CT")
     out = tmp_path / "out"
@@ -263,9 +263,9 @@ def test_whole_runs(tmp_path):
     assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
     assert sum(bool(row["loss"]) for row in rows) == 10  # 5 training volumes, 4 pairs each, 4 per step
 
-    unknown = write_source(tmp_path / "unknown", 2)
+    unknown = write_source(tmp_path / "unknown", 2, name=None)
     arguments = training_arguments("methods/hssl.yaml", data_list_file_path=unknown, output_dir=tmp_path / "none")
     refused = run(arguments, tmp_path)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stdout
-    assert "3 of 3 scans have no 'group'" in refused.stdout
+    assert "3 of 3 scans have no 'task'" in refused.stdout

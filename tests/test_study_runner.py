@@ -237,7 +237,8 @@ def test_cells_of_other_settings_are_refused(fast, path, tmp_path, capsys):
 
 
 def test_a_change_while_the_study_runs_is_noticed(fast, path, tmp_path, monkeypatch):
-    monkeypatch.setattr("pgl_ext.study.runner.code_digests", lambda: {"losses.py": "changed"})
+    for module, digest in (("run", "old"), ("runner", "changed")):
+        monkeypatch.setattr(f"pgl_ext.study.{module}.code_digests", lambda digest=digest: {"losses.py": digest})
     with pytest.raises(ChildProcessError, match=r"there was a change: \['code of losses.py'\]"):
         run_study(path, tmp_path / "out")
     assert not list(tmp_path.rglob("started.json"))

@@ -149,8 +149,9 @@ class Runner:
     def _check_version(self, cell: Cell) -> None:
         expected = self.fingerprints[cell.name]
         for other in (fingerprint(cell, code_digests()), cell.fingerprint() or expected):
-            if other != expected:
-                raise _CellError(f"while the study was running, there was a change: {differences(expected, other)}")
+            changed = differences(expected, other)
+            if changed:
+                raise _CellError(f"while the study was running, there was a change: {changed}")
 
     def _command(self, cell: Cell, stage: Stage, slot: int, lock: int) -> Iterator[subprocess.Popen]:
         command = bundle_command(cell, stage)
