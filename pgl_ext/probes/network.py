@@ -133,13 +133,14 @@ def fit_probe(
     if batch_norm == "re-estimated":
         re_estimate_batch_norm(encoder, (case["image"][None].to(device) for case in cases))
     generator = torch.Generator().manual_seed(seed)
-    numbers = [-(-total // len(cases)) for total in (voxels_per_organ, background_voxels)]
+    per_organ, background = (-(-total // len(cases)) for total in (voxels_per_organ, background_voxels))
     labelled, statistics = [], []
     for case in cases:
-        voxels = sample_voxels(case["label"], task, *numbers, generator, case.get("annotated")).to(device)
         maps = chosen_maps(encoder, case["image"][None].to(device), levels)
+        drawn = sample_voxels(case["label"], task, per_organ, background, generator, case.get("annotated")).to(device)
+        features = features_at(maps, [encoder.strides[level] for level in levels], drawn.voxels)
+        labelled.append(LabelledCase(drawn, features))
         statistics.append(Statistics.of_maps(maps))
-        labelled.append(LabelledCase(voxels, features_at(maps, [encoder.strides[n] for n in levels], voxels.voxels)))
     pooled = None if standardisation == "case" else Statistics.pooled(statistics)
     labelled = [
         LabelledCase(case.voxels, (pooled or own).standardise(case.features))
