@@ -13,6 +13,7 @@ from pgl_ext.transforms.load import LoadVolumed
 from pgl_ext.transforms.local_views import RandGlobalLocalViewsd
 from pgl_ext.transforms.names import NameToIndexd
 from pgl_ext.transforms.patches import RandOrganPatchd, SplitCased
+from pgl_ext.transforms.spacing import VolumeSpacingd
 from pgl_ext.transforms.views import RandOverlappingViewsd
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "RandOverlappingViewsd",
     "RandPaint",
     "SplitCased",
+    "VolumeSpacingd",
 ]
