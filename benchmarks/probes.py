@@ -1,27 +1,26 @@
 """Which probe foretells fine-tuning? Rank correlation of probes' Dice with fine-tuned Dice over the methods of a study.
 
-Every protocol (classifier, levels, standardisation, batch norm, strength) is run on the encoder of every finished
-fine-tuning of a study, on its labelled cases, and scored on its test cases, on the preprocessed grid. Results are added
-to probes.csv in the folder of the study, and what is there is not computed again.
+Every protocol (levels, standardisation, batch norm, strength) is run on the encoder of every finished fine-tuning of a
+study, on its labelled cases, and scored on its test cases, on the preprocessed grid. Results are added to probes.csv in
+the folder of the study, and what is there is not computed again. Entries of the study file are overridden as there.
 
-    python benchmarks/probes.py STUDY --configs train.json tasks/openkbp.yaml small.yaml
+    python benchmarks/probes.py studies/openkbp_small.yaml RUNS
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import csv
 import itertools
-import json
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import fire
 import numpy as np
 import torch
+import yaml
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from scipy.stats import spearmanr
@@ -30,16 +29,25 @@ from torch import nn
 from pgl_ext.data.case_dataset import CaseDataset
 from pgl_ext.probes import fit_probe
 from pgl_ext.probes.features import re_estimate_batch_norm
+from pgl_ext.study.cells import Cell, labels_text
+from pgl_ext.study.configs import merged_config
+from pgl_ext.study.plan import read_study
 from pgl_ext.summary import table
 from pgl_ext.task import SegmentationTask
 
-BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "pgl_segmentation" / "configs"
-PROTOCOL = ("classifier", "levels", "standardisation", "batch_norm", "strength")
-COLUMNS = ("cell", *PROTOCOL, "dice", "seconds")
-Protocol = tuple[str, ...]
+PROBE = str(Path(__file__).resolve().parents[1] / "bundles" / "pgl_segmentation" / "configs" / "probe.yaml")
 
 
-class Remembering(nn.Module):
+class Protocol(NamedTuple):
+    """Settings of a linear probe, as :func:`pgl_ext.probes.fit_probe` describes them."""
+
+    batch_norm: str
+    levels: str
+    standardisation: str
+    strength: str
+
+
+class RememberingEncoder(nn.Module):
     """An encoder that keeps the feature maps of volumes that it has seen; these must stay where they are in memory."""
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -55,27 +63,26 @@ class Remembering(nn.Module):
         return self._maps[volume.data_ptr()]
 
 
-def read_cell(folder: Path, configs: Iterable[str]) -> ConfigParser:
-    """The config of a fine-tuning, with the probe's sections and the study's test cases."""
-    config = ConfigParser(ConfigParser.load_config_files([str(BUNDLE / name) for name in (*configs, "probe.yaml")]))
-    config.update(json.loads((folder / "training.json").read_text()))
-    test = json.loads((folder / "evaluating.json").read_text())
-    for name in ("data_list_file_path", "data_list_key"):
-        if name in test:
-            config[f"test_{name}"] = test[name]
-    return config
+def probing_config(cell: Cell) -> ConfigParser:
+    """The config of a fine-tuning, with the sections of the probe and the study's test cases."""
+    training, evaluation = cell.stages
+    evaluating = merged_config(evaluation.layers)
+    tests = {f"test_{name}": evaluating[name] for name in ("data_list_file_path", "data_list_key")}
+    return merged_config((*training.layers, PROBE, tests))
 
 
 def test_cases(config: ConfigParser) -> list[dict[str, Any]]:
-    """The test cases as the labelled ones are prepared."""
-    named = config.get_parsed_content("evaluation#cases")
+    """The test cases, prepared as the labelled ones are."""
     parts = {name: config.get_parsed_content(name) for name in ("cache", "task")}
-    transform = config.get_parsed_content("validate#preprocessing")
-    data = [{key: value for key, value in case.items() if key != "name"} for case in named]
-    return list(CaseDataset(data, transform=transform, memory_limit_gib=0, **parts))
+    data = [{**case} for case in config.get_parsed_content("evaluation#cases")]
+    for case in data:
+        del case["name"]
+    return list(
+        CaseDataset(data, transform=config.get_parsed_content("validate#preprocessing"), memory_limit_gib=0, **parts)
+    )
 
 
-def mean_dice(probe: nn.Module, cases: Iterable[Mapping[str, Any]], task: SegmentationTask) -> float:
+def mean_dice(probe: nn.Module, cases: Sequence[Mapping[str, Any]], task: SegmentationTask) -> float:
     means = []
     for case in cases:
         masks, reference = task.masks(probe(case["image"][None]))[0], task.masks_of_labels(case["label"])
@@ -85,135 +92,134 @@ def mean_dice(probe: nn.Module, cases: Iterable[Mapping[str, Any]], task: Segmen
     return float(np.nanmean(means))
 
 
-def measure(config: ConfigParser, protocols: Iterable[Protocol]) -> Iterator[dict[str, Any]]:
+def measure(cell: Cell, protocols: Collection[Protocol]) -> Iterator[dict[str, Any]]:
     """Rows of probes.csv."""
-    set_determinism(config["seed"])  # of the random weights, as in fine-tuning
+    config = probing_config(cell)
+    set_determinism(cell.seed)  # of the random weights, as in fine-tuning
     original = config.get_parsed_content("network").encoder.eval()
-    task, labelled, test = (
-        config.get_parsed_content("task"),
-        list(config.get_parsed_content("labelled")),
-        test_cases(config),
-    )
-    for batch_norm, some in itertools.groupby(sorted(protocols, key=lambda p: p[3]), key=lambda p: p[3]):
+    task, labelled = config.get_parsed_content("task"), list(config.get_parsed_content("labelled"))
+    test = test_cases(config)
+    for batch_norm, some in itertools.groupby(sorted(protocols), key=lambda protocol: protocol.batch_norm):
         encoder = copy.deepcopy(original)
         if batch_norm == "re-estimated":
             re_estimate_batch_norm(encoder, (case["image"][None] for case in labelled))
-        encoder = Remembering(encoder)
+        remembering = RememberingEncoder(encoder)
         for protocol in some:
             start = time.process_time()
-            settings = {
-                "levels": [int(level) for level in protocol[1]],
-                "standardisation": protocol[2],
-                "strength": "chosen" if protocol[4] == "chosen" else float(protocol[4]),
-                "seed": config["seed"],
-            }
-            dice = mean_dice(fit_probe(encoder, labelled, task, protocol[0], **settings), test, task)
-            row = {**dict(zip(PROTOCOL, protocol, strict=True)), "dice": dice}
+            probe = fit_probe(
+                remembering,
+                labelled,
+                task,
+                levels=[int(level) for level in protocol.levels],
+                standardisation=protocol.standardisation,
+                strength=protocol.strength if protocol.strength == "chosen" else float(protocol.strength),
+                seed=cell.seed,
+            )
+            row = {"cell": cell.name, **protocol._asdict(), "dice": mean_dice(probe, test, task)}
             yield {**row, "seconds": round(time.process_time() - start, 2)}
 
 
-def add_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    new = not path.exists()
+def add_rows(path: Path, rows: Iterator[Mapping[str, Any]]) -> None:
+    is_new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
+        writer = csv.DictWriter(file, ("cell", *Protocol._fields, "dice", "seconds"))
+        if is_new:
             writer.writeheader()
         for row in rows:
             writer.writerow(row)
             file.flush()
 
 
-def read_rows(path: Path) -> dict[tuple[str, Protocol], float]:
-    """Dice by cell and protocol."""
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {
-            (row["cell"], tuple(row[name] for name in PROTOCOL)): float(row["dice"]) for row in csv.DictReader(file)
-        }
+def read_rows(path: Path) -> dict[Protocol, dict[str, float]]:
+    """Dice by protocol and cell."""
+    found: dict[Protocol, dict[str, float]] = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(Protocol(*(row[name] for name in Protocol._fields)), {})[row["cell"]] = float(
+                    row["dice"]
+                )
+    return found
 
 
-# --- correlation ----------------------------------------------------------------------------------------------------
+def by_method(cells: Sequence[Cell], dice: Mapping[str, float]) -> dict[str, float]:
+    """Means over seeds."""
+    methods = dict.fromkeys(cell.method for cell in cells)
+    return {name: float(np.mean([dice[cell.name] for cell in cells if cell.method == name])) for name in methods}
 
 
-def agreement(fine_tuned: Mapping[str, float], probed: Mapping[str, float]) -> dict[str, float]:
-    """How well probes rank the methods of cells METHOD/LABELS/SEED.
+def agreement(cells: Sequence[Cell], tuned: Mapping[str, float], probed: Mapping[str, float]) -> list[str]:
+    """How well a probe ranks the methods.
 
     Returns:
-        ``rho``: Spearman's, of the means over those seeds that all methods have; ``within``: the mean of those of each
-        seed; ``lost``: fine-tuned Dice of the best method less that of the one that the probes put first.
+        Spearman's correlation of the means over seeds; the mean of those of each seed; and what would be lost
+        by taking the method that the probe puts first instead of the best one, in fine-tuned Dice.
     """
-    seeds: dict[str, dict[str, str]] = {}
-    for cell in fine_tuned:
-        method, _, seed = cell.split("/")
-        seeds.setdefault(seed, {})[method] = cell
-    methods = sorted({method for some in seeds.values() for method in some})
-    common = [some for some in seeds.values() if len(some) == len(methods)] or [max(seeds.values(), key=len)]
-    methods = sorted(common[0])
-    tuned, guessed = (
-        [np.mean([values[some[m]] for some in common]) for m in methods] for values in (fine_tuned, probed)
-    )
-    within = [
-        spearmanr([fine_tuned[cell] for cell in some.values()], [probed[cell] for cell in some.values()]).statistic
-        for some in seeds.values()
-        if len(some) > 2
-    ]
-    rho = spearmanr(tuned, guessed).statistic if len(methods) > 2 else math.nan
-    return {"rho": rho, "within": np.mean(within or [math.nan]), "lost": max(tuned) - tuned[int(np.argmax(guessed))]}
+    seeds = {cell.seed for cell in cells}
+    within = []
+    for seed in seeds:
+        names = [cell.name for cell in cells if cell.seed == seed]
+        within.append(spearmanr([tuned[name] for name in names], [probed[name] for name in names]).statistic)
+    best, guess = by_method(cells, tuned), by_method(cells, probed)
+    overall = spearmanr(list(best.values()), list(guess.values())).statistic
+    lost = max(best.values()) - best[max(guess, key=guess.__getitem__)]
+    return [f"{overall:.2f}", f"{np.mean(within):.2f}", f"{lost:.3f}"]
 
 
-def report(
-    fine_tuned: Mapping[str, float], dice: Mapping[tuple[str, Protocol], float], protocols: Sequence[Protocol]
-) -> str:
+def report(cells: Sequence[Cell], probes: Mapping[Protocol, Mapping[str, float]]) -> str:
     """Tables per number of labels: fine-tuned Dice by method, and the protocols with their agreement."""
     parts = []
-    for labels in sorted({cell.split("/")[1] for cell in fine_tuned}):
-        cells = {cell: value for cell, value in fine_tuned.items() if cell.split("/")[1] == labels}
-        methods = sorted({cell.split("/")[0] for cell in cells})
-
-        def by_method(values: Mapping[str, float], methods: Sequence[str] = methods) -> list[str]:
-            return [f"{np.mean([v for cell, v in values.items() if cell.split('/')[0] == m]):.3f}" for m in methods]
-
-        rows = [["fine-tuned", "", "", "", *by_method(cells)]]
-        for protocol in protocols:
-            probed = {cell: dice[cell, protocol] for cell in cells if (cell, protocol) in dice}
-            if len(probed) == len(cells):
-                found = [
-                    f"{value:.2f}" if name != "lost" else f"{value:.3f}"
-                    for name, value in agreement(cells, probed).items()
-                ]
-                rows.append([" ".join(protocol), *found, *by_method(probed)])
-        head = ["protocol", "rho", "within seeds", "lost Dice", *methods]
-        parts.append(f"{labels}, {len(cells)} fine-tunings; mean Dice by method\n{table(head, rows)}")
-    return "\n\n".join(parts)
+    for labels in sorted({cell.labels for cell in cells}):
+        some = [cell for cell in cells if cell.labels == labels]
+        # Only seeds that all methods have: others would compare methods by different cases.
+        methods = {cell.method for cell in some}
+        some = [cell for cell in some if {other.method for other in some if other.seed == cell.seed} == methods]
+        if len(methods) < 3 or not some:
+            continue
+        tuned = {cell.name: cell.result()["mean_dice"] for cell in some}
+        rows = [["fine-tuned", "", "", "", *(f"{value:.3f}" for value in by_method(some, tuned).values())]]
+        for protocol, dice in probes.items():
+            if all(cell.name in dice for cell in some):
+                means = (f"{value:.3f}" for value in by_method(some, dice).values())
+                rows.append([" ".join(protocol), *agreement(some, tuned, dice), *means])
+        head = ["protocol", "rho", "within seeds", "lost Dice", *by_method(some, tuned)]
+        parts.append(f"{labels_text(labels)}, {len(some)} fine-tunings; mean Dice by method\n{table(head, rows)}")
+    return "\n\n".join(parts) or "Nothing to compare: no seed is finished of three methods."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="folder of a study")
-    parser.add_argument("--configs", nargs="+", default=["train.json", "tasks/openkbp.yaml", "small.yaml"])
-    parser.add_argument("--cells", default="*/*/seed_*", help="which of the fine-tunings: METHOD/LABELS/seed_SEED")
-    parser.add_argument("--classifiers", nargs="+", default=["linear"])
-    parser.add_argument("--levels", nargs="+", default=["01234", "012", "234", "34", "4"])
-    parser.add_argument("--standardisations", nargs="+", default=["case", "dataset"])
-    parser.add_argument("--batch_norms", nargs="+", default=["stored", "re-estimated"])
-    parser.add_argument("--strengths", nargs="+", default=["0.01", "chosen"], help="l2 or k, or chosen")
-    arguments = parser.parse_args()
-    names = ("classifiers", "levels", "standardisations", "batch_norms", "strengths")
-    protocols = list(itertools.product(*(getattr(arguments, name) for name in names)))
-    folders = [path.parent for path in sorted((arguments.study / "fine_tuning").glob(f"{arguments.cells}/cell.json"))]
-    if not folders:
-        raise SystemExit(f"{arguments.study / 'fine_tuning'} holds no finished cell {arguments.cells}.")
-    fine_tuned = {"/".join(f.parts[-3:]): json.loads((f / "cell.json").read_text())["mean_dice"] for f in folders}
-    path = arguments.study / "probes.csv"
-    for folder, cell in zip(folders, fine_tuned, strict=True):
+def main(
+    study: str,
+    out: str,
+    levels: Sequence[str] = ("01234", "012", "234", "34", "4"),
+    standardisations: Sequence[str] = ("case", "dataset"),
+    batch_norms: Sequence[str] = ("stored", "re-estimated"),
+    strengths: Sequence[str] = ("0.01",),
+    **overrides: object,
+) -> None:
+    """Probe what is finished of a study.
+
+    Args:
+        study: study file.
+        out: folder of the study.
+        levels: each the indices of feature maps, 0 the finest.
+        standardisations: case or dataset.
+        batch_norms: stored or re-estimated.
+        strengths: l2, or chosen.
+    """
+    values = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in overrides.items()}
+    cells = [cell for cell in read_study(study, out, overrides=values).cells({}) if cell.is_finished and cell.labels]
+    protocols = [
+        Protocol(*map(str, parts)) for parts in itertools.product(batch_norms, levels, standardisations, strengths)
+    ]
+    path = Path(out) / "probes.csv"
+    for cell in cells:
         done = read_rows(path)
-        missing = [protocol for protocol in protocols if (cell, protocol) not in done]
+        missing = [protocol for protocol in protocols if cell.name not in done.get(protocol, {})]
         if missing:
-            add_rows(path, ({"cell": cell, **row} for row in measure(read_cell(folder, arguments.configs), missing)))
+            add_rows(path, measure(cell, missing))
             print(cell, flush=True)
-    print(report(fine_tuned, read_rows(path), protocols))
+    print(report(cells, read_rows(path)))
 
 
 if __name__ == "__main__":
-    main()
+    fire.Fire(main)
