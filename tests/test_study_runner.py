@@ -223,6 +223,16 @@ def test_sigterm_ends_what_is_running_after_a_checkpoint(fast, path, tmp_path):
     run_study(path, tmp_path / "out")
 
 
+def test_a_stopped_study_tells_what_is_finished(fast, path, tmp_path):
+    out = tmp_path / "out"
+    process = in_background(path, out, jobs=1)
+    wait_for(lambda: list(out.glob("fine_tuning/*/*/*/cell.json")))
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    assert "Not finished, and missing here:" in (out / "table.md").read_text()
+
+
 # --- versions -------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pgl_ext.study.cells import Cell
 from pgl_ext.study.fingerprint import check_cells, code_digests, fingerprint
 from pgl_ext.study.plan import Study, read_study
 from pgl_ext.study.report import draw_figures, write_study_report
-from pgl_ext.study.results import Results, comparison_rows, read_results
+from pgl_ext.study.results import comparison_rows, read_results
 from pgl_ext.study.runner import Runner, default_jobs, time_left
 from pgl_ext.study.tables import verdicts, write_tables
 from pgl_ext.summary import write_csv
@@ -72,25 +72,34 @@ def _run(study: Study, jobs: int, dry_run: bool) -> str:
         rates, learning_rates = _choose_rates(study)
         fingerprints = _checked_fingerprints(study.cells(rates))
     cells = study.cells(rates)
-    failures |= Runner(cells, fingerprints, jobs).run()
-    results = read_results(cells)
-    results.missing += [cell for cell in selection if not cell.is_finished]
-    return _write_results(study, results, learning_rates, failures)
+    try:
+        failures |= Runner(cells, fingerprints, jobs).run()
+    finally:  # what is finished can be read also where the study was stopped
+        text = _write_results(study, cells, selection, learning_rates, failures)
+    if failures:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
+        total = len({cell.name for cell in (*selection, *cells)})
+        raise ChildProcessError(f"{len(failures)} of {total} cells failed:\n{listed}\n{text}")
+    return text
 
 
 def _write_results(
-    study: Study, results: Results, learning_rates: Sequence[Mapping[str, Any]], failures: Mapping[str, str]
+    study: Study,
+    cells: Sequence[Cell],
+    selection: Sequence[Cell],
+    learning_rates: Sequence[Mapping[str, Any]],
+    failures: Mapping[str, str],
 ) -> str:
+    results = read_results(cells)
+    if not results.scores:
+        return "No fine-tuning is finished."
+    results.missing += [cell for cell in selection if not cell.is_finished]
     rows = comparison_rows(study, results)
     if learning_rates:
         write_csv(study.folder / "learning_rates.csv", learning_rates)
     write_tables(study, results, rows)
     draw_figures(study, rows)
     report = write_study_report(study, results, rows, learning_rates, failures)
-    if failures:
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        total = len(results.cells) + len(results.missing)
-        raise ChildProcessError(f"{len(failures)} of {total} cells failed; {report} covers the others.\n{listed}")
     return "\n".join([*verdicts(study, rows), f"Tables and pictures in {study.folder}, report: {report}"])
 
 
