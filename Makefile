@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+LABEL_VENV := .venv-label
 DEMO_DIR ?= runs/demo
 PRETRAIN := bundles/pgl_pretrain/configs
 SEGMENT := bundles/pgl_segmentation/configs
@@ -10,7 +11,7 @@ FINE_TUNE = $(RUN) -m monai.bundle run training \
 	--spacing "[5, 5, 5]" --data_list_file_path $(DEMO_DIR)/data/dataset.json --labelled_cases 3 \
 	--patches_per_case 32 --max_epochs 24 --val_interval 6
 
-.PHONY: install demo test lint format docs benchmarks package clean
+.PHONY: install label-environment demo test test-label lint format docs benchmarks package clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +21,14 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+label-environment: $(LABEL_VENV)/.installed
+
+$(LABEL_VENV)/.installed: requirements-label.txt
+	test -x $(LABEL_VENV)/bin/python || $(PYTHON) -m venv $(LABEL_VENV)
+	$(LABEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep -E '^(torch|wheel)==' $<)
+	$(LABEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -r $<
 	touch $@
 
 # The whole way on phantoms: pre-train, fine-tune on three labelled cases from random weights and from the encoder,
@@ -46,6 +55,10 @@ demo: install
 test: install
 	$(RUN) -m pytest -n 2 --dist loadfile
 
+# A session with a MONAI Label server on this machine.
+test-label: install label-environment
+	$(RUN) -m pytest -m label
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -66,4 +79,4 @@ package: install
 	$(RUN) -m pgl_ext package --out dist
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(LABEL_VENV) runs

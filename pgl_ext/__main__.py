@@ -138,6 +138,7 @@ def package(
     model_url: str | None = None,
     encoder_url: str | None = None,
     data_license: str | None = None,
+    overlays: str | None = None,
 ) -> str:
     """Write self-contained bundles, as folders and as zip files, that the MONAI Model Zoo takes as they are.
 
@@ -146,13 +147,16 @@ def package(
         out: folder to write.
         model: model file of fine-tuning that comes with pgl_segmentation.
         encoder: encoder file of pre-training that comes with every bundle.
-        model_url: where the model can be downloaded, if it has more than 25 MB.
+        model_url: where the model can be downloaded; over 25 MB it is then left out of the package.
         encoder_url: the same of the encoder.
         data_license: text file on the data that the weights were trained on, and its terms.
+        overlays: of pgl_segmentation's train.json, with commas between them, to be part of it: for MONAI Label.
     """
     from pgl_ext.packaging import package_bundles
 
-    paths = package_bundles(bundles, out, model, encoder, model_url, encoder_url, data_license)
+    # fire makes a tuple of a,b.
+    names = overlays.split(",") if isinstance(overlays, str) else overlays or ()
+    paths = package_bundles(bundles, out, model, encoder, model_url, encoder_url, data_license, names)
     return "\n".join(map(str, paths))
 
 

@@ -91,9 +91,11 @@ class CheckpointHandler:
         rank: this process.
         decoder_path: decoder file written with every checkpoint where the network has ``aspp`` and ``decoder``; None:
             none.
+        overwrite: remove another run's checkpoints.
 
     Raises:
-        FileExistsError: from ``check``, where the folder holds another run's checkpoints and ``resume`` is false.
+        FileExistsError: as training starts, where the folder holds another run's checkpoints and neither ``resume`` nor
+            ``overwrite`` is true.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class CheckpointHandler:
         resume: bool = False,
         rank: int = 0,
         decoder_path: str | os.PathLike | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.folder = CheckpointFolder(folder, keep_last)
         self.network = network
@@ -119,6 +122,7 @@ class CheckpointHandler:
         self.description = dict(description)
         self.interval = interval
         self.resume = as_bool(resume, "resume")
+        self.overwrite = as_bool(overwrite, "overwrite")
         self.rank = rank
         self._saved_step = -1
 
@@ -139,11 +143,18 @@ class CheckpointHandler:
             signal.signal(signal.SIGTERM, lambda *_: setattr(engine, "stop_requested", True))
         if self.resume:
             self._load(engine)
+        elif self.overwrite:
+            self._remove_others()
         elif self.folder.paths():
             raise FileExistsError(
                 f"{self.folder.folder} already holds checkpoints: go on with --resume true, or choose another "
                 "--output_dir."
             )
+
+    def _remove_others(self) -> None:
+        # Not left to the first that is written: the oldest go then, and those are not of the other run.
+        for path in self.folder.paths() if self.rank == 0 else []:
+            path.unlink()
 
     def _stop_within_epoch(self, engine: Engine) -> None:
         if engine.state.iteration % engine.state.epoch_length:

@@ -72,7 +72,8 @@ def start_network(
         sync_batch_norm: batch-norm statistics over all processes.
 
     Returns:
-        the same network.
+        the same network. Of whatever is loaded into it later, as by MONAI Label or federated learning, it logs how many
+        tensors were, and raises ``ValueError`` where some of the encoder's were not.
 
     Raises:
         FileNotFoundError: where a file is missing.
@@ -91,7 +92,21 @@ def start_network(
     network.to(device)
     if as_bool(channels_last, "channels_last"):
         network.to(memory_format=torch.channels_last_3d)
+    network.register_load_state_dict_pre_hook(_check_loading)
     return network
+
+
+def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: Any) -> None:
+    """Report what is loaded: with ``strict=False``, as MONAI Label loads, PyTorch says nothing of what is not."""
+    report = compare_states(state, network.state_dict())
+    lacking = [key for key in report.missing if key.startswith("encoder.")]
+    if lacking:
+        raise ValueError(
+            f"the weights do not fit the network, {len(lacking)} tensors of its encoder are not among them: {report}. "
+            "Give an encoder file of pre-training (keys 'encoder.*'), or a model file of fine-tuning."
+        )
+    encoder = sum(key.startswith("encoder.") for key in report.loaded)
+    logger.info("loading weights, all %d tensors of the encoder: %s", encoder, report)
 
 
 def _input_differences(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,9 +19,12 @@ import yaml
 
 from pgl_ext import __version__
 from pgl_ext.task import SegmentationTask
+from pgl_ext.task_config import task_config, write_start_model
 from pgl_ext.weights import read_description
 
 __all__ = ["package_bundles", "rewrite_config", "rewrite_module", "rewrite_text"]
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 _BUNDLES = [_PACKAGE.parent / "bundles" / name for name in ("pgl_pretrain", "pgl_segmentation")]
@@ -27,6 +32,7 @@ _SHARED = ("LICENSE", "configs", "docs")
 _HASHES = "SHA256SUMS"
 _TEXT_SUFFIXES = {".py", ".html", ".json", ".yaml", ".md", ".txt", ".conf"}
 _LARGE = 25_000_000  # bytes; larger files are not taken into the Model Zoo's repository
+_SEGMENTATION = "pgl_segmentation"
 
 # A dotted name such as pgl_ext.losses, or the command; not what is in scripts already, and no path.
 _NAME = re.compile(r"(?<![\w./])pgl_ext(?=\.[a-z])|(?<=python -m )pgl_ext\b")
@@ -49,6 +55,7 @@ def package_bundles(
     model_url: str | None = None,
     encoder_url: str | None = None,
     data_license: str | os.PathLike | None = None,
+    overlays: Sequence[str] = (),
 ) -> list[Path]:
     """Write bundles as the MONAI Model Zoo takes them; the same input gives the same bytes.
 
@@ -56,15 +63,21 @@ def package_bundles(
     ``NAME_vVERSION.zip``. In a bundle, ``scripts/pgl_ext`` is the package, and ``SHA256SUMS`` the hash of every file,
     for ``sha256sum --check``, with that of all these lines in its header.
 
+    With a model, an encoder or overlays, the ``train.json`` of pgl_segmentation is that of their task and network, as
+    programs need it that take a bundle as it is, such as MONAI Label. With overlays and no model, ``models/model.pt``
+    is the network that training would start from: the encoder's weights, where given, and a random decoder.
+
     Args:
         bundles: folders of bundles; if empty, both of the repository.
         out: folder to write; packages in it are replaced.
         model: model file of fine-tuning, its JSON beside it: ``models/model.pt`` of pgl_segmentation.
         encoder: encoder file of pre-training, its JSON beside it: ``models/pgl_encoder.pt`` of every bundle, and
             ``models/model.pt`` of pgl_pretrain.
-        model_url: where the model can be downloaded; needed over 25 MB, where it is listed in ``large_files.yml``.
+        model_url: where the model can be downloaded: over 25 MB, the Model Zoo's limit, it is then listed in
+            ``large_files.yml`` and left out of the package.
         encoder_url: the same of the encoder.
         data_license: text on what the weights were trained on and on what terms; replaces ``docs/data_license.txt``.
+        overlays: of pgl_segmentation's ``train.json``, in their order: names in its ``configs``, or paths of others.
 
     Returns:
         the zip files.
@@ -75,22 +88,33 @@ def package_bundles(
         ValueError: version and changelog do not agree with the package's version, or what weights need is not given.
     """
     folders = [Path(bundle).resolve() for bundle in bundles or _BUNDLES]
-    if model is not None and all(folder.name != "pgl_segmentation" for folder in folders):
+    if (model or overlays) and all(folder.name != _SEGMENTATION for folder in folders):
+        option = f"--model {model}" if model else f"--overlays {','.join(overlays)}"
         raise ValueError(
-            f"--model {model} belongs to pgl_segmentation, which is not packaged: give --encoder, or none."
+            f"{option} belongs to {_SEGMENTATION}, which is not packaged: package it too, or leave it out."
         )
     if (model or encoder) is not None and data_license is None:
         raise ValueError(
             "weights need --data_license FILE: a text that says which data they were trained on, and its terms."
         )
+    for weights in (model, encoder):
+        if weights is not None and not Path(weights).is_file():
+            raise FileNotFoundError(f"{weights} does not exist: give a file that training wrote.")
     contents = {}
-    for folder in folders:
-        files = _bundle_files(folder)
-        for path, source, url in _weights(folder.name, model, encoder, model_url, encoder_url):
-            _add_weights(files, path, Path(source), url)
-        if data_license is not None:
-            files["docs/data_license.txt"] = Path(data_license).read_bytes()
-        contents[folder] = {**dict(sorted(files.items())), _HASHES: _hashes(folder.name, files)}
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder in folders:
+            files = _bundle_files(folder)
+            if folder.name == _SEGMENTATION and (overlays or model or encoder):
+                config = task_config(folder / "configs", overlays, model, encoder)
+                files["configs/train.json"] = rewrite_config(json.dumps(config)).encode()
+                if model is None and overlays:
+                    model = Path(scratch) / "model.pt"
+                    write_start_model(config, model, encoder)
+            for path, source, url in _weights(folder.name, model, encoder, model_url, encoder_url):
+                _add_weights(files, path, Path(source), url)
+            if data_license is not None:
+                files["docs/data_license.txt"] = Path(data_license).read_bytes()
+            contents[folder] = {**dict(sorted(files.items())), _HASHES: _hashes(folder.name, files)}
     return [_write(folder, files, Path(out)) for folder, files in contents.items()]
 
 
@@ -206,7 +230,7 @@ def _weights(
 ) -> list[tuple[str, str | os.PathLike, str | None]]:
     """(path in the bundle, file, URL) of each file of weights."""
     weights = [("models/pgl_encoder.pt", encoder, encoder_url)]
-    if name == "pgl_segmentation":
+    if name == _SEGMENTATION:
         weights.append(("models/model.pt", model, model_url))
     if name == "pgl_pretrain":
         # The zoo and monai.bundle.load look for this name.
@@ -216,8 +240,6 @@ def _weights(
 
 def _add_weights(files: dict[str, bytes], path: str, source: Path, url: str | None) -> None:
     """Put weights and their JSON into a bundle, and what they are into its metadata."""
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} does not exist: give a file that training wrote.")
     # Folders of the machine that trained are nobody else's business.
     description = {
         key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
@@ -228,14 +250,17 @@ def _add_weights(files: dict[str, bytes], path: str, source: Path, url: str | No
         metadata = json.loads(files["configs/metadata.json"])
         _describe(metadata, description)
         files["configs/metadata.json"] = _json(metadata).encode()
-    if source.stat().st_size <= _LARGE:
+    large = source.stat().st_size > _LARGE
+    if large and url is None:
+        logger.warning(
+            "%s has %.0f MB, and the Model Zoo takes files over 25 MB by download only: to send the package there, "
+            "upload the file and give its address with --model_url or --encoder_url.",
+            source.name,
+            source.stat().st_size / 1e6,
+        )
+    if not large or url is None:
         files[path] = source.read_bytes()
         return
-    if url is None:
-        raise ValueError(
-            f"{source} has {source.stat().st_size / 1e6:.0f} MB, and the Model Zoo takes files over 25 MB by download "
-            "only: upload it and give its address with --model_url or --encoder_url."
-        )
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     listed = yaml.safe_load(files.get("large_files.yml", b"large_files: []"))
     listed["large_files"].append({"path": path, "url": url, "hash_val": digest, "hash_type": "sha256"})
@@ -252,6 +277,12 @@ def _describe(metadata: dict[str, Any], description: Mapping[str, Any]) -> None:
         image["spatial_shape"] = pred["spatial_shape"] = list(description["patch_size"])
         pred["num_channels"] = task.out_channels
         pred["channel_def"] = {str(channel): name for channel, name in enumerate(names)}
+        if task.label_values != tuple(range(1, len(task.names) + 1)):
+            logger.warning(
+                "The organs have the label values %s, but MONAI Label, 3D Slicer and OHIF number them 1, 2, 3, ... in the "
+                "order of the task: for use there, number them so, in the label maps as well.",
+                task.label_values,
+            )
         metadata["pred_classes"] = f"one channel each: {', '.join(names)}"
     else:
         stride = description["stride"]

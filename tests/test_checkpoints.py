@@ -121,6 +121,7 @@ class Run:
             interval=settings["interval"],
             resume=resume,
             rank=settings.get("rank", 0),
+            overwrite=settings.get("overwrite", False),
         )
         self.trainer = PretrainTrainer(
             "cpu",
@@ -286,6 +287,15 @@ class TestSaving:
             second.trainer.run()
         assert second.losses == {}
         assert {path: path.read_bytes() for path in first.folder.rglob("*.pt")} == before
+
+    def test_is_removed_where_that_is_asked_for(self, start):
+        """Also where the earlier run had come further."""
+        first = start(max_epochs=3)
+        first.trainer.run()
+        second = start(max_epochs=1, overwrite=True)
+        second.trainer.run()
+        assert len(second.losses) == 3
+        assert [path.name for path in second.handler.folder.paths()] == ["checkpoint_00000003.pt"]
 
     def test_each_interval_and_the_end(self, start):
         run = start(max_epochs=3, interval=2)

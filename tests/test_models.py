@@ -3,6 +3,8 @@ import logging
 
 import pytest
 import torch
+from ignite.engine import Engine
+from monai.handlers import CheckpointLoader
 from monai.networks.nets import ResNet
 from torch import nn
 
@@ -58,6 +60,25 @@ class TestStartNetwork:
         assert f"{len(expected)} of {len(expected)} tensors loaded" in caplog.text
         assert str(encoder_file) in caplog.text
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    def test_says_what_is_loaded_later(self, encoder_file, caplog):
+        """As MONAI Label loads, by a handler of MONAI that says nothing and takes what it finds."""
+        network = start_network(make_network(), "cpu")
+        loader = CheckpointLoader(str(encoder_file), {"model": network}, strict=False)
+        with caplog.at_level(logging.INFO, logger="pgl_ext"):
+            loader(Engine(lambda *_: None))
+        expected, total = make_encoder().state_dict(), len(network.state_dict())
+        assert_encoder_is(network, expected)
+        assert f"all {len(expected)} tensors of the encoder: {len(expected)} of {total} tensors loaded" in caplog.text
+        assert "aspp." in caplog.text
+
+    @pytest.mark.parametrize("keys", ["none", "some"])
+    def test_later_too_all_of_the_encoder_or_an_error(self, keys):
+        network = start_network(make_network(), "cpu")
+        state = {f"encoder.{key}": value for key, value in make_encoder().state_dict().items()}
+        state = {} if keys == "none" else {key: value for key, value in state.items() if "layer4" not in key}
+        with pytest.raises(ValueError, match=r"tensors of its encoder are not among them: .*missing .*encoder file"):
+            network.load_state_dict(state, strict=False)
 
     def test_random_initialisation(self, caplog):
         network = make_network()

@@ -269,12 +269,16 @@ class TestRefused:
 
 class TestWeights:
     @pytest.fixture
-    def files(self, tmp_path) -> dict[str, Path]:
+    def files(self, tmp_path, make_encoder) -> dict[str, Path]:
         """An encoder, a model and a text; they need not be weights to be packed."""
+        layout = make_encoder().architecture
         descriptions = {
-            "encoder": {"stride": [16, 16, 8], "channels": [8, 16, 32, 64]},
+            "encoder": {"architecture": layout, "stride": [16, 16, 8], "channels": [8, 16, 32, 64]},
             "model": {
                 "task": {"organs": {"liver": [1], "spleen": [2]}, "background_values": [0], "multi_label": False},
+                "network": {"in_channels": 1, "encoder": layout, "aspp_channels": 16, "decoder_channels": [16, 8, 8]},
+                "normalization": {"clip_hu": [-100, 300]},
+                "spacing": [2, 2, 3],
                 "patch_size": [32, 32, 16],
             },
         }
@@ -311,6 +315,18 @@ class TestWeights:
         assert formats["pgl_segmentation"]["inputs"]["image"]["spatial_shape"] == [32, 32, 16]
         assert formats["pgl_pretrain"]["outputs"]["pred"]["num_channels"] == 64
 
+    def test_training_is_that_of_the_model(self, files, tmp_path):
+        """Whoever trains the package as it is, without an overlay, goes on where the model is."""
+        package_bundles([], tmp_path / "out", **files)
+        text = (tmp_path / "out" / "models" / "pgl_segmentation" / "configs" / "train.json").read_text()
+        config, recorded = json.loads(text), json.loads(files["model"].with_suffix(".json").read_text())
+        assert config["organs"] == {"liver": [1], "spleen": [2]}
+        assert (config["hu_window"], config["spacing"], config["patch_size"]) == ([-100, 300], [2, 2, 3], [32, 32, 16])
+        assert config["encoder"] == recorded["network"]["encoder"]
+        assert config["network_def"]["decoder_channels"] == [16, 8, 8]
+        assert config["network_def"]["_target_"] == "scripts.pgl_ext.networks.SegmentationNet"
+        assert "sys.path" in config["initialize"][0]
+
     def test_folders_of_the_machine_are_left_out(self, files, tmp_path):
         path = files["model"].with_suffix(".json")
         path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrained_encoder": "/home/someone/encoder.pt"}))
@@ -318,11 +334,12 @@ class TestWeights:
         text = (tmp_path / "out" / "models" / "pgl_segmentation" / "models" / "model.json").read_text()
         assert json.loads(text)["pretrained_encoder"] == "encoder.pt"
 
-    def test_large_ones_are_listed(self, files, tmp_path, monkeypatch):
+    def test_large_ones_are_listed(self, files, tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(packaging, "_LARGE", 100)
         arguments = {"encoder": files["encoder"], "data_license": files["data_license"]}
-        with pytest.raises(ValueError, match="--encoder_url"):
-            package_bundles(BUNDLES[:1], tmp_path / "out", **arguments)
+        package_bundles(BUNDLES[:1], tmp_path / "out", **arguments)
+        assert "--encoder_url" in caplog.text
+        assert (tmp_path / "out" / "models" / "pgl_pretrain" / "models" / "pgl_encoder.pt").is_file()
         package_bundles(BUNDLES[:1], tmp_path / "out", encoder_url="https://example.org/e.pt", **arguments)
         folder = tmp_path / "out" / "models" / "pgl_pretrain"
         digest = hashlib.sha256(files["encoder"].read_bytes()).hexdigest()
@@ -339,3 +356,32 @@ class TestWeights:
             package_bundles(BUNDLES[:1], tmp_path / "out", model=files["model"])
         with pytest.raises(FileNotFoundError, match=r"absent\.pt does not exist"):
             package_bundles([], tmp_path / "out", **{**files, "model": tmp_path / "absent.pt"})
+
+
+class TestOverlays:
+    """A package for a task that nothing has been trained for yet; tests/test_task_config.py has the details."""
+
+    OVERLAYS = ("tasks/openkbp.yaml", "small.yaml")
+
+    def test_are_part_of_it(self, tmp_path, caplog):
+        package_bundles(BUNDLES[1:], tmp_path, overlays=self.OVERLAYS)
+        folder = tmp_path / "models" / "pgl_segmentation"
+        config = json.loads((folder / "configs" / "train.json").read_text())
+        assert (config["organs"]["Mandible"], config["spacing"], config["max_epochs"]) == (7, [4, 4, 3], 20)
+        pred = json.loads((folder / "configs" / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+        assert list(pred["channel_def"].values()) == ["background", *config["organs"]]
+        assert (pred["num_channels"], pred["spatial_shape"]) == (6, [48, 48, 32])
+        assert json.loads((folder / "models" / "model.json").read_text())["steps"] == 0
+        # The mandible's 7 would be the fifth organ's name nowhere.
+        assert "number them 1, 2, 3" in caplog.text
+
+    def test_same_input_same_bytes(self, tmp_path):
+        for out in ("a", "b"):
+            package_bundles(BUNDLES[1:], tmp_path / out, overlays=["tasks/phantom.yaml", "small.yaml"])
+        sums = [(tmp_path / out / "models" / "pgl_segmentation" / "SHA256SUMS").read_text() for out in ("a", "b")]
+        assert sums[0] == sums[1]
+        assert "models/model.pt" in sums[0]
+
+    def test_belong_to_segmentation(self, tmp_path):
+        with pytest.raises(ValueError, match=r"--overlays a\.yaml belongs to pgl_segmentation"):
+            package_bundles(BUNDLES[:1], tmp_path, overlays=["a.yaml"])

@@ -1,0 +1,121 @@
+"""The train.json of a bundle for one task, and the model that its training would start from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from programs import SEGMENTATION_CONFIGS
+
+from pgl_ext.models import build_network, load_model, recorded_model
+from pgl_ext.networks import SegmentationNet
+from pgl_ext.task import SegmentationTask
+from pgl_ext.task_config import task_config, write_start_model
+from pgl_ext.weights import save_encoder, save_weights
+
+OVERLAYS = ("tasks/openkbp.yaml", "small.yaml")
+
+
+@pytest.fixture
+def encoder(tmp_path, make_encoder):
+    """A file of an encoder that neither train.json nor an overlay has."""
+    encoder = make_encoder(seed=3)
+    save_encoder(encoder, tmp_path / "encoder.pt", {"architecture": encoder.architecture})
+    return tmp_path / "encoder.pt"
+
+
+@pytest.fixture
+def model(tmp_path, make_encoder):
+    """A file of a model of two organs, on such an encoder."""
+    network = SegmentationNet(1, 3, make_encoder(), aspp_channels=16, decoder_channels=(16, 8, 8))
+    description = {
+        "task": SegmentationTask({"liver": [1, 3], "spleen": 2}).description(),
+        "network": network.architecture,
+        "normalization": {"clip_hu": [-100, 300]},
+        "spacing": [2, 2, 3],
+        "patch_size": [32, 32, 16],
+    }
+    save_weights(network.state_dict(), tmp_path / "model.pt", description)
+    return tmp_path / "model.pt"
+
+
+def test_overlays_are_merged_as_monai_does():
+    files = [str(SEGMENTATION_CONFIGS / name) for name in ("train.json", *OVERLAYS)]
+    expected = ConfigParser(ConfigParser.load_config_files(files))
+    found = ConfigParser(task_config(SEGMENTATION_CONFIGS, OVERLAYS))
+    for name in ("organs", "background_values", "patch_size", "encoder", "network_def", "lr", "max_epochs", "train"):
+        assert found[name] == expected[name], name
+    assert found["patch_size"] == [48, 48, 32]  # of small.yaml, the later one
+
+
+def test_without_anything_it_is_as_it_was():
+    assert task_config(SEGMENTATION_CONFIGS) == json.loads((SEGMENTATION_CONFIGS / "train.json").read_text())
+
+
+def test_an_overlay_of_ones_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("organs: {heart: 1}\n")
+    assert task_config(SEGMENTATION_CONFIGS, [str(tmp_path / "mine.yaml")])["organs"] == {"heart": 1}
+
+
+def test_weights_fit_the_network(encoder, model):
+    """Whatever the overlays say of layouts."""
+    for arguments in ({"encoder": encoder}, {"model": model}, {"encoder": encoder, "model": model}):
+        parser = ConfigParser(task_config(SEGMENTATION_CONFIGS, OVERLAYS, **arguments))
+        network = parser.get_parsed_content("network_def")
+        for path in arguments.values():
+            keys = network.load_state_dict(torch.load(path, weights_only=True), strict=path == model)
+            assert not [key for key in keys.missing_keys if key.startswith("encoder.")]
+            assert not keys.unexpected_keys
+
+
+def test_a_models_task_comes_first(model):
+    config = task_config(SEGMENTATION_CONFIGS, OVERLAYS, model)
+    recorded = recorded_model(model)
+    assert {name: config[name] for name in recorded["task"]} == recorded["task"]
+    assert [config[name] for name in ("hu_window", "spacing", "patch_size")] == [[-100, 300], [2, 2, 3], [32, 32, 16]]
+    assert config["lr"] == 0.2  # of which a model says nothing
+
+
+class TestRefused:
+    def test_missing_overlays(self):
+        with pytest.raises(FileNotFoundError, match=r"overlay tasks/absent\.yaml does not exist"):
+            task_config(SEGMENTATION_CONFIGS, ["tasks/absent.yaml"])
+
+    def test_weights_of_two_layouts(self, encoder, model):
+        path = encoder.with_suffix(".json")
+        description = json.loads(path.read_text())
+        description["architecture"]["widen_factor"] = 0.25
+        path.write_text(json.dumps(description))
+        with pytest.raises(ValueError, match=r"encoder\.pt does not fit .*model\.pt"):
+            task_config(SEGMENTATION_CONFIGS, (), model, encoder)
+
+    def test_what_is_no_encoder(self, encoder):
+        encoder.with_suffix(".json").write_text("{}")
+        with pytest.raises(ValueError, match=r"encoder\.json does not describe an encoder"):
+            task_config(SEGMENTATION_CONFIGS, (), encoder=encoder)
+
+
+class TestStartModel:
+    def test_is_a_model_file_with_the_encoders_weights(self, encoder, tmp_path):
+        config = task_config(SEGMENTATION_CONFIGS, OVERLAYS, encoder=encoder)
+        write_start_model(config, tmp_path / "start.pt", encoder)
+        network = load_model(build_network(tmp_path / "start.pt"), tmp_path / "start.pt")
+        for key, value in torch.load(encoder, weights_only=True).items():
+            assert torch.equal(network.state_dict()[key], value), key
+        recorded = recorded_model(tmp_path / "start.pt")
+        assert list(recorded["task"]["organs"]) == list(config["organs"])
+        assert (recorded["hu_window"], recorded["spacing"]) == (config["hu_window"], config["spacing"])
+        assert recorded["patch_size"] == [48, 48, 32]
+
+    def test_is_the_same_each_time_and_draws_nothing(self, tmp_path):
+        config = task_config(SEGMENTATION_CONFIGS, OVERLAYS)
+        before = torch.get_rng_state()
+        for name in ("a.pt", "b.pt"):
+            write_start_model(config, tmp_path / name)
+            torch.rand(1)
+        torch.set_rng_state(before)
+        write_start_model(config, tmp_path / "c.pt")
+        assert torch.equal(torch.get_rng_state(), before)
+        assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
