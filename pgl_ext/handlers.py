@@ -199,6 +199,7 @@ class MetricsLog:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
+        self._rows = len(rows)
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
         self._clock, self._clock_step = time.perf_counter(), step
 
@@ -228,6 +229,7 @@ class MetricsLog:
 
     def _write(self, engine: Engine, values: dict[str, float]) -> None:
         step = engine.state.iteration
+        self._rows += 1
         with open(self.path, "a", newline="") as file:
             row = {"step": step, "epoch": engine.state.epoch, **{k: f"{v:.6g}" for k, v in values.items()}}
             csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
@@ -237,7 +239,9 @@ class MetricsLog:
 
     def _finish(self, engine: Engine) -> None:
         self._writer.close()
-        plot_metrics(self.path, self.folder / "metrics.png", **self.plot_arguments)
+        # A run of fewer steps than lie between rows, without a validation, has nothing to show.
+        if self._rows:
+            plot_metrics(self.path, self.folder / "metrics.png", **self.plot_arguments)
 
 
 class PretrainMetricsLog(MetricsLog):

@@ -188,6 +188,12 @@ class TestPretrainMetricsLog:
         self.run(tmp_path, range(0, 4), healthy_std=0.25)
         assert imread(tmp_path / "metrics.png").std() > 0
 
+    def test_no_picture_of_a_run_that_ends_before_its_first_row(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(handlers, "plot_metrics", plot_metrics)
+        self.run(tmp_path, range(0, 4), validate_at=(), interval=10)
+        assert read_rows(tmp_path / "metrics.csv") == []
+        assert not (tmp_path / "metrics.png").exists()
+
     def test_tensorboard(self, tmp_path):
         self.run(tmp_path, range(0, 8), validate_at=(0, 8))
         events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
