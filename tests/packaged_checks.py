@@ -6,13 +6,14 @@ FOLDER is what `python -m pgl_ext package` has written. The package itself canno
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from monai.bundle import ckpt_export, create_workflow, load, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ckpt_export, create_workflow, load, run, verify_metadata, verify_net_in_out
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, ModelType
 from monai.fl.utils.exchange_object import ExchangeObject
@@ -106,6 +107,39 @@ def federated(folder: str, name: str, dataset_dir: str, settings: str) -> None:
     client.finalize()
 
 
+def monai_label(bundle: str, cases: str) -> None:
+    """Train as MONAI Label does, from the encoder, and again from what came of it, then without validation."""
+    os.environ["MONAI_LABEL_APP_DIR"] = bundle
+    configs, model = Path(bundle) / "configs", Path(bundle) / "models" / "model.pt"
+    handlers = ConfigParser.load_config_file(str(configs / "train.json"))["train"]["handlers"]
+    listed = [{name: f"{cases}/{name}s/case{number}.nii.gz" for name in ("image", "label")} for number in range(3)]
+    for weights, validation in (("pgl_encoder.pt", listed[2:]), ("model.pt", [])):
+        loader = {
+            "_target_": "CheckpointLoader",
+            "load_path": str(model.with_name(weights)),
+            "load_dict": {"model": "$@network"},
+            "strict": False,
+        }
+        overrides = {
+            "bundle_root": bundle,
+            "device": "cpu",
+            "train#trainer#max_epochs": 2,
+            "train#dataset#data": listed[:2],
+            "validate#dataset#data": validation,
+            "train#handlers": [loader, *handlers],
+        }
+        before = model.read_bytes()
+        run(
+            run_id="run",
+            meta_file=str(configs / "metadata.json"),
+            config_file=str(configs / "train.json"),
+            num_workers=0,
+            **overrides,
+        )
+        assert model.read_bytes() != before, f"training from {weights} has left the model as it was"
+        assert json.loads(model.with_suffix(".json").read_text())["data"]["validation_cases"] == len(validation)
+
+
 def recorded_draws(sampler: type) -> list[tuple[int, int]]:
     """What samplers of a class draw from now on: (epoch, index)."""
     draws: list[tuple[int, int]] = []
@@ -122,4 +156,4 @@ def recorded_draws(sampler: type) -> list[tuple[int, int]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {check.__name__: check for check in (model_zoo, one_process, federated)}[sys.argv[1]](*sys.argv[2:])
+    {check.__name__: check for check in (model_zoo, one_process, federated, monai_label)}[sys.argv[1]](*sys.argv[2:])

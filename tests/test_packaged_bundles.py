@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,13 @@ def test_federated_learning(dist, cases, name, settings, folder, tmp_path):
     check("federated", dist, name, cases / folder, json.dumps({**settings, "num_workers": 0}), cwd=tmp_path)
 
 
+def test_training_as_in_monai_label(dist, cases, tmp_path):
+    """Only the bundle's folder is there; tests/test_monai_label.py does it with MONAI Label itself."""
+    bundle = shutil.copytree(dist / "models" / "pgl_segmentation", tmp_path / "pgl_segmentation")
+    check("monai_label", bundle, cases, cwd=tmp_path)
+    assert (bundle / "output" / "metrics.csv").is_file()
+
+
 def test_overlays_from_another_folder(dist, cases, tmp_path):
     configs = dist / "models" / "pgl_pretrain" / "configs"
     files = [str(configs / name) for name in ("train.json", "methods/pcrlv2.yaml", "small.yaml")]
@@ -158,6 +166,13 @@ def test_commands_of_the_copy(dist, tmp_path):
     bundle = dist / "models" / "pgl_segmentation"
     succeeds(["-m", "scripts.pgl_ext", "phantom", str(tmp_path / "data"), "--cases", "1"], bundle)
     assert (tmp_path / "data" / "dataset.json").is_file()
+    out = tmp_path / "again"
+    succeeds(
+        ["-m", "scripts.pgl_ext", "package", ".", "--out", str(out), "--overlays", "tasks/bcv.yaml,small.yaml"], bundle
+    )
+    again = out / "models" / "pgl_segmentation"
+    assert json.loads((again / "configs" / "train.json").read_text())["encoder"]["block"] == "basic"
+    assert (again / "models" / "model.pt").is_file()
 
 
 def test_style(dist):
