@@ -253,6 +253,7 @@ class PretrainMetricsLog(MetricsLog):
             the later ones.
         pairs_per_epoch: over all processes.
         interval: optimiser steps between rows.
+        logged: further columns, for what the method logs beside loss and feature spread.
         healthy_std: standard deviation of features that have not collapsed, drawn as a line.
         rank: this process; only rank 0 writes.
     """
@@ -272,10 +273,11 @@ class PretrainMetricsLog(MetricsLog):
         evaluator: Engine,
         pairs_per_epoch: int,
         interval: int = 10,
+        logged: Sequence[str] = (),
         healthy_std: float | None = None,
         rank: int = 0,
     ) -> None:
-        columns = (*self.training_columns, *self.validation_columns)
+        columns = (*self.training_columns, *logged, *self.validation_columns)
         super().__init__(
             output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", interval, rank, healthy_std=healthy_std
         )

@@ -183,6 +183,11 @@ class TestPretrainMetricsLog:
         ]
         assert {row["loss"] for row in validation} == {""}
 
+    def test_columns_of_a_method(self, tmp_path):
+        self.run(tmp_path, range(0, 4), logged=("extra", "never"))
+        row = next(row for row in read_rows(tmp_path / "metrics.csv") if row["loss"])
+        assert (row["extra"], row["never"]) == ("3", "")
+
     def test_picture_at_the_end(self, tmp_path, monkeypatch):
         monkeypatch.setattr(handlers, "plot_metrics", plot_metrics)
         self.run(tmp_path, range(0, 4), healthy_std=0.25)
@@ -200,7 +205,7 @@ class TestPretrainMetricsLog:
         loss = events.Scalars("training/loss")
         assert [(event.step, event.value) for event in loss] == [(2, 6), (4, 4), (6, 2), (8, 0)]
         assert [event.step for event in events.Scalars("validation/retrieval_top1")] == [0, 8]
-        # What a method logs beside the CSV's columns.
+        # What has no column in the CSV.
         assert "training/extra" in events.Tags()["scalars"]
         assert "validation/extra" in events.Tags()["scalars"]
 

@@ -137,6 +137,7 @@ class TestLoss:
     @pytest.mark.parametrize("seed", range(3))
     def test_ranges(self, make_method, seed):
         output = make_method(seed)(make_batch(2, seed))
+        assert set(output) == {"loss", "feature_std", *PCRLv2.logged}
         assert -2 <= float(output["loss"].detach()) <= 4
         assert all(0 <= float(output[key]) <= 1 for key in ("restoration_loss", "middle_loss", "beta"))
         assert all(-1 <= float(output[key]) <= 1 for key in ("global_loss", "local_loss"))

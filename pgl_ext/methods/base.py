@@ -21,10 +21,12 @@ class Method(nn.Module):
         encoder: the encoder that is pre-trained, and exported when training ends.
         feature_channels: channels of the features whose ``feature_std`` is logged; its healthy value is about 1 /
             sqrt(feature_channels).
+        logged: names of further scalars of ``forward``, which the log has columns for.
     """
 
     encoder: nn.Module
     feature_channels: int
+    logged: tuple[str, ...] = ()
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
@@ -33,7 +35,7 @@ class Method(nn.Module):
             batch: ``views`` (B, V, C, X, Y, Z) and ``affines`` (B, V, 4, 4), view voxel index to source voxel index.
 
         Returns:
-            ``loss``, a scalar with gradient, ``feature_std`` and any other scalars to be logged, without.
+            ``loss``, a scalar with gradient, ``feature_std`` and those of ``logged``, scalars without.
         """
         raise NotImplementedError
 

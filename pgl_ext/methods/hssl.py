@@ -56,6 +56,8 @@ class HSSL(Method):
         output_size: cells per axis of the grid that voxels are contrasted on; default: the size of the deepest map.
     """
 
+    logged = ("image_loss", "task_loss", "group_loss", "voxel_loss")
+
     def __init__(
         self,
         encoder: nn.Module,

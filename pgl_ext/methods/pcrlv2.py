@@ -54,6 +54,8 @@ class PCRLv2(Method):
         progress: share of the training that is done, in [0, 1]; set by ``handlers.TrainingProgress``.
     """
 
+    logged = ("restoration_loss", "global_loss", "middle_loss", "local_loss", "beta")
+
     def __init__(
         self, encoder: nn.Module, aspp_channels: int = 256, decoder_channels: Sequence[int] = (256, 128, 32)
     ) -> None:
