@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -319,4 +320,6 @@ def session(
 
 
 if __name__ == "__main__":
+    # As an interruption from the keyboard does: with the server's end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     fire.Fire(lambda *arguments, **settings: session(*arguments, **settings) and None)
