@@ -72,8 +72,8 @@ docs: install
 	$(RUN) -m mkdocs build --strict
 
 benchmarks: install
-	for script in benchmarks/aligner.py benchmarks/views.py benchmarks/volume_cache.py benchmarks/alignment_error.py benchmarks/training_step.py; do \
-		$(RUN) $$script || exit 1; done
+	for script in aligner views volume_cache alignment_error training_step exports sliding_window; do \
+		$(RUN) benchmarks/$$script.py || exit 1; done
 
 package: install
 	$(RUN) -m pgl_ext package --out dist

@@ -132,7 +132,9 @@ class BestModel:
         rank: int = 0,
     ) -> None:
         if patience is not None and patience < 1:
-            raise ValueError(f"patience must be at least 1 epoch, got {patience}: set it to None never to stop early.")
+            raise ValueError(
+                f'patience must be at least 1 epoch, got {patience}: set --patience "\\$None" never to stop early.'
+            )
         self.evaluator = evaluator
         self.network = network
         self.path = Path(path)

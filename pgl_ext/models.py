@@ -44,6 +44,7 @@ _DEFAULT = {
     "hu_window": [-1024, 325],
     "spacing": None,
     "patch_size": [192, 192, 48],
+    "annotated_key": None,
 }
 
 
@@ -138,7 +139,8 @@ def recorded_model(path: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         ``task`` and ``network``: arguments of ``SegmentationTask`` and ``SegmentationNet``; ``hu_window`` in HU or
-        None, ``spacing`` in mm or None, ``patch_size`` in voxels. Without a JSON those of the bundle's default task.
+        None, ``spacing`` in mm or None, ``patch_size`` in voxels, and ``annotated_key``, the field of its data list
+        that says which organs were annotated, or None. Without a JSON those of the bundle's default task.
     """
     if not Path(path).with_suffix(".json").is_file():
         return dict(_DEFAULT)
@@ -155,6 +157,7 @@ def recorded_model(path: str | os.PathLike) -> dict[str, Any]:
         "hu_window": description["normalization"].get("clip_hu"),
         "spacing": description.get("spacing"),
         "patch_size": description["patch_size"],
+        "annotated_key": description.get("annotated_key"),
     }
 
 

@@ -19,33 +19,6 @@ SCHEMA = ROOT.parent / "shared" / "schemas" / "meta_schema_20240725.json"
 needs_schema = pytest.mark.skipif(not SCHEMA.is_file(), reason=f"the bundle schema {SCHEMA} is not there")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "LICENSE",
-        "configs/metadata.json",
-        "configs/inference.json",
-        "configs/train.json",
-        "configs/logging.conf",
-        "docs/README.md",
-        "docs/data_license.txt",
-    ],
-)
-def test_required_files(name):
-    assert (BUNDLE / name).stat().st_size > 0
-
-
-def test_licence_is_the_same_everywhere():
-    assert (BUNDLE / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert "Apache License" in (ROOT / "LICENSE").read_text()
-
-
-@pytest.mark.parametrize("path", sorted((BUNDLE / "configs").glob("*.json")), ids=lambda path: path.name)
-def test_json_is_indented_by_four(path):
-    text = path.read_text()
-    assert text == json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
-
-
 def test_metadata_is_complete():
     metadata = json.loads(METADATA.read_text())
     assert metadata["version"] in metadata["changelog"]

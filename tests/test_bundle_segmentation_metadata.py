@@ -65,30 +65,6 @@ def dataset_dir(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "LICENSE",
-        *(f"configs/{name}.json" for name in ("metadata", "train", "multi_gpu_train", "inference", "evaluate")),
-        "configs/logging.conf",
-        "docs/README.md",
-        "docs/data_license.txt",
-    ],
-)
-def test_required_files(name):
-    assert (BUNDLE / name).stat().st_size > 0
-
-
-def test_licence_is_the_same_everywhere():
-    assert (BUNDLE / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-
-
-@pytest.mark.parametrize("path", sorted((BUNDLE / "configs").glob("*.json")), ids=lambda path: path.name)
-def test_json_is_indented_by_four(path):
-    text = path.read_text()
-    assert text == json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
-
-
 class TestMetadata:
     metadata = json.loads(METADATA.read_text())
 

@@ -64,7 +64,7 @@ class ByIntensity(torch.nn.Conv3d):
             self.bias.copy_(torch.tensor([0.0, 0, -1]))
 
 
-def evaluator(tmp_path: Path, data_list: Path, **overrides):
+def evaluator(tmp_path: Path, data_list: Path, recorded: dict | None = None, **overrides):
     """The evaluator of the bundle with a network that is right by construction."""
     model = tmp_path / "models" / "model.pt"
     model.parent.mkdir(exist_ok=True)
@@ -74,6 +74,7 @@ def evaluator(tmp_path: Path, data_list: Path, **overrides):
         "normalization": {"clip_hu": None},
         "spacing": None,
         "patch_size": [16, 16, 16],
+        **(recorded or {}),
     }
     model.with_suffix(".json").write_text(json.dumps(description))
     parser = ConfigParser()
@@ -91,6 +92,16 @@ def read_csv(path: Path) -> list[dict]:
 
 
 # --- the bundle -----------------------------------------------------------------------------------------------------
+
+
+def test_the_model_knows_which_field_says_what_is_annotated(tmp_path, data_list):
+    content = json.loads(data_list.read_text())
+    for entry in content["validation"]:
+        entry["contoured"] = ["muscle"]
+    data_list.write_text(json.dumps(content))
+    evaluator(tmp_path, data_list, recorded={"annotated_key": "contoured"}).run()
+    found = {(row["organ"], row["status"]) for row in read_csv(tmp_path / "out" / "cases.csv")}
+    assert found == {("fat", "not annotated"), ("muscle", "ok")}
 
 
 @pytest.mark.parametrize("flip_axes", [[], [0, 1, 2]])

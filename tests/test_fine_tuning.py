@@ -262,6 +262,7 @@ class TestBestModel:
             "hu_window": [-1024, 325],
             "spacing": None,
             "patch_size": [32, 32, 16],
+            "annotated_key": None,
         }
         network = load_model(build_network(run.path), run.path)
         for key, value in run.network.state_dict().items():

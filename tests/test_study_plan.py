@@ -49,6 +49,14 @@ def test_methods_differ_by_the_encoder_alone(tmp_path):
     assert evaluated["data_list_key"] == "test"
 
 
+def test_studies_of_several_tasks_share_encoders(tmp_path):
+    overrides = {"pretraining#folder": str(tmp_path / "encoders")}
+    first, second = (make_study(tmp_path / name, overrides).fine_tuning("PGL", 3, 0) for name in ("spleen", "liver"))
+    assert first.folder != second.folder
+    assert first.pretraining.folder == second.pretraining.folder == tmp_path / "encoders/pretraining/PGL/seed_0"
+    assert config_of(first)["pretrained_encoder"] == str(first.pretraining.folder / "models/pgl_encoder.pt")
+
+
 def test_as_many_patches_for_few_cases_as_for_many(tmp_path):
     study = make_study(tmp_path)
     # Of 3 cases 1 is for validation, of 5 also 1: 2 x 24 = 4 x 12 patches.

@@ -322,7 +322,7 @@ def _listed_cases(
     if annotated_key:
         raise ValueError(
             f"annotated_key is {annotated_key!r}, but folders do not say which organs are annotated: set "
-            "--data_list_file_path to a list that does, or --annotated_key None if all are."
+            '--data_list_file_path to a list that does, or --annotated_key "\\$None" if all are.'
         )
     return find_cases(dataset_dir)
 

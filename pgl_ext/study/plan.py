@@ -80,6 +80,8 @@ class Study:
 
     def __init__(self, content: Mapping[str, Any], folder: Path, bundles: Path) -> None:
         self.folder = folder
+        # Studies of several tasks can share their pre-trainings.
+        self._pretraining_folder = Path(_absolute(content["pretraining"]["folder"]) or folder)
         self.title = str(content["title"])
         self.methods = list(content["methods"])
         self.reference: str = content["reference"]
@@ -90,7 +92,7 @@ class Study:
         entries = content["methods"].items()
         self._encoders = {name: _absolute(entry["encoder"]) for name, entry in entries if "encoder" in entry}
         self._with_decoder = {name for name, entry in entries if entry["decoder"]}
-        self._pretraining = _pretraining_stages(content, folder, bundles / "pgl_pretrain" / "configs")
+        self._pretraining = _pretraining_stages(content, self._pretraining_folder, bundles / "pgl_pretrain" / "configs")
         self._fine_tuning, self._evaluation = _segmentation_stages(
             content, self.labels, folder, bundles / "pgl_segmentation" / "configs"
         )
@@ -130,7 +132,7 @@ class Study:
             return None
         name = f"pretraining/{_folder_name(method, rate)}/seed_{seed}"
         chosen = {} if rate is None else {"lr": rate}
-        folder = self.folder / name
+        folder = self._pretraining_folder / name
         stage = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed, **chosen)
         return Cell(folder, name, method, seed, (stage,), lr=rate)
 

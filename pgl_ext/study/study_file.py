@@ -15,7 +15,7 @@ __all__ = ["read_study_file"]
 _DEFAULTS: dict[str, Any] = {
     "title": "Comparison of pre-training methods",
     "note": "",
-    "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": []},
+    "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": [], "folder": None},
     "fine_tuning": {"configs": ["train.json"], "settings": {}, "patches_per_epoch": None},
     "test": {"configs": ["evaluate.json"], "settings": {}, "cases": None},
     "methods": {},

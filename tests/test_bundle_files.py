@@ -1,0 +1,54 @@
+"""What holds for the files of both bundles."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from monai.bundle import ConfigParser
+from programs import CONFIGS, ROOT, SEGMENTATION_CONFIGS
+
+BUNDLES = (CONFIGS.parent, SEGMENTATION_CONFIGS.parent)
+CONFIG_FILES = sorted(path for bundle in BUNDLES for path in (bundle / "configs").glob("*.json"))
+
+either_bundle = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+
+
+@either_bundle
+def test_required_files(bundle):
+    names = ("metadata.json", "train.json", "multi_gpu_train.json", "inference.json", "logging.conf")
+    for name in ("LICENSE", "docs/README.md", "docs/data_license.txt", *(f"configs/{name}" for name in names)):
+        assert (bundle / name).stat().st_size > 0, name
+
+
+@either_bundle
+def test_licence_is_the_same_everywhere(bundle):
+    assert (bundle / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: str(path.relative_to(ROOT / "bundles")))
+def test_json_is_indented_by_four(path):
+    text = path.read_text()
+    assert text == json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
+
+
+@either_bundle
+@pytest.mark.parametrize(
+    ("restarts", "checkpoint", "resumes"),
+    [(None, True, False), ("0", True, False), ("1", True, True), ("1", False, False)],
+)
+def test_a_restart_by_torchrun_resumes_where_there_is_a_checkpoint(
+    bundle, restarts, checkpoint, resumes, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    (tmp_path / "checkpoints").mkdir()
+    if checkpoint:
+        (tmp_path / "checkpoints" / "checkpoint_00000004.pt").touch()
+    files = [str(bundle / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
+    parser = ConfigParser(ConfigParser.load_config_files(files))
+    parser["output_dir"] = str(tmp_path)
+    assert parser.get_parsed_content("imports") is not None
+    assert parser.get_parsed_content("resume") is resumes
