@@ -23,14 +23,14 @@ _PACKAGES = ("torch", "monai", "pytorch-ignite", "pytorch-optimizer", "numpy")
 # What only draws, reports, or runs other programs.
 _NO_EFFECT_CODE = (
     *("figures/", "probes/", "study/", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "packaging.py"),
-    *("report.py", "segment.py", "summary.py", "tracking.py"),
+    *("report.py", "segment.py", "summary.py", "task_config.py", "tracking.py"),
 )
 # Where things lie, and what changes speed or records alone. Data lists and encoders count by their content.
 _NO_EFFECT_SETTINGS = {
-    *("bundle_root", "output_dir", "cache_dir", "model_path", "data_list_file_path", "resume"),
+    *("bundle_root", "output_dir", "cache_dir", "model_path", "data_list_file_path", "resume", "overwrite"),
     *("pretrained_encoder", "pretrained_decoder"),
     *("num_workers", "memory_limit_gib", "log_interval", "checkpoint_interval", "keep_last", "picture_interval"),
-    *("mlflow", "experiment_name", "run_name"),
+    *("in_monai_label", "mlflow", "experiment_name", "run_name"),
 }
 _LISTED = 8
 
