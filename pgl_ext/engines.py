@@ -60,14 +60,15 @@ class StepTrainer(SupervisedTrainer):
         amp: mixed precision.
         amp_dtype: ``"bfloat16"``, or ``"float16"`` with loss scaling.
         seed: of ``batch_transform``.
-        max_non_finite: stop after this many consecutive steps with a loss that is not finite; each is skipped.
+        max_non_finite: stop after this many consecutive steps with a loss or gradients that are not finite. Each is
+            skipped, and leaves weights and buffers, such as batch-norm statistics, as they were before it.
         inferer: calls the network with the batch.
         train_handlers: Ignite handlers with ``attach``.
         loss_function: for subclasses that need one.
         kwargs: further arguments of ``monai.engines.SupervisedTrainer``.
 
     Raises:
-        FloatingPointError: where the loss stays non-finite.
+        FloatingPointError: where loss or gradients stay non-finite.
     """
 
     def __init__(
@@ -139,10 +140,16 @@ class StepTrainer(SupervisedTrainer):
             batch = self.batch_transform(batch)
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
         logged = self._accumulate_gradients(batch)
+        logged["largest gradient"] = self._largest_gradient()
         logged = self._over_processes(logged, batchdata)
-        if self._check_finite(logged["loss"]):
-            self._step()
+        if self._check_finite(logged["loss"], logged.pop("largest gradient")) and self._step():
+            self.fire_event(PretrainEvents.OPTIMIZER_STEP_COMPLETED)
+        else:
+            # The forward passes have moved the batch-norm statistics, where one NaN would stay for good.
+            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.state.metrics.update(logged, lr=self.optimizer.param_groups[-1]["lr"], read_errors=self.read_errors)
@@ -161,6 +168,11 @@ class StepTrainer(SupervisedTrainer):
             for key, value in output.items():
                 logged[key] = logged.get(key, 0) + value.detach() * (size / total)
         return logged
+
+    def _largest_gradient(self) -> torch.Tensor:
+        """Largest absolute value among the gradients; not finite where one of them is not."""
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients, math.inf)
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients travel between processes once per step, with the last micro-batch."""
@@ -182,26 +194,29 @@ class StepTrainer(SupervisedTrainer):
         self.stop_agreed = stop > 0
         return dict(zip(logged, averages, strict=True))
 
-    def _check_finite(self, loss: float) -> bool:
-        if math.isfinite(loss):
+    def _check_finite(self, loss: float, gradient: float) -> bool:
+        # Loss scaling finds its scale by gradients that overflow, and skips their steps itself.
+        if math.isfinite(loss) and (math.isfinite(gradient) or self.scaler.is_enabled()):
             self._non_finite = 0
             return True
         self._non_finite += 1
-        self.logger.warning("step %d skipped: the loss is %s", self.state.iteration, loss)
+        name, value = ("largest gradient", gradient) if math.isfinite(loss) else ("loss", loss)
+        self.logger.warning("step %d skipped: the %s is %s", self.state.iteration, name, value)
         if self._non_finite >= self.max_non_finite:
             raise FloatingPointError(
-                f"the loss has been {loss} for {self._non_finite} steps in a row, up to step {self.state.iteration}: "
-                "lower the learning rate (--lr) or use --amp_dtype bfloat16, and resume from the last checkpoint."
+                f"the {name} has been {value} for {self._non_finite} steps in a row, up to step "
+                f"{self.state.iteration}: lower the learning rate (--lr) or use --amp_dtype bfloat16, and resume from "
+                "the last checkpoint."
             )
         return False
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Change the weights, unless loss scaling finds that gradients overflowed; whether they have changed."""
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # The scale falls exactly where gradients overflowed and the step was skipped.
-        if self.scaler.get_scale() >= scale:
-            self.fire_event(PretrainEvents.OPTIMIZER_STEP_COMPLETED)
+        # The scale falls exactly where the step was skipped.
+        return self.scaler.get_scale() >= scale
 
 
 class PretrainTrainer(StepTrainer):

@@ -202,6 +202,60 @@ class TestMixedPrecision:
         assert trainer.scaler.get_scale() == scale / 4
 
 
+class WithBatchNorm(ToyMethod):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm3d(3)
+
+    def forward(self, batch):
+        loss = (self.norm(self.encoder(batch["views"].flatten(0, 1))[-1]).float() - 1).square().mean()
+        return {"loss": loss, "feature_std": loss.detach()}
+
+
+class TestSkippedStep:
+    """Leaves no trace: not in the weights, not in the batch-norm statistics."""
+
+    def states(self, method: Method, batches: list[dict], **settings) -> list[list[torch.Tensor]]:
+        """Weights and buffers at the start and after each step."""
+        states = [[value.clone() for value in method.state_dict().values()]]
+        trainer = make_trainer(batches, method=method, **settings)
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda e: states.append([v.clone() for v in method.state_dict().values()])
+        )
+        trainer.run()
+        assert all(value.isfinite().all() for value in states[-1])
+        return states
+
+    @pytest.mark.parametrize("micro_batch_size", [None, 2])
+    def test_of_one_nan_voxel(self, micro_batch_size):
+        bad, *clean = [toy_batch(4, seed) for seed in range(3)]
+        # In the last micro-batch: the first ones have moved the statistics already.
+        bad["views"][-1, 0, 0, 0, 0, 0] = math.nan
+        settings = {"micro_batch_size": micro_batch_size}
+        states = self.states(WithBatchNorm(), [bad, *clean], **settings)
+        assert equal(states[0], states[1])
+        assert equal(states[-1], self.states(WithBatchNorm(), clean, **settings)[-1])
+        assert not equal(states[0], states[-1])
+
+    @pytest.mark.parametrize("settings", [{}, {"amp": True}, {"amp": True, "amp_dtype": "float16"}])
+    def test_of_a_finite_loss_whose_gradients_are_not(self, settings, caplog):
+        method, factors = WithBatchNorm(), iter([math.inf, 1.0])
+        method.norm.weight.register_hook(lambda gradient: gradient * next(factors))
+        start, skipped, stepped = self.states(method, [toy_batch(), toy_batch()], **settings)
+        assert equal(start, skipped)
+        assert not equal(skipped, stepped)
+        # How loss scaling finds its scale is nothing to warn of.
+        assert ("step 1 skipped: the largest gradient is" in caplog.text) == (settings.get("amp_dtype") is None)
+
+    def test_training_stops_where_gradients_stay_non_finite(self):
+        method = WithBatchNorm()
+        method.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(
+            FloatingPointError, match=r"largest gradient has been \w+ for 3 steps in a row, up to step 3"
+        ):
+            make_trainer([toy_batch()] * 8, method=method, max_non_finite=3).run()
+
+
 class TestNonFiniteLoss:
     def test_the_step_is_skipped(self, caplog):
         bad = toy_batch()
