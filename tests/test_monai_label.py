@@ -45,13 +45,16 @@ class TestSettings:
         assert all(isinstance(handler, dict) for handler in handlers)
         assert not [handler for handler in handlers if "CheckpointLoader" in handler["_target_"]]
 
-    def test_schedules_follow_the_epochs_that_it_sets(self, train_json):
-        """It sets those of the trainer, and no others."""
-        train_json["train#trainer#max_epochs"] = 7
+    @pytest.mark.parametrize(("there", "epochs"), [(True, 7), (False, 11)])
+    def test_schedules_follow_the_epochs_that_it_sets(self, train_json, monkeypatch, there, epochs):
+        """It sets those of the trainer alone; so does federated learning, but of one round, and its schedules go on."""
+        if there:
+            monkeypatch.setenv("MONAI_LABEL_APP_DIR", "APP")
+        train_json["train#trainer#max_epochs"], train_json["max_epochs"] = 7, 11
         train_json["train#dataset"] = {"data": ["case"] * 3}
         train_json["batch_size"], train_json["patches_per_case"] = 4, 4
-        assert train_json.get_parsed_content("train#sampler").max_epochs == 7
-        assert train_json.get_parsed_content("total_steps") == 7 * 3
+        assert train_json.get_parsed_content("train#sampler").max_epochs == epochs
+        assert train_json.get_parsed_content("total_steps") == epochs * 3
 
 
 @pytest.mark.label
