@@ -27,6 +27,8 @@ _CURVE_POINTS = 1000
 _PAINTED_BLOCKS = 5
 _FURTHER_WINDOWS = 4
 _BLOCK_PROB = 0.95
+# Voxels at the border that are not painted in.
+_BORDER = 3
 
 
 class _RandDeformation(RandomizableTransform):
@@ -137,9 +139,10 @@ class RandBezierIntensity(_RandDeformation):
 class RandPaint(_RandDeformation):
     """Replace small blocks by noise (in-painting), or all but some large windows (out-painting).
 
-    The noise is uniform in [0, 1], drawn per voxel. In-painting takes up to five blocks, each with probability 0.95,
-    with sides of a sixth to a third of the patch's. Out-painting keeps a window and up to four more, each with
-    probability 0.95, with sides of 3 / 7 to 4 / 7 of the patch's. Sides are drawn per axis and at least 1.
+    The noise is uniform in [0, 1], drawn per voxel. In-painting takes up to five blocks with sides of a sixth to a
+    third of the patch's, 3 voxels or more from its border where there is room. Out-painting keeps a window and up to
+    four more, with sides of 3 / 7 to 4 / 7 of the patch's. Another block or window follows with probability 0.95; where
+    one does not, there are no more. Sides are drawn per axis and at least 1.
 
     Args:
         prob: probability per patch.
@@ -159,13 +162,19 @@ class RandPaint(_RandDeformation):
         size = np.asarray(size)
         self.inpaint = self.R.random_sample() < self.inpaint_prob
         if self.inpaint:
-            count = self.R.binomial(_PAINTED_BLOCKS, _BLOCK_PROB)
+            count = self._count(_PAINTED_BLOCKS)
             smallest, largest = np.maximum(size // 6, 1), np.maximum(size // 3, 1)
         else:
-            count = 1 + self.R.binomial(_FURTHER_WINDOWS, _BLOCK_PROB)
+            count = 1 + self._count(_FURTHER_WINDOWS)
             smallest, largest = size - 4 * size // 7, size - 3 * size // 7
         self.size = self.R.randint(smallest, largest + 1, size=(count, 3))
-        self.start = self.R.randint(0, size - self.size + 1)
+        room = size - self.size
+        margin = np.minimum(_BORDER, room // 2) if self.inpaint else 0
+        self.start = self.R.randint(margin, room - margin + 1)
+
+    def _count(self, most: int) -> int:
+        """How often a draw succeeds before one fails, at most so many times."""
+        return int(np.logical_and.accumulate(self.R.random_sample(most) < _BLOCK_PROB).sum())
 
     def deform(self, patch: np.ndarray) -> np.ndarray:
         inside = np.zeros(patch.shape[1:], dtype=bool)
