@@ -173,7 +173,7 @@ def main() -> None:
     }
     try:
         fire.Fire(commands, name="pgl_ext")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

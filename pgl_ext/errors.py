@@ -6,12 +6,9 @@ import os
 import sys
 from types import TracebackType
 
-from monai.utils import OptionalImportError
-
 __all__ = ["report_root_cause", "root_cause"]
 
-
-_ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, OptionalImportError)
+_ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, ImportError)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -53,6 +53,7 @@ def test_an_error_raised_while_handling_another_is_its_own_cause():
         FileNotFoundError("no such file: x.nii"),
         FloatingPointError("the loss has been nan"),
         OptionalImportError("please install mlflow"),
+        ImportError("Reading x.mha needs the package 'itk': pip install itk"),
     ],
 )
 @pytest.mark.parametrize("times", [0, 3])
