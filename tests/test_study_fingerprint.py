@@ -124,6 +124,19 @@ def test_comments_of_a_config_do_not_count_and_values_do(tmp_path):
     assert changes(prints[1], prints[2])["pretraining/PGL/seed_0"] == expected
 
 
+def test_a_scan_that_comes_into_a_folder_counts(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "a.nii").write_bytes(b"1")
+    settings = {"configs": ["train.json"], "settings": {"dataset_dir": str(folder)}}
+    path = write_study(tmp_path, pretraining=settings)
+    before = prints_of(read_study(path, tmp_path / "runs"))
+    assert before == prints_of(read_study(path, tmp_path / "runs"))
+    (folder / "b.nii").write_bytes(b"1")
+    found = changes(before, prints_of(read_study(path, tmp_path / "runs")))
+    assert found["pretraining/PGL/seed_0"] == ["the data for training"]
+
+
 def test_places_do_not_count_and_contents_do(tmp_path):
     path, data = write_study(tmp_path, test={"cases": 4}), tmp_path / "data" / "dataset.json"
     before = prints_of(read_study(path, tmp_path / "runs"))
@@ -131,7 +144,7 @@ def test_places_do_not_count_and_contents_do(tmp_path):
     data.write_text(json.dumps(json.loads(data.read_text()) | {"name": "the same scans"}))
     # Which cases are labelled and tested is written to a list of its own, which is as it was.
     assert changes(before, prints_of(read_study(path, tmp_path / "runs"))) == {
-        f"pretraining/PGL/seed_{seed}": ["content of the data list for training"] for seed in (0, 1)
+        f"pretraining/PGL/seed_{seed}": ["the data for training"] for seed in (0, 1)
     } | {
         f"fine_tuning/PGL/{cases}_cases/seed_{seed}": ["the encoder that it starts from"]
         for seed in (0, 1)

@@ -136,6 +136,29 @@ def test_test_scans_that_pretraining_has_seen_are_told(tmp_path):
     assert make_study(tmp_path).note == ""
     study = make_study(tmp_path, test={"cases": 4}, note="Few scans.")
     assert study.note == "Few scans. Pre-training has seen 4 of the 4 test scans, without their labels."
+    folder = {"configs": ["train.json"], "settings": {"dataset_dir": str(tmp_path / "data")}}
+    assert "seen 4 of the 4" in make_study(tmp_path, test={"cases": 4}, pretraining=folder).note
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("seeds", 3, r"seeds must have the form \[0, 1, 2\], got 3"),
+        ("labelled_cases", 3, "labelled_cases must have the form"),
+        ("methods", ["PGL"], r"methods must have the form NAME: VALUE, got \['PGL'\]"),
+        ("test", "dataset.json", "test must have the form NAME: VALUE"),
+    ],
+)
+def test_values_of_the_wrong_kind(tmp_path, name, value, words):
+    with pytest.raises(ValueError, match=words):
+        make_study(tmp_path, {name: value})
+
+
+def test_a_file_that_is_not_yaml(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("methods: {PGL: {}\n")
+    with pytest.raises(ValueError, match=r"study\.yaml, .*is not valid YAML"):
+        read_study_file(path)
 
 
 # --- learning rates -------------------------------------------------------------------------------------------------

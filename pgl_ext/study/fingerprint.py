@@ -63,15 +63,19 @@ def _input(cell: Cell) -> dict[str, dict[str, Any]]:
         kept = {name: value for name, value in config.items() if name not in _NO_EFFECT_SETTINGS}
         settings |= {f"{stage.section} {name}": value for name, value in flat(kept)}
         settings[f"{stage.section} with decoder"] = config.get("pretrained_decoder") is not None
-        data[stage.section] = _list_digest(config["data_list_file_path"])
+        data[stage.section] = _data_digest(config["data_list_file_path"], config["dataset_dir"])
     return {"settings": settings, "data": data}
 
 
-def _list_digest(path: str | Sequence[str] | None) -> str | None:
-    if path is None:
+def _data_digest(data_list: str | Sequence[str] | None, folder: str | None) -> str | None:
+    """Of a data list's content; without one, of the names and sizes of a folder's files."""
+    if data_list is not None:
+        paths = [data_list] if isinstance(data_list, str) else data_list
+        return _digest(b"".join(Path(path).read_bytes() for path in paths))
+    if folder is None:
         return None
-    paths = [path] if isinstance(path, str) else path
-    return _digest(b"".join(Path(part).read_bytes() for part in paths))
+    files = sorted((str(path), path.stat().st_size) for path in Path(folder).rglob("*") if path.is_file())
+    return _digest(json.dumps(files))
 
 
 def _encoder_digest(cell: Cell) -> str | None:
@@ -122,7 +126,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for group in ("versions", "settings"):
         first, second = before[group], now[group]
         found += [f"{name}: {first.get(name)!r} -> {second.get(name)!r}" for name in _changed(first, second)]
-    found += [f"content of the data list for {name}" for name in _changed(before["data"], now["data"])]
+    found += [f"the data for {name}" for name in _changed(before["data"], now["data"])]
     if before["encoder"] != now["encoder"]:
         found.append("the encoder that it starts from")
     return found

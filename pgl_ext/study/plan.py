@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 
 import pgl_ext
 from pgl_ext.data.cases import labelled_items, split_cases
-from pgl_ext.data.datalist import item_name, load_datalist
+from pgl_ext.data.datalist import find_volumes, item_name, load_datalist
 from pgl_ext.study.cells import Cell, Stage
 from pgl_ext.study.configs import flat, merged_config
 from pgl_ext.study.study_file import read_study_file
@@ -257,11 +257,16 @@ def _rates_to_choose(content: Mapping[str, Any], stages: Mapping[str, Stage]) ->
 
 
 def _seen_in_pretraining(pretraining: Mapping[str, Stage], evaluation: Stage) -> str:
-    """A remark where test scans are among those of pre-training, whose list is the same for all methods."""
+    """A remark where test scans are among those of pre-training, which are the same for all methods."""
     config = merged_config(next(iter(pretraining.values())).layers) if pretraining else {}
-    if not config or not config["data_list_file_path"]:
+    if not config or not (config["data_list_file_path"] or config["dataset_dir"]):
         return ""
-    seen = {item_name(item) for item in load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))}
+    items = (
+        load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))
+        if config["data_list_file_path"]
+        else find_volumes(config["dataset_dir"])
+    )
+    seen = {item_name(item) for item in items}
     names = [item_name(case) for case in _cases(evaluation, "test")]
     count = sum(name in seen for name in names)
     return f"Pre-training has seen {count} of the {len(names)} test scans, without their labels." if count else ""

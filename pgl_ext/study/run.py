@@ -67,14 +67,14 @@ def _run(study: Study, jobs: int, dry_run: bool) -> str:
     if dry_run:
         return _plan_text(study, cells, jobs)
     failures = {}
-    if selection:
-        failures = Runner(selection, fingerprints, jobs).run()
-        rates, learning_rates = _choose_rates(study)
-        fingerprints = _checked_fingerprints(study.cells(rates))
-    cells = study.cells(rates)
     try:
-        failures |= Runner(cells, fingerprints, jobs).run()
+        if selection:
+            failures = Runner(selection, fingerprints, jobs).run()
+            rates, learning_rates = _choose_rates(study)
+            fingerprints = _checked_fingerprints(study.cells(rates))
+        failures |= Runner(study.cells(rates), fingerprints, jobs).run()
     finally:  # what is finished can be read also where the study was stopped
+        cells = study.cells(rates)
         text = _write_results(study, cells, selection, learning_rates, failures)
     if failures:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from monai.bundle import ConfigParser
 
 __all__ = ["read_study_file"]
@@ -26,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "seeds": [0, 1, 2],
 }
 _PARTS = ("pretraining", "fine_tuning", "test")
+_LISTS = ("ablations", "labelled_cases", "label_fractions", "seeds")
 _METHOD: dict[str, Any] = {"configs": [], "settings": {}, "decoder": False}
 
 
@@ -43,9 +45,12 @@ def read_study_file(file: str | os.PathLike, overrides: Mapping[str, Any] | None
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: an entry has a name that is not known.
+        ValueError: a file cannot be read, or an entry has a name that is not known or a value of the wrong kind.
     """
-    given = ConfigParser.load_config_files(_with_bases(Path(file)))
+    try:
+        given = ConfigParser.load_config_files(_with_bases(Path(file)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}, or a file that it is based on, is not valid YAML: {error}") from error
     given.pop("base", None)
     content = _with_defaults(given)
     for name, value in (overrides or {}).items():
@@ -63,6 +68,10 @@ def _with_bases(file: Path) -> list[Path]:
 
 def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     content = copy.deepcopy(_DEFAULTS) | given
+    for names, kind, example in (((*_PARTS, "methods"), Mapping, "NAME: VALUE"), (_LISTS, list, "[0, 1, 2]")):
+        for name in names:
+            if content[name] is not None and not isinstance(content[name], kind):
+                raise ValueError(f"{name} must have the form {example}, got {content[name]!r}.")
     for part in _PARTS:
         content[part] = copy.deepcopy(_DEFAULTS[part]) | (content[part] or {})
     methods = content["methods"] or {}
