@@ -251,13 +251,14 @@ class SegmentationTrainer(StepTrainer):
 class PretrainEvaluator(SupervisedEvaluator):
     """Label-free validation: loss, feature standard deviation and correspondence retrieval on held-out volumes.
 
-    ``state.metrics`` after a run: ``val_loss``, ``val_feature_std`` and whatever else the method logs,
-    ``val_retrieval_top1`` and ``val_retrieval_chance`` (see ``retrieval.correspondence_retrieval``).
+    ``state.metrics`` after a run, means over all pairs of views: ``val_loss``, ``val_feature_std``, ``val_`` and each name
+    of the method's ``logged``, ``val_retrieval_top1`` and ``val_retrieval_chance`` (see
+    ``retrieval.correspondence_retrieval``).
 
     Args:
         device: where to evaluate.
         val_data_loader: batches of the same form as in training, the same ones each time.
-        network: the method itself, with ``encoder``.
+        network: the method itself, with ``encoder`` and ``logged``.
         amp: mixed precision.
         amp_dtype: ``"bfloat16"`` or ``"float16"``.
         inferer: calls the network with the batch.
@@ -285,10 +286,12 @@ class PretrainEvaluator(SupervisedEvaluator):
             decollate=False,
             **kwargs,
         )
-        for name in ("loss", "feature_std", "retrieval_top1", "retrieval_chance"):
-            Average(output_transform=lambda output, name=name: output[0][name]).attach(self, f"val_{name}")
+        for name in ("loss", "feature_std", *network.logged, "retrieval_top1", "retrieval_chance"):
+            # A row for each pair: the last batch may be smaller than the others.
+            average = Average(lambda output, name=name: torch.full((output[0]["pairs"], 1), output[0][name]))
+            average[0].attach(self, f"val_{name}")
 
-    def _iteration(self, engine: PretrainEvaluator, batchdata: dict[str, Any]) -> list[dict[str, float]]:
+    def _iteration(self, engine: PretrainEvaluator, batchdata: dict[str, Any]) -> list[dict[str, float | int]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         views, affines = batch["views"], batch["affines"]
         view_size = tuple(views.shape[3:])
@@ -298,7 +301,7 @@ class PretrainEvaluator(SupervisedEvaluator):
             features = self.network.encoder(views.flatten(0, 1))[-1].unflatten(0, views.shape[:2])
         logged["retrieval_top1"] = float(correspondence_retrieval(features, affines, view_size).mean())
         logged["retrieval_chance"] = 1 / math.prod(features.shape[3:])
-        return [logged]
+        return [{**logged, "pairs": len(views)}]
 
 
 def prepare_network(

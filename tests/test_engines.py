@@ -379,6 +379,25 @@ class TestEvaluator:
                 expected["val_retrieval_top1"].append(float(top1.mean()))
         assert evaluator.state.metrics == {k: pytest.approx(np.mean(v), abs=1e-5) for k, v in expected.items()}
 
+    def test_each_pair_counts_alike_also_in_a_smaller_batch(self):
+        class Means(ToyMethod):
+            logged = ("mean",)
+
+            def forward(self, batch):
+                return {**super().forward(batch), "mean": batch["views"].mean()}
+
+        # Of other scales, so that a wrong weight shows.
+        whole = {**toy_batch(5), "views": toy_batch(5)["views"] * torch.arange(1.0, 6).view(-1, 1, 1, 1, 1, 1)}
+        parts = [{key: value[start : start + 2] for key, value in whole.items()} for start in (0, 2, 4)]
+        metrics = []
+        for batches in ([whole], parts):
+            evaluator = PretrainEvaluator("cpu", batches, Means())
+            evaluator.run()
+            metrics.append(dict(evaluator.state.metrics))
+        assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
+        assert metrics[0]["val_mean"] == pytest.approx(float(whole["views"].mean()), rel=1e-5)
+        assert all(type(value) is float for value in metrics[1].values())
+
     def test_runs_in_bfloat16(self, make_pgl, make_batch):
         evaluator = PretrainEvaluator("cpu", [make_batch(2)], make_pgl(), amp=True)
         evaluator.run()
