@@ -251,8 +251,8 @@ class SegmentationTrainer(StepTrainer):
 class PretrainEvaluator(SupervisedEvaluator):
     """Label-free validation: loss, feature standard deviation and correspondence retrieval on held-out volumes.
 
-    ``state.metrics`` after a run, means over all pairs of views: ``val_loss``, ``val_feature_std``, ``val_`` and each name
-    of the method's ``logged``, ``val_retrieval_top1`` and ``val_retrieval_chance`` (see
+    ``state.metrics`` after a run, means over all pairs of views: ``val_loss``, ``val_feature_std``, what the method
+    names in ``logged``, with ``val_`` before it, ``val_retrieval_top1`` and ``val_retrieval_chance`` (see
     ``retrieval.correspondence_retrieval``).
 
     Args:
