@@ -279,8 +279,8 @@ def _describe(metadata: dict[str, Any], description: Mapping[str, Any]) -> None:
         pred["channel_def"] = {str(channel): name for channel, name in enumerate(names)}
         if task.label_values != tuple(range(1, len(task.names) + 1)):
             logger.warning(
-                "The organs have the label values %s, but MONAI Label, 3D Slicer and OHIF number them 1, 2, 3, ... in the "
-                "order of the task: for use there, number them so, in the label maps as well.",
+                "The organs have the label values %s, but MONAI Label, 3D Slicer and OHIF number them 1, 2, 3, ... in "
+                "the order of the task: for use there, number them so, in the label maps as well.",
                 task.label_values,
             )
         metadata["pred_classes"] = f"one channel each: {', '.join(names)}"
