@@ -43,8 +43,8 @@ class StepTrainer(SupervisedTrainer):
     """One Ignite iteration is one optimiser step, over one batch in one or more micro-batches.
 
     Subclasses say how the loss of a micro-batch is computed. ``state.output`` is ``[{"loss": ..., ...}]`` with what
-    they log, averaged over all processes, and ``state.metrics`` holds the same beside the learning rate (the last
-    parameter group's) and the number of read errors so far.
+    they log, averaged over all processes, and ``state.metrics`` holds the same beside the learning rate that the step
+    used (the last parameter group's) and the number of read errors so far.
 
     Args:
         device: where to train.
@@ -150,9 +150,10 @@ class StepTrainer(SupervisedTrainer):
             # The forward passes have moved the batch-norm statistics, where one NaN would stay for good.
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+        # Before the schedule goes on: the rate of this step.
+        self.state.metrics.update(logged, lr=self.optimizer.param_groups[-1]["lr"], read_errors=self.read_errors)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self.state.metrics.update(logged, lr=self.optimizer.param_groups[-1]["lr"], read_errors=self.read_errors)
         return [logged]
 
     def _accumulate_gradients(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:

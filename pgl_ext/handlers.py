@@ -70,8 +70,9 @@ class TargetEMA:
         tau = self.momentum
         for online, target in self.method.momentum_pairs():
             torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
+            # In the loop: a method without a target has no tau to show.
+            engine.state.metrics["tau"] = tau
         self.step += 1
-        engine.state.metrics["tau"] = tau
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import os
 import signal
@@ -8,6 +9,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.handlers import from_engine
+from programs import CONFIGS, SEGMENTATION_CONFIGS
 from torch import nn
 
 from pgl_ext.checkpoints import CheckpointHandler
@@ -99,11 +101,14 @@ class TestIteration:
         for a, b in zip(trainer.network.parameters(), method.parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-7)
 
-    def test_steps_the_schedule_once(self):
+    def test_steps_the_schedule_once_and_logs_the_rate_of_each_step(self):
         trainer = make_trainer([toy_batch()] * 3)
         trainer.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
+        used, logged = [], []
+        trainer.optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[-1]["lr"]))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: logged.append(e.state.metrics["lr"]))
         trainer.run()
-        assert trainer.state.metrics["lr"] == pytest.approx(0.1 * 0.5**3)
+        assert logged == used == pytest.approx([0.1, 0.05, 0.025])
 
     def test_output_and_metrics(self):
         batch = toy_batch()
@@ -402,6 +407,14 @@ class TestEvaluator:
         evaluator = PretrainEvaluator("cpu", [make_batch(2)], make_pgl(), amp=True)
         evaluator.run()
         assert math.isfinite(evaluator.state.metrics["val_loss"])
+
+
+@pytest.mark.parametrize("configs", [CONFIGS, SEGMENTATION_CONFIGS])
+def test_distributed_training_leaves_the_batch_where_the_trainer_has_placed_it(configs):
+    """With device_ids, DistributedDataParallel moves every tensor, also the affines, which stay on the CPU."""
+    network = json.loads((configs / "multi_gpu_train.json").read_text())["network"]
+    assert network["_target_"].endswith("DistributedDataParallel")
+    assert network.get("device_ids") is None
 
 
 class TestPrepareNetwork:

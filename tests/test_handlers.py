@@ -14,6 +14,7 @@ from pgl_ext import handlers
 from pgl_ext.engines import PretrainTrainer
 from pgl_ext.figures import plot_metrics
 from pgl_ext.handlers import CollapseWarning, PretrainMetricsLog, ProgressBar, TargetEMA, ViewPictures
+from pgl_ext.methods import Method
 
 
 class Pair(nn.Module):
@@ -105,6 +106,14 @@ class TestTargetEMA:
         assert not torch.allclose(weight, start)
         assert ema.step == 1
         assert trainer.state.metrics["tau"] == pytest.approx(0.25)
+
+    def test_a_method_without_a_target_has_no_tau(self, tmp_path):
+        ema = TargetEMA(Method(), 4)
+        log = PretrainMetricsLog(tmp_path, Engine(lambda engine, batch: None), pairs_per_epoch=4, interval=1)
+        engine = run_engine(4, ema, log, process=lambda engine, batch: engine.state.metrics.update(lr=0.1, loss=1.0))
+        assert ema.step == 4
+        assert "tau" not in engine.state.metrics
+        assert {(row["lr"], row["tau"]) for row in read_rows(tmp_path / "metrics.csv")} == {("0.1", "")}
 
     @pytest.mark.parametrize(
         ("arguments", "message"), [((0,), "total_steps"), ((10, 1.5), "base_momentum"), ((10, -0.1), "base_momentum")]
