@@ -1,4 +1,10 @@
-"""Whether one segmentation is better than another: paired differences of the scores that evaluations wrote."""
+"""Whether one segmentation is better than another: paired differences of the scores that evaluations wrote.
+
+Of an organ that is in neither reference nor prediction :mod:`pgl_ext.metrics` gives no score (NaN), of one that is only
+predicted the worst. Where some runs of a comparison predict it and others do not, the latter are right: here they have
+the perfect score, Dice 1 and HD95 0 mm. Pairs without it would leave out just these errors. An organ that is not
+annotated in a case has no score in any run, and no part in a comparison.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +23,7 @@ from pgl_ext.summary import AVERAGE, confidence_interval, table, write_csv
 __all__ = ["Scores", "by_organ", "common_keys", "compare_runs", "paired_scores", "paired_statistics", "read_scores"]
 
 _METRICS = {"dice": "Dice", "hd95_mm": "HD95 mm"}
+_PERFECT = {"dice": 1.0, "iou": 1.0, "hd_mm": 0.0, "hd95_mm": 0.0}
 # Of fewer pairs even the clearest difference has p > 0.05.
 _LEAST_PAIRS = 6
 _LISTED = 10
@@ -99,12 +106,11 @@ def paired_scores(
         keys: cases and organs, from :func:`common_keys`.
 
     Returns:
-        By metric and organ, and as ``"average"`` over the organs that both runs have a value of, the values of the
-        cases in both runs.
+        By metric and organ, and as ``"average"`` over the organs, the values of the cases in both runs. NaN where no
+        repetition of either run has a value; where some do, one without has the perfect score, as the module says.
     """
     keys = list(keys)
-    a, b = (_averaged(repetitions, keys) for repetitions in (first, second))
-    return {metric: _pair(by_organ(a[metric], keys), by_organ(b[metric], keys)) for metric in a}
+    return {metric: _pairs(first, second, metric, keys) for metric in first[0]}
 
 
 def paired_statistics(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
@@ -207,26 +213,22 @@ def _listed(keys: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"{case} ({organ})" for case, organ in keys[:_LISTED]) + more
 
 
-def _averaged(repetitions: Sequence[Scores], keys: Iterable[tuple[str, str]]) -> Scores:
-    """Mean over the repetitions in which a case has a value."""
-    metrics = repetitions[0]
-    return {metric: {key: _mean(scores[metric][key] for scores in repetitions) for key in keys} for metric in metrics}
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = [value for value in values if math.isfinite(value)]
-    return float(np.mean(found)) if found else math.nan
-
-
-def _pair(
-    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
+def _pairs(
+    first: Sequence[Scores], second: Sequence[Scores], metric: str, keys: Sequence[tuple[str, str]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per organ, and on average over the organs that both runs have a value of, the cases' values in both runs."""
-    a, b = np.array(list(first.values())), np.array(list(second.values()))
-    unpaired = ~np.isfinite(a + b)
-    a, b = np.where(unpaired, np.nan, a), np.where(unpaired, np.nan, b)
-    average = tuple(np.array([_mean(column) for column in values.T]) for values in (a, b))
-    return {**dict(zip(first, zip(a, b, strict=True), strict=True)), AVERAGE: average}
+    """Per organ, and on average over the organs, the cases' values in both runs."""
+    runs = [[by_organ({key: scores[metric][key] for key in keys}, keys) for scores in run] for run in (first, second)]
+    # (repetitions, organs, cases)
+    arrays = [np.array([list(scores.values()) for scores in run]) for run in runs]
+    scored = np.isfinite(np.concatenate(arrays)).any(0)
+    a, b = (np.where(scored & np.isnan(values), _PERFECT[metric], values).mean(0) for values in arrays)
+    average = tuple(np.array([_mean(case) for case in values.T]) for values in (a, b))
+    return {**dict(zip(runs[0][0], zip(a, b, strict=True), strict=True)), AVERAGE: average}
+
+
+def _mean(values: np.ndarray) -> float:
+    found = values[np.isfinite(values)]
+    return float(found.mean()) if found.size else math.nan
 
 
 def _plot(pairs: Mapping, rows: Sequence[Mapping], reference: str, path: Path) -> None:

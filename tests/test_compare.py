@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pgl_ext.__main__ import main
-from pgl_ext.compare import compare_runs, paired_statistics
+from pgl_ext.compare import compare_runs, paired_scores, paired_statistics
 from pgl_ext.figures.scores import plot_differences
 from pgl_ext.summary import AVERAGE, write_csv
 
@@ -102,16 +102,71 @@ def test_table_of_two_runs(runs, tmp_path):
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
 
 
-def test_average_is_of_the_organs_that_both_runs_have_of_a_case(tmp_path):
-    nan = math.nan
-    a = write_run(tmp_path / "a", {"liver": [0.8, 0.6], "tumour": [nan, 0.2]}, range(2))
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        # Seeds by cases: Dice of one organ, NaN where it is in neither reference nor prediction.
+        ([[NAN, 0.2]], [[0.0, 0.4]], ([1, 0.2], [0, 0.4])),
+        ([[0.0, 0.2]], [[NAN, 0.4]], ([0, 0.2], [1, 0.4])),
+        ([[NAN, 0.2]], [[NAN, 0.4]], ([NAN, 0.2], [NAN, 0.4])),
+        ([[0.0, 0.2]], [[0.0, 0.4]], ([0, 0.2], [0, 0.4])),
+        # One seed of three that predicts what is not there is not three of three.
+        ([[NAN, 0.3]] * 3, [[NAN, 0.6], [0.0, 0.6], [NAN, 0.3]], ([1, 0.3], [2 / 3, 0.5])),
+        ([[NAN, 0.3]] * 3, [[0.0, 0.3]] * 3, ([1, 0.3], [0, 0.3])),
+        ([[NAN, 0.3], [0.0, 0.3]], [[NAN, 0.3]], ([0.5, 0.3], [1, 0.3])),
+    ],
+)
+def test_absent_beside_a_score_is_perfect(a, b, expected):
+    runs = [
+        [
+            {
+                "dice": {(f"case_{number}", "tumour"): value for number, value in enumerate(seed)},
+                "hd95_mm": {(f"case_{number}", "tumour"): 50 * (1 - value) for number, value in enumerate(seed)},
+            }
+            for seed in run
+        ]
+        for run in (a, b)
+    ]
+    found = paired_scores(*runs, list(runs[0][0]["dice"]))
+    for organ in ("tumour", AVERAGE):
+        for dice, hd95, values in zip(found["dice"][organ], found["hd95_mm"][organ], expected, strict=True):
+            np.testing.assert_allclose(dice, values)
+            np.testing.assert_allclose(hd95, 50 * (1 - np.array(values)), atol=1e-9)
+
+
+def test_an_organ_that_one_run_alone_finds_where_it_is_not_counts(tmp_path):
+    a = write_run(tmp_path / "a", {"liver": [0.8, 0.6], "tumour": [NAN, 0.2]}, range(2))
     b = write_run(tmp_path / "b", {"liver": [0.9, 0.7], "tumour": [0.0, 0.4]}, range(2))
     compare_runs([a, b], out=tmp_path / "out")
     rows = read_rows(tmp_path / "out")
-    assert rows["dice", "b", "tumour"]["n"] == "1"
+    assert rows["dice", "b", "tumour"]["n"] == "2"
     assert rows["dice", "b", "tumour"]["p"] == ""
-    # Differences of 0.1 (liver alone) and of (0.1 + 0.2) / 2.
-    assert float(rows["dice", "b", AVERAGE]["difference"]) == pytest.approx(0.125)
+    assert float(rows["dice", "b", "tumour"]["difference"]) == pytest.approx((-1 + 0.2) / 2)
+    # Differences of (0.1 - 1) / 2 and of (0.1 + 0.2) / 2.
+    assert float(rows["dice", "b", AVERAGE]["difference"]) == pytest.approx(-0.15)
+
+
+def test_average_is_of_the_organs_that_have_a_score_in_a_case(tmp_path):
+    a = write_run(tmp_path / "a", {"liver": [0.8, 0.6], "tumour": [NAN, 0.2]}, range(2))
+    b = write_run(tmp_path / "b", {"liver": [0.9, 0.7], "tumour": [NAN, 0.4]}, range(2))
+    compare_runs([a, b], out=tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
+    assert rows["dice", "b", "tumour"]["n"] == "1"
+    assert float(rows["dice", "b", AVERAGE]["difference"]) == pytest.approx((0.1 + 0.15) / 2)
+
+
+def test_what_only_one_run_was_evaluated_on_is_not_absent_in_the_other(tmp_path):
+    a = write_run(tmp_path / "a", {"liver": [0.8, 0.6], "tumour": [0.1, 0.2]}, range(2))
+    b = write_run(tmp_path / "b", {"liver": [0.9, 0.7], "tumour": [0.3, 0.4]}, range(2))
+    path = Path(b) / "cases.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    compare_runs([a, b], out=tmp_path / "out", common=True)
+    row = read_rows(tmp_path / "out")["dice", "b", "tumour"]
+    assert row["n"] == "1"
+    assert float(row["difference"]) == pytest.approx(0.2)
 
 
 def test_seeds_are_averaged_case_by_case(tmp_path):

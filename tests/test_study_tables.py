@@ -123,18 +123,29 @@ def test_only_seeds_that_both_have_are_paired(study):
     assert (row["seeds"], row["paired_seeds"]) == (2, 2)
 
 
-def test_a_case_without_an_organ(study):
+@pytest.mark.parametrize(("spurious_seeds", "of_the_case"), [((), None), ((1,), 1 - 2 / 3), ((0, 1, 2), 1)])
+def test_a_case_without_an_organ(study, spurious_seeds, of_the_case):
+    """The reference predicts it in some seeds, method B in none."""
     finish_all(study)
-    dice = {organ: values.copy() for organ, values in DICE["B", 0].items()}
-    dice["spleen"][3] = math.nan
-    for seed in (0, 1, 2):
-        finish(study.fine_tuning("B", 3, seed), dice)
-    row = rows_of(study)["dice", "B", "spleen"]
-    assert row["mean"] == pytest.approx(np.nanmean(dice["spleen"]))
-    assert row["paired_cases"] == CASES - 1
+    absent = 3
+    for method, seed in DICE:
+        dice = {organ: values.copy() for organ, values in DICE[method, seed].items()}
+        dice["spleen"][absent] = 0 if method == "A" and seed in spurious_seeds else math.nan
+        finish(study.fine_tuning(method, 3, seed), dice)
+    rows = rows_of(study)
+    others = np.delete(np.arange(CASES), absent)
+    means = [DICE["B", seed]["spleen"][others].mean() for seed in (0, 1, 2)]
+    assert rows["dice", "B", "spleen"]["mean"] == pytest.approx(np.mean(means))
+    differences = np.mean([DICE["B", seed]["spleen"] - DICE["A", seed]["spleen"] for seed in (0, 1, 2)], axis=0)[others]
+    if of_the_case is not None:
+        differences = np.append(differences, of_the_case)
+    assert rows["dice", "B", "spleen"]["difference"] == pytest.approx(differences.mean())
+    assert rows["dice", "B", "spleen"]["paired_cases"] == len(differences)
     # The average of that case is its liver's.
-    cases = np.nanmean([dice["liver"], dice["spleen"]], axis=0)
-    assert rows_of(study)["dice", "B", AVERAGE]["mean"] == pytest.approx(cases.mean())
+    cases = [np.mean(list(DICE["B", seed].values()), axis=0) for seed in (0, 1, 2)]
+    for seed in (0, 1, 2):
+        cases[seed][absent] = DICE["B", seed]["liver"][absent]
+    assert rows["dice", "B", AVERAGE]["mean"] == pytest.approx(np.mean(cases))
 
 
 def test_evaluations_on_other_cases_are_not_compared(study):

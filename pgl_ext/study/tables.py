@@ -17,7 +17,9 @@ __all__ = ["NOTES", "Block", "missing_text", "paper_tables", "verdicts", "write_
 NOTES = """\
 Scores are means over the test cases; of several seeds their mean is given and, after ±, their standard deviation.
 Differences are paired: a case's scores are averaged over the seeds that both methods have, and differences are taken
-case by case, with a 95 % bootstrap interval over the test cases. p is that of the two-sided Wilcoxon signed-rank test
+case by case, with a 95 % bootstrap interval over the test cases. An organ that a test case lacks has Dice 0 where it is
+predicted all the same, and else no score, but in differences the perfect one (Dice 1, HD95 0) where the other method or
+another seed predicts it: so they need not be those of the means. p is that of the two-sided Wilcoxon signed-rank test
 and not adjusted; p (Holm) is adjusted for the number of methods. Neither knows what other seeds or other labelled
 cases would change. A method is called better or worse than the reference where p (Holm) of its average Dice is below
 0.05. The cost, at the end of a row, is that of one pre-training."""
