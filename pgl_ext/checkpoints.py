@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 from pgl_ext import __version__
 from pgl_ext.files import write_atomically
 from pgl_ext.flags import as_bool
+from pgl_ext.settings import at_least_one
 from pgl_ext.weights import load_state, save_decoder, save_encoder
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
@@ -96,6 +97,7 @@ class CheckpointHandler:
     Raises:
         FileExistsError: as training starts, where the folder holds another run's checkpoints and neither ``resume`` nor
             ``overwrite`` is true.
+        ValueError: where ``interval`` or ``keep_last`` is less than 1.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class CheckpointHandler:
         self.encoder_path = encoder_path
         self.decoder_path = decoder_path
         self.description = dict(description)
-        self.interval = interval
+        self.interval = at_least_one(interval, "checkpoint_interval", "one of more than max_epochs saves the end alone")
         self.resume = as_bool(resume, "resume")
         self.overwrite = as_bool(overwrite, "overwrite")
         self.rank = rank

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pgl_ext.flags import as_bool
 from pgl_ext.retrieval import correspondence_retrieval
+from pgl_ext.settings import at_least_one
 
 __all__ = [
     "PretrainEvaluator",
@@ -69,6 +70,7 @@ class StepTrainer(SupervisedTrainer):
 
     Raises:
         FloatingPointError: where loss or gradients stay non-finite.
+        ValueError: where ``micro_batch_size`` is less than 1.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class StepTrainer(SupervisedTrainer):
     ) -> None:
         self.lr_scheduler = lr_scheduler
         self.batch_transform = batch_transform
+        if micro_batch_size is not None:
+            at_least_one(micro_batch_size, "micro_batch_size", "batch_size itself takes the whole batch at once")
         self.micro_batch_size = micro_batch_size
         amp = as_bool(amp, "amp")
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None

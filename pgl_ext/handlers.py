@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pgl_ext.engines import PretrainEvents
 from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
+from pgl_ext.settings import at_least_one
 
 __all__ = [
     "CollapseWarning",
@@ -151,6 +152,9 @@ class MetricsLog:
         interval: optimiser steps between rows.
         rank: this process; only rank 0 writes.
         plot_arguments: further arguments of ``figures.plot_metrics``.
+
+    Raises:
+        ValueError: where ``interval`` is less than 1.
     """
 
     def __init__(
@@ -171,7 +175,9 @@ class MetricsLog:
         self.samples_per_epoch = samples_per_epoch
         self.columns = ("step", "epoch", *columns)
         self.speed = speed
-        self.interval = interval
+        self.interval = at_least_one(
+            interval, "log_interval", "one of more than the run's steps logs validations alone"
+        )
         self.plot_arguments = plot_arguments
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
@@ -309,11 +315,14 @@ class ViewPictures:
     Args:
         output_dir: folder of ``views.png`` and ``tensorboard/``.
         interval: epochs between pictures; one is always drawn at the first step.
+
+    Raises:
+        ValueError: where ``interval`` is less than 1.
     """
 
     def __init__(self, output_dir: str | os.PathLike, interval: int = 50) -> None:
         self.folder = Path(output_dir)
-        self.interval = interval
+        self.interval = at_least_one(interval, "picture_interval", "one of more than max_epochs draws the first alone")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._draw)

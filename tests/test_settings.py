@@ -1,0 +1,48 @@
+import pytest
+import torch
+from ignite.engine import Engine
+from torch import nn
+
+from pgl_ext.checkpoints import CheckpointHandler
+from pgl_ext.engines import PretrainTrainer
+from pgl_ext.fine_tuning import OverlayPictures, SegmentationMetricsLog
+from pgl_ext.handlers import PretrainMetricsLog, ViewPictures
+from pgl_ext.settings import at_least_one
+from pgl_ext.task import SegmentationTask
+
+TASK = SegmentationTask({"liver": 1})
+
+
+def evaluator() -> Engine:
+    return Engine(lambda engine, batch: None)
+
+
+def trainer(micro_batch_size: int) -> PretrainTrainer:
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    return PretrainTrainer("cpu", 1, [{}], network, optimizer, micro_batch_size=micro_batch_size)
+
+
+MADE_WITH = {
+    "checkpoint_interval": lambda n: CheckpointHandler("out", nn.Linear(1, 1), {}, None, None, {}, interval=n),
+    "log_interval of pre-training": lambda n: PretrainMetricsLog("out", evaluator(), 4, interval=n),
+    "log_interval of fine-tuning": lambda n: SegmentationMetricsLog("out", evaluator(), 4, TASK, interval=n),
+    "micro_batch_size": trainer,
+    "picture_interval of pre-training": lambda n: ViewPictures("out", n),
+    "picture_interval of fine-tuning": lambda n: OverlayPictures(evaluator(), "out", TASK, interval=n),
+}
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("setting", MADE_WITH)
+def test_a_setting_that_counts_is_refused_at_once(setting, value):
+    """And not by a division in the middle of training."""
+    name, *_ = setting.split()
+    with pytest.raises(ValueError, match=rf"^{name} must be at least 1, got {value}: .+\.$"):
+        MADE_WITH[setting](value)
+
+
+@pytest.mark.parametrize("setting", MADE_WITH)
+def test_one_is_enough(setting):
+    MADE_WITH[setting](1)
+    assert at_least_one(1, "n", "") == 1
