@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.handlers import IgniteMetricHandler
+from monai.metrics import DiceMetric
 from monai.transforms import MapTransform
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
@@ -19,10 +21,18 @@ from pgl_ext import __version__
 from pgl_ext.figures import figure_to_array
 from pgl_ext.figures.overlays import plot_overlay
 from pgl_ext.handlers import MetricsLog
+from pgl_ext.settings import at_least_one
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import save_weights
 
-__all__ = ["BestModel", "OrganMasksd", "OverlayPictures", "SegmentationMetricsLog", "fine_tuning_schedule"]
+__all__ = [
+    "BestModel",
+    "OrganMasksd",
+    "OverlayPictures",
+    "SegmentationMetricsLog",
+    "ValidationDice",
+    "fine_tuning_schedule",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +79,31 @@ class OrganMasksd(MapTransform):
         labels = data[label_key].to(data[pred_key].device)
         masks = {pred_key: self.task.masks(data[pred_key]), label_key: self.task.masks_of_labels(labels)}
         return {**data, **masks}
+
+
+class ValidationDice(IgniteMetricHandler):
+    """Dice of the validation cases as :mod:`pgl_ext.metrics` defines it: the mean over organs, and of these over cases.
+
+    An organ that is in the prediction alone has Dice 0; one that is in neither, or is not annotated, takes no part.
+    MONAI's ``MeanDice`` would leave out the former, and count the last.
+
+    The evaluator's outputs are masks ``pred`` and ``label`` (organs, X, Y, Z), see :class:`OrganMasksd`. Its batch may
+    have ``annotated`` (organs,). Details: (cases, organs), NaN for what takes no part.
+    """
+
+    def __init__(self) -> None:
+        # It collects the cases of all processes, and averages them.
+        super().__init__(DiceMetric())
+
+    def iteration_completed(self, engine: Engine) -> None:
+        for sample, output in zip(engine.state.batch, engine.state.output, strict=True):
+            prediction, reference = output["pred"], output["label"]
+            common, predicted, expected = (m.sum((1, 2, 3)) for m in (prediction & reference, prediction, reference))
+            dice = 2 * common / (predicted + expected)
+            if "annotated" in sample:
+                dice = dice.masked_fill(~sample["annotated"].to(dice.device), math.nan)
+            # Masks of a large volume are on the CPU, those of others are not.
+            self.metric_fn.append(dice.to(engine.state.device))
 
 
 class SegmentationMetricsLog(MetricsLog):
@@ -210,6 +245,9 @@ class OverlayPictures:
         task: the organs.
         spacing: of the volumes, in mm; None: taken as equal on all axes.
         interval: validations between pictures.
+
+    Raises:
+        ValueError: where ``interval`` is less than 1.
     """
 
     def __init__(
@@ -224,7 +262,8 @@ class OverlayPictures:
         self.folder = Path(output_dir)
         self.task = task
         self.spacing = (1.0, 1.0, 1.0) if spacing is None else tuple(spacing)
-        self.interval = interval
+        remedy = "one of more than the run's validations draws the first and the last alone"
+        self.interval = at_least_one(interval, "picture_interval", remedy)
         self._validations = 0
 
     def attach(self, engine: Engine) -> None:

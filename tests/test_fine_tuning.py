@@ -8,7 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
-from monai.handlers import MeanDice, ValidationHandler, from_engine
+from monai.handlers import ValidationHandler
 from monai.inferers import SimpleInferer
 from monai.optimizers import generate_param_groups
 from PIL import Image
@@ -20,11 +20,14 @@ from pgl_ext.fine_tuning import (
     OrganMasksd,
     OverlayPictures,
     SegmentationMetricsLog,
+    ValidationDice,
     fine_tuning_schedule,
 )
 from pgl_ext.losses import DiceCrossEntropyLoss, SegmentationLoss
+from pgl_ext.metrics import organ_scores
 from pgl_ext.models import build_network, load_model, recorded_model
 from pgl_ext.networks import SegmentationNet
+from pgl_ext.summary import case_means
 from pgl_ext.task import SegmentationTask
 
 TASK = SegmentationTask({"liver": [1], "kidneys": [2, 3]})
@@ -368,12 +371,68 @@ def make_evaluator(network) -> SupervisedEvaluator:
         network=network,
         inferer=SimpleInferer(),
         postprocessing=OrganMasksd(TASK),
-        key_val_metric={"val_mean_dice": MeanDice(output_transform=from_engine(["pred", "label"]))},
+        key_val_metric={"val_mean_dice": ValidationDice()},
     )
 
 
 def dice(prediction: torch.Tensor, reference: torch.Tensor) -> float:
     return float(2 * (prediction & reference).sum() / (prediction.sum() + reference.sum()))
+
+
+class TestValidationDice:
+    """Against what an evaluation finds of the same masks, case by case."""
+
+    ORGANS = SegmentationTask({"a": [1], "b": [2], "c": [3]}, multi_label=True)
+    # By case, for each organ: whether it is in the reference, in the prediction, and annotated.
+    SITUATIONS = (
+        ((1, 1, 1), (1, 0, 1), (0, 1, 1)),
+        ((0, 0, 1), (1, 1, 1), (0, 1, 0)),
+        ((1, 1, 0), (0, 0, 0), (1, 1, 1)),
+        ((0, 0, 1), (0, 0, 1), (1, 1, 0)),
+    )
+
+    def cases(self, annotated: bool = True) -> list[dict]:
+        """The image of a case is its logits."""
+        generator = torch.Generator().manual_seed(0)
+        cases = []
+        for situation in self.SITUATIONS:
+            label = torch.randint(1, 4, (1, 6, 5, 4), generator=generator)
+            logits = torch.randn(3, 6, 5, 4, generator=generator)
+            for channel, (expected, predicted, _) in enumerate(situation):
+                label[(label == channel + 1) & (not expected)] = 0
+                logits[channel] -= 0.0 if predicted else 100.0
+            case = {"image": logits, "label": label.float()}
+            cases.append(case | ({"annotated": torch.tensor(situation)[:, 2].bool()} if annotated else {}))
+        return cases
+
+    @pytest.mark.parametrize("annotated", [True, False])
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_is_that_of_an_evaluation(self, annotated, batch_size):
+        cases = self.cases(annotated)
+        evaluator = SupervisedEvaluator(
+            device=torch.device("cpu"),
+            val_data_loader=DataLoader(Dataset(cases), batch_size=batch_size),
+            network=torch.nn.Identity(),
+            inferer=SimpleInferer(),
+            postprocessing=OrganMasksd(self.ORGANS),
+            key_val_metric={"val_mean_dice": ValidationDice()},
+        )
+        rows = [
+            {"case": number, **organ_scores(logits.numpy() > 0, label.numpy() == channel + 1, (1, 1, 1), known)}
+            for number, case in enumerate(cases)
+            for channel, (logits, label, known) in enumerate(
+                zip(case["image"], case["label"].expand(3, -1, -1, -1), case.get("annotated", [True] * 3), strict=True)
+            )
+        ]
+        assert {"ok", "missed", "spurious", "absent"} <= {row["status"] for row in rows}
+        averages = [value for value in case_means(rows, "dice").values() if not math.isnan(value)]
+        # A second run starts anew.
+        for _ in range(2):
+            evaluator.run()
+            details = evaluator.state.metric_details["val_mean_dice"]
+            assert details.flatten().tolist() == pytest.approx([row["dice"] for row in rows], nan_ok=True)
+            assert evaluator.state.metrics["val_mean_dice"] == pytest.approx(sum(averages) / len(averages))
+            assert evaluator.state.best_metric == evaluator.state.metrics["val_mean_dice"]
 
 
 def test_validation_log_and_pictures(tmp_path):
@@ -387,10 +446,10 @@ def test_validation_log_and_pictures(tmp_path):
     def by_hand(engine) -> None:
         with torch.no_grad():
             labels = [(network.eval()(c["image"][None])[0].argmax(0), c["label"][0]) for c in CASES]
-        liver = sum(dice(p == 1, r == 1) for p, r in labels) / 2
-        # The first case has no kidneys, and so no score for them.
-        kidneys = dice(labels[1][0] >= 2, labels[1][1] >= 2)
-        expected.append([liver, kidneys])
+        livers = [dice(p == 1, r == 1) for p, r in labels]
+        # The first case has no kidneys.
+        kidneys = [dice(p >= 2, r >= 2) for p, r in labels if bool(((p >= 2) | (r >= 2)).any())]
+        expected.append([sum(livers) / 2, sum(kidneys) / len(kidneys)])
 
     log.attach(trainer)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, by_hand)
