@@ -20,9 +20,6 @@ __all__ = [
     "VoxelContrastLoss",
 ]
 
-# Its sigmoid is 2e-35: summed over a batch of large patches it is still nothing beside the smoothing of a Dice loss.
-_CERTAINLY_ABSENT = -80.0
-
 
 class LocalConsistencyLoss(nn.Module):
     """Squared distance of channel-normalised features, averaged over samples and cells (PGL paper, equation 8).
@@ -159,12 +156,14 @@ class SegmentationLoss(nn.Module):
     """Has a segmentation loss compare logits with a label map, in the organs that were annotated.
 
     Where an organ was not annotated in a sample, neither its logits nor its labels count: absent from the label map
-    does not mean absent from the patient.
+    does not mean absent from the patient. The loss is then ``1 / C * sum over c of loss(logits of c, targets of c)``,
+    where c runs over the C organs and each term over the samples in which c was annotated; without one it is 0. So the
+    weight of an organ depends neither on what else was annotated nor on in how many of the samples it was.
 
     Args:
         task: the organs; says how label maps become targets.
-        loss: compares logits with targets of the same shape (B, out_channels, X, Y, Z), such as
-            :class:`DiceCrossEntropyLoss`.
+        loss: compares logits with targets of the same shape (B, channels, X, Y, Z), such as
+            :class:`DiceCrossEntropyLoss`. Of a multi-label task it is the mean over its channels, each by itself.
 
     Example:
         >>> task = SegmentationTask({"spleen": [1]}, multi_label=True)
@@ -201,9 +200,12 @@ class SegmentationLoss(nn.Module):
                     "an organ is not annotated in some of the cases, so that a multi-class task can not tell it from "
                     "background: set multi_label to true, or leave that organ or those cases out."
                 )
-            absent = ~annotated.bool()[:, :, None, None, None]
-            logits = logits.masked_fill(absent, _CERTAINLY_ABSENT)
-            target = target.masked_fill(absent, 0)
+            # Connected to the network, so that there is a gradient, of zeros, where nothing was annotated.
+            total = logits[:0].sum()
+            for organ, known in enumerate(annotated.bool().T):
+                if bool(known.any()):
+                    total = total + self.loss(logits[known, organ, None], target[known, organ, None])
+            return total / len(self.task.names)
         return self.loss(logits, target)
 
 

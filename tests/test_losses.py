@@ -331,26 +331,45 @@ class TestSegmentationLoss:
             assert value == results[0][0]
             assert torch.equal(gradient, results[0][1])
 
-    def test_what_remains_is_the_loss_over_the_annotated_organs(self):
-        """Compared with sums over just those samples, organ by organ."""
+    def test_is_the_mean_over_organs_of_losses_over_their_samples(self):
         logits, labels = segmentation_batch(MULTI_LABEL)
         annotated = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0]]).bool()
         value = segmentation_loss(MULTI_LABEL)(logits, {"label": labels, "annotated": annotated})
-        dice, entropy = 0.0, 0.0
+        expected = 0.0
         for channel, values in enumerate(ORGANS.values()):
             x, y = logits[annotated[:, channel], channel], masks(labels, *values)[annotated[:, channel], 0]
             if len(x):
-                dice += float(DiceLoss(sigmoid=True, batch=True)(x[:, None], y[:, None]))
-                entropy += float(nn.functional.binary_cross_entropy_with_logits(x, y, reduction="sum"))
-        # Averages are over all organs and voxels, annotated or not, so that few annotations do not weigh more.
-        assert float(value) == pytest.approx(dice / 3 + entropy / logits.numel(), rel=1e-4)
+                expected += float(DiceLoss(sigmoid=True, batch=True)(x[:, None], y[:, None]))
+                expected += float(nn.functional.binary_cross_entropy_with_logits(x, y))
+        assert float(value) == pytest.approx(expected / 3, rel=1e-5)
 
-    def test_an_organ_annotated_nowhere_costs_nothing_however_large_the_batch(self):
-        """The Dice loss' smoothing is 1e-5, and a batch has some 2e7 voxels: here a stand-in of few with its weight."""
-        task = SegmentationTask({"spleen": [1]}, multi_label=True)
-        logits = torch.zeros(1, 1, 1, 1, 1).expand(1, 1, 200, 200, 50)
-        batch = {"label": torch.ones(1, 1, 1, 1, 1).expand(1, 1, 200, 200, 50), "annotated": torch.tensor([[False]])}
-        assert float(segmentation_loss(task)(logits, batch)) < 1e-6
+    @staticmethod
+    def gradient(logits, labels, annotated) -> torch.Tensor:
+        logits = logits.clone().requires_grad_()
+        batch = {"label": labels, "annotated": torch.tensor(annotated).bool()}
+        segmentation_loss(MULTI_LABEL)(logits, batch).backward()
+        return logits.grad
+
+    @pytest.mark.parametrize("others", [[[1, 1], [1, 1], [1, 1]], [[0, 1], [1, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]])
+    def test_gradient_of_an_organ_whatever_else_is_annotated(self, others):
+        logits, labels = segmentation_batch(MULTI_LABEL)
+        for own in ([1, 1, 1], [1, 0, 1], [0, 1, 0]):
+            expected = self.gradient(logits, labels, [[o, 1, 0] for o in own])[:, 0]
+            found = self.gradient(logits, labels, [[o, *other] for o, other in zip(own, others, strict=True)])[:, 0]
+            torch.testing.assert_close(found, expected)
+
+    def test_gradient_of_an_organ_is_that_of_a_batch_of_the_samples_where_it_is_annotated(self):
+        logits, labels = segmentation_batch(MULTI_LABEL)
+        annotated = [[1, 0, 1], [1, 1, 0], [1, 0, 0]]
+        found = self.gradient(logits, labels, annotated)
+        for organ in range(3):
+            some = [sample for sample in range(3) if annotated[sample][organ]]
+            alone = self.gradient(logits[some], labels[some], [[1, 1, 1]] * len(some))
+            torch.testing.assert_close(found[some, organ], alone[:, organ])
+
+    def test_without_any_annotation_there_is_nothing_to_learn(self):
+        logits, labels = segmentation_batch(MULTI_LABEL)
+        assert not self.gradient(logits, labels, [[0, 0, 0]] * 3).any()
 
     def test_not_annotated_and_multi_class(self):
         logits, labels = segmentation_batch(MULTI_CLASS)
