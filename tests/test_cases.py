@@ -57,6 +57,17 @@ class TestLabelledItems:
         assert [case["annotated"] for case in labelled_items(path, annotated_key="contoured")] == [["liver"], []]
         assert all("annotated" not in case for case in labelled_items(path))
 
+    def test_several_lists(self, tmp_path):
+        touch(tmp_path, "x/a.nii", "y/a.nii")
+        lists = [write_list(tmp_path / name / "l.json", [{"image": "a.nii", "label": "la.nii"}]) for name in ("x", "y")]
+        expected = [
+            {"image": str(tmp_path / name / "a.nii"), "label": str(tmp_path / name / "la.nii")} for name in ("x", "y")
+        ]
+        assert labelled_items([str(path) for path in lists]) == expected
+        assert labelled_items(lists[:1]) == labelled_items(lists[0]) == expected[:1]
+        with pytest.raises(ValueError, match="more than once"):
+            labelled_items([*lists, lists[1]])
+
     def test_all_bad_entries_are_named_at_once(self, tmp_path):
         touch(tmp_path, "a.nii")
         entries = [
@@ -337,8 +348,19 @@ class TestPrepareCases:
 
     def test_repeated_images_are_refused(self, folder, case_cache):
         entries = [{"image": "imagesTr/c0.nii", "label": f"labelsTr/c{n}.nii"} for n in range(3)]
-        with pytest.raises(ValueError, match=r"1 images occur more than once.*c0\.nii"):
+        with pytest.raises(ValueError, match=r"1 scans .*more than once.*c0\.nii"):
             prepare_cases(case_cache, TASK, data_list_file_path=str(write_list(folder / "l.json", entries)))
+
+    def test_several_data_lists(self, folder, case_cache):
+        lists = []
+        for name, numbers in (("first", range(4)), ("second", range(4, 7))):
+            entries = [{"image": f"imagesTr/c{n}.nii", "label": f"labelsTr/c{n}.nii"} for n in numbers]
+            lists.append(str(write_list(folder / f"{name}.json", entries)))
+        parts = prepare_cases(case_cache, TASK, data_list_file_path=lists)
+        images = [case["image"] for part in parts.values() for case in part]
+        assert sorted(images) == [str(folder / f"imagesTr/c{n}.nii") for n in range(7)]
+        for case in itertools.chain(*parts.values()):
+            assert case["label"] == case["image"].replace("imagesTr", "labelsTr")
 
     def test_names_of_annotated_organs_must_be_the_task_s(self, folder, case_cache, caplog):
         def prepare(organs: list[list[str]]) -> dict:

@@ -140,13 +140,18 @@ def test_load_datalist_with_dataset_dir_and_key(tmp_path):
     assert load_datalist(path, tmp_path / "data", key="test") == [{"image": str(tmp_path / "data/a.nii")}]
 
 
-def test_load_datalist_keeps_fields_as_they_are(tmp_path):
-    touch(tmp_path, "a.nii")
-    entries = [{"image": "a.nii", "label": "../b.nii", "organs": ["x"], "other": 1}, {"image": "c.nii", "group": 2}]
-    path = data_list(tmp_path, {"training": entries})
+def test_load_datalist_keeps_fields_as_they_are_but_for_paths(tmp_path):
+    touch(tmp_path, "l/a.nii")
+    entries = [
+        {"image": "a.nii", "label": "../b.nii", "organs": ["x"], "other": 1},
+        {"image": "c.nii", "group": 2},
+        {"image": "d.nii", "label": ["e.nii"], "organs": "x"},
+    ]
+    path = data_list(tmp_path / "l", {"training": entries})
     assert load_datalist(path, keep=["label", "organs"]) == [
-        {"image": str(tmp_path / "a.nii"), "label": "../b.nii", "organs": ["x"]},
-        {"image": str(tmp_path / "c.nii"), "group": 2},
+        {"image": str(tmp_path / "l/a.nii"), "label": str(tmp_path / "b.nii"), "organs": ["x"]},
+        {"image": str(tmp_path / "l/c.nii"), "group": 2},
+        {"image": str(tmp_path / "l/d.nii"), "label": ["e.nii"], "organs": "x"},
     ]
 
 
@@ -175,9 +180,31 @@ def test_load_datalist_keeps_fields_as_they_are(tmp_path):
 )
 def test_the_list_says_where_entries_are_from_that_do_not_say_it(tmp_path, top_level, expected):
     touch(tmp_path, "a.nii")
-    entries = ["a.nii", {"image": "a.nii", "task": "own"}, {"image": "a.nii", "group": "own group"}]
+    entries = ["a.nii", {"image": "b.nii", "task": "own"}, {"image": "c.nii", "group": "own group"}]
     items = load_datalist(data_list(tmp_path, {**top_level, "training": entries}))
-    assert items == [{**fields, "image": str(tmp_path / "a.nii")} for fields in expected]
+    images = [str(tmp_path / name) for name in ("a.nii", "b.nii", "c.nii")]
+    assert items == [{**fields, "image": image} for fields, image in zip(expected, images, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "twice"),
+    [
+        (["a.nii", "b.nii", "a.nii"], r"1 scans .*/a\.nii\. "),
+        (["a.nii", {"image": "./x/../a.nii", "label": "other.nii"}, "b.nii", "b.nii", "b.nii"], r"2 scans .*/a\.nii, "),
+        ([{"image": "d", "series_uid": "1"}, {"image": "d", "series_uid": "1"}], r"1 scans .*/d \(series 1\)\. "),
+        ([{"image": "d", "series_uid": "1"}, {"image": "d", "series_uid": "2"}], None),
+    ],
+)
+def test_a_scan_is_listed_once(tmp_path, entries, twice):
+    """A folder may hold several series."""
+    touch(tmp_path, "a.nii", "d/0.dcm")
+    path = data_list(tmp_path, {"training": entries})
+    if twice is None:
+        assert len(load_datalist(path)) == 2
+    else:
+        with pytest.raises(ValueError, match=f"^{twice}") as error:
+            load_datalist(path)
+        assert str(path) in str(error.value)
 
 
 class TestSeveralLists:
@@ -207,7 +234,7 @@ class TestSeveralLists:
 
     def test_a_scan_in_two_of_them(self, lists, tmp_path):
         again = data_list(tmp_path, {"training": ["liver/images/a.nii", "liver/images/c.nii"]})
-        with pytest.raises(ValueError, match=r"1 scans .* more than once: .*liver/images/a\.nii\. .*but one"):
+        with pytest.raises(ValueError, match=r"1 scans .* more than once: .*liver/images/a\.nii\. .*but one .*liver"):
             load_datalist([lists[0], again])
 
     def test_a_bad_one_is_named(self, lists):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from pgl_ext.data.datalist import (
     file_suffix,
     find_volumes,
     item_name,
-    listed_path,
     load_datalist,
 )
 from pgl_ext.files import write_atomically
@@ -35,7 +33,7 @@ _FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
 
 
 def labelled_items(
-    data_list_file_path: str | os.PathLike,
+    data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
     dataset_dir: str | os.PathLike | None = None,
     key: str = "training",
     annotated_key: str | None = None,
@@ -43,8 +41,9 @@ def labelled_items(
     """Read the labelled cases of a data list in the style of the Medical Segmentation Decathlon.
 
     Args:
-        data_list_file_path: JSON file that maps ``key`` to a list of dicts with ``"image"`` and ``"label"``.
-        dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
+        data_list_file_path: JSON file that maps ``key`` to a list of dicts with ``"image"`` and ``"label"``; or several
+            such files.
+        dataset_dir: folder that relative paths start from; by default the folder of the JSON file, of each its own.
         key: which list of the file to take.
         annotated_key: field of an entry that lists the organs annotated in its label map; those not listed are
             unknown there, not background. Where an entry lacks it, its field ``"annotated"`` counts, which the files
@@ -64,7 +63,7 @@ def labelled_items(
         case = {name: item[name] for name in ("image", "series_uid") if name in item}
         label = item.get("label")
         if isinstance(label, str) and label:
-            case["label"] = listed_path(label, data_list_file_path, dataset_dir)
+            case["label"] = label
         else:
             problems.append(f"{item_name(item)} has no single 'label' path, but {label!r}")
         if annotated_key:
@@ -230,7 +229,7 @@ def prepare_cases(
     cache: VolumeCache,
     task: SegmentationTask,
     dataset_dir: str | None = None,
-    data_list_file_path: str | None = None,
+    data_list_file_path: str | Sequence[str] | None = None,
     data_list_key: str = "training",
     annotated_key: str | None = None,
     test_cases: int = 0,
@@ -251,7 +250,7 @@ def prepare_cases(
         task: what is to be segmented.
         dataset_dir: folder with a ``dataset.json``, or with images and label maps (see :func:`find_cases`), or that
             the data list's paths are relative to.
-        data_list_file_path: Decathlon-style JSON to use instead.
+        data_list_file_path: Decathlon-style JSON to use instead, or several.
         data_list_key: the list in the JSON.
         annotated_key: see :func:`labelled_items`.
         test_cases: see :func:`split_cases`, like the next four.
@@ -275,7 +274,6 @@ def prepare_cases(
             split is impossible, no good case is left to train or validate on, or ``split_path`` holds another split.
     """
     cases = _listed_cases(dataset_dir, data_list_file_path, data_list_key, annotated_key)
-    _check_unique(cases)
     settings = {
         "seed": seed,
         "label_fraction": label_fraction,
@@ -305,7 +303,7 @@ def prepare_cases(
 
 
 def _listed_cases(
-    dataset_dir: str | None, data_list_file_path: str | None, key: str, annotated_key: str | None
+    dataset_dir: str | None, data_list_file_path: str | Sequence[str] | None, key: str, annotated_key: str | None
 ) -> list[dict]:
     if not data_list_file_path and dataset_dir:
         in_folder = os.path.join(dataset_dir, "dataset.json")
@@ -336,15 +334,6 @@ def _has_lists(path: str) -> bool:
     except ValueError:
         return True  # Reading the list says what is wrong with it.
     return not isinstance(content, dict) or any(isinstance(value, list) and value for value in content.values())
-
-
-def _check_unique(cases: Sequence[Mapping]) -> None:
-    twice = sorted(name for name, count in Counter(map(item_name, cases)).items() if count > 1)
-    if twice:
-        raise ValueError(
-            f"{len(twice)} images occur more than once in the data list: {', '.join(twice)}. They could end up in two "
-            "parts of the split: remove the repetitions."
-        )
 
 
 def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task: SegmentationTask) -> None:

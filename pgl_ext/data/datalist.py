@@ -36,6 +36,7 @@ SOURCE_FIELDS = ("task", "group")
 """Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
 
 _LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "imagests"}
+_PATH_KEYS = ("image", "label")
 _KEPT_KEYS = ("image", "series_uid", *SOURCE_FIELDS)
 _SUPPORTED = f"supported are {', '.join(SUPPORTED_SUFFIXES)} and folders that hold a DICOM series"
 
@@ -179,7 +180,7 @@ def load_datalist(
             without a group is one of its own. Or several such files.
         dataset_dir: folder that relative paths start from; by default the folder of the JSON file, of each its own.
         key: which list of the file to take.
-        keep: further fields of the entries to keep, as they are.
+        keep: further fields of the entries to keep, as they are, but a path as ``"label"`` absolute.
 
     Returns:
         Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"task"``, ``"group"`` and
@@ -187,11 +188,21 @@ def load_datalist(
 
     Raises:
         ValueError: a file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an unsupported
-            type; not one of the images exists; or several files name the same scan.
+            type; not one of the images of a file exists; or a scan is named more than once, in one file or several.
     """
-    if not isinstance(data_list_file_path, (str, os.PathLike)):
-        return _joined([load_datalist(path, dataset_dir, key, keep) for path in data_list_file_path])
-    path = Path(data_list_file_path)
+    single = isinstance(data_list_file_path, (str, os.PathLike))
+    paths = [data_list_file_path] if single else data_list_file_path
+    items = [item for path in paths for item in _read_list(Path(path), dataset_dir, key, keep)]
+    twice = [name for name, count in Counter(map(item_name, items)).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} scans are in the data list more than once: {_few(twice)}. Held out for validation as one "
+            f"entry, they would be trained on as another: remove all but one of each from {data_list_file_path}."
+        )
+    return items
+
+
+def _read_list(path: Path, dataset_dir: str | os.PathLike | None, key: str, keep: Iterable[str]) -> list[dict]:
     content = _read_content(path, key)
     task = content.get("task", content.get("name"))
     sources = {"task": task, "group": content.get("group", task)}
@@ -209,17 +220,6 @@ def load_datalist(
         raise ValueError(
             f"None of the {len(items)} images of data list {path} exists, such as {items[0]['image']}: set dataset_dir "
             "to the folder that its paths start from."
-        )
-    return items
-
-
-def _joined(lists: Sequence[list[dict]]) -> list[dict]:
-    items = [item for part in lists for item in part]
-    twice = [name for name, count in Counter(map(item_name, items)).items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"{len(twice)} scans are in the data lists more than once: {_few(twice)}. Held out for validation as one, "
-            "they would be trained on as the other: remove them from all lists but one."
         )
     return items
 
@@ -253,8 +253,8 @@ def _to_item(entry: object, index: int, dataset_dir: str | os.PathLike | None, p
             "object with one path under 'image'."
         )
     item = {name: entry[name] for name in kept if name in entry}
-    item["image"] = listed_path(entry["image"], path, dataset_dir)
-    return item
+    paths = {name: item[name] for name in _PATH_KEYS if isinstance(item.get(name), str) and item[name]}
+    return item | {name: listed_path(value, path, dataset_dir) for name, value in paths.items()}
 
 
 def _is_supported(path: str) -> bool:
