@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -117,8 +118,14 @@ def unique_names(items: Sequence[Mapping]) -> list[str]:
             folder = os.path.relpath(os.path.dirname(item["image"]), root)
             parts = [*Path(folder).parts, names[index], *([item["series_uid"]] if "series_uid" in item else [])]
             names[index] = "_".join(parts)
-    # Two formats of one scan in one folder, or a scan that a data list has twice.
-    return [name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)]
+    # Two formats of one scan in one folder.
+    count = Counter(names)
+    taken = {name for name in names if count[name] == 1}
+    for index, name in enumerate(names):
+        if count[name] > 1:
+            names[index] = next(new for n in itertools.count(index) if (new := f"{name}_{n}") not in taken)
+            taken.add(names[index])
+    return names
 
 
 def _find(items: Sequence[Mapping], query: str | int | None) -> int:

@@ -20,6 +20,7 @@ from pgl_ext.inference import (
     feature_at,
     inference_items,
     recorded_input,
+    unique_names,
     upsample_features,
 )
 from pgl_ext.inferers import FeatureMapInferer
@@ -178,6 +179,24 @@ def test_names_are_unique_and_the_query_comes_first(tmp_path):
     assert [i["name"] for i in inference_items(tmp_path / "b" / "other.nii")] == ["other"]
     with pytest.raises(ValueError, match="--dataset_dir"):
         inference_items()
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["a/scan.nii", "a/scan.nii.gz", "a/scan_1.nii.gz"], ["scan_0", "scan_2", "scan_1"]),
+        (["a/scan_0.nii", "a/scan_1.nii", "a/scan.nii", "a/scan.mha"], ["scan_0", "scan_1", "scan_2", "scan_3"]),
+        (["a/ct.nii", "b/ct.nii", "a_ct.nii"], ["a_ct_0", "b_ct", "a_ct_2"]),
+        (["a/ct.nii", "a/ct.nii.gz", "a_ct.nii", "a_ct_1.nii", "b/ct.nii"], None),
+        (["x.nii", "x.nii.gz", "x.mha", "x_1.nii", "x_1.nii.gz", "x_1_3.nii", "x_2.nii"], None),
+        (["b/1.nii", "a/1.nii"], ["b_1", "a_1"]),
+        (["b/1.nii", "a/2.nii"], ["1", "2"]),
+    ],
+)
+def test_names_are_unique_whatever_scans_are_called(paths, expected):
+    names = unique_names([{"image": f"/data/{path}"} for path in paths])
+    assert len(set(names)) == len(paths)
+    assert expected in (None, names)
 
 
 def test_items_of_a_data_list(scans):
