@@ -42,6 +42,26 @@ def test_strata_are_drawn_in_the_numbers_asked_for(task, expected):
     assert bool(drawn.known.all())
 
 
+def test_more_organs_than_an_integer_has_bits():
+    """Each of 105 with 60 voxels, and one that holds the last three of them."""
+    organs = {f"organ {value}": [value] for value in range(1, 106)}
+    task = SegmentationTask({**organs, "several": [103, 104, 105]}, multi_label=True)
+    labels = torch.zeros(20**3)
+    labels[: 105 * 60] = torch.arange(1.0, 106.0).repeat(60)
+    labels = labels.view(1, 20, 20, 20)
+    drawn = draw(labels, task)
+    values = labels[0][tuple(drawn.voxels.T)]
+    assert [int((values == value).sum()) for value in range(106)] == [300] + [50] * 105
+    assert drawn.counts[values > 0].tolist() == pytest.approx([60 / 50] * 105 * 50)
+    assert torch.equal(drawn.targets.T.bool(), task.masks_of_labels(values.view(1, -1, 1, 1)).flatten(1))
+
+
+def test_a_case_without_background():
+    drawn = draw(torch.ones(1, 8, 8, 8), ORGANS)
+    assert len(drawn.voxels) == 50
+    assert drawn.targets[:, 1].all()
+
+
 def test_the_same_seed_draws_the_same_voxels():
     first, again, other = (draw(label_map(), ORGANS, seed).voxels for seed in (0, 0, 1))
     assert torch.equal(first, again)

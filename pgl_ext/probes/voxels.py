@@ -61,20 +61,22 @@ def sample_voxels(
             "an organ is not annotated in some of the cases, so that a multi-class task can not tell it from "
             "background: set multi_label to true, or leave that organ or those cases out."
         )
-    masks = task.masks_of_labels(labels).flatten(1) & known[:, None]
-    powers = 2 ** torch.arange(len(masks))
-    strata = (masks * powers[:, None]).sum(0)
+    # Which organs a voxel is in is a matter of its label value, of which there are few.
+    values, index = torch.unique(labels, return_inverse=True)
+    masks = task.masks_of_labels(values.view(1, -1, 1, 1)).flatten(1) & known[:, None]
+    combinations, stratum_of_value = torch.unique(masks.flip(0), dim=1, return_inverse=True)
+    strata = stratum_of_value[index.flatten()]
     chosen, counts, balance = [], [], []
-    for stratum in torch.unique(strata).tolist():
+    for stratum, organs in enumerate(combinations.T):
         places = torch.nonzero(strata == stratum)[:, 0]
-        number = min(len(places), background if stratum == 0 else per_organ)
+        number = min(len(places), per_organ if bool(organs.any()) else background)
         chosen.append(places[torch.randperm(len(places), generator=generator)[:number]])
         counts.append(torch.full((number,), len(places) / number))
         balance.append(torch.full((number,), 1 / number))
     places = torch.cat(chosen)
     return LabelledVoxels(
         torch.stack(torch.unravel_index(places, labels.shape[1:]), dim=1),
-        task.targets(labels).flatten(1)[:, places].T,
+        task.targets(labels.flatten()[places].view(1, -1, 1, 1)).flatten(1).T,
         torch.cat(counts),
         torch.cat(balance),
         known if task.multi_label else torch.ones(task.out_channels, dtype=torch.bool),
