@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from pgl_ext import __version__
@@ -77,7 +78,8 @@ class CheckpointHandler:
     """Saves, resumes, and stops on SIGTERM; rank 0 alone writes.
 
     A checkpoint holds the network (online and target), optimiser, schedule, loss scaler, the state of every object
-    given, step and epoch, the sampler's position and the random states. Files hold tensors and plain values only.
+    given, step and epoch, the sampler's position and the random states of every process. Files hold tensors and plain
+    values only.
 
     Args:
         folder: folder of the checkpoints.
@@ -176,7 +178,11 @@ class CheckpointHandler:
     def save(self, engine: Engine) -> None:
         """Write a checkpoint, the encoder file and the decoder file, once per step."""
         step = engine.state.iteration
-        if self.rank > 0 or step == self._saved_step:
+        if step == self._saved_step:
+            return
+        self._saved_step = step
+        random_states = _random_states()
+        if self.rank > 0:
             return
         description = self._describe(engine)
         content = {
@@ -190,7 +196,7 @@ class CheckpointHandler:
             "max_epochs": engine.state.max_epochs,
             "read_errors": engine.read_errors,
             "sampler": self.sampler.state_dict(),
-            "random": _random_state(),
+            "random": random_states,
             "description": description,
         }
         path = self.folder.write(content, step)
@@ -198,7 +204,6 @@ class CheckpointHandler:
             save_encoder(self.network.encoder, self.encoder_path, description)
         if self.decoder_path is not None and {"aspp", "decoder"} <= dict(self.network.named_children()).keys():
             save_decoder(self.network, self.decoder_path, description)
-        self._saved_step = step
         logger.info("saved %s", path)
 
     def _describe(self, engine: Engine) -> dict[str, Any]:
@@ -233,11 +238,34 @@ class CheckpointHandler:
         engine.read_errors = content["read_errors"]
         position = {key: content[key] for key in ("epoch_length", "max_epochs")}
         engine.load_state_dict({**position, "iteration": content["step"]})
-        if self.rank == 0:
+        random_states = content["random"]
+        if isinstance(random_states, dict):
+            random_states = [random_states]  # an older checkpoint, which holds that of rank 0 alone
+        if len(random_states) != _processes():
+            logger.warning(
+                "%s holds the random states of %d processes, this run has %d: it will draw other random numbers than "
+                "one that never stopped.",
+                path,
+                len(random_states),
+                _processes(),
+            )
+        if self.rank < len(random_states):
             # Not now: making the loaders' iterators, for training and for validation before it, draws random numbers.
             first_step = Events.ITERATION_STARTED(once=content["step"] + 1)
-            engine.add_event_handler(first_step, lambda: _set_random_state(content["random"]))
+            engine.add_event_handler(first_step, lambda: _set_random_state(random_states[self.rank]))
         logger.info("resumed from %s at step %d", path, content["step"])
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _random_states() -> list[dict[str, Any]]:
+    """The random states of all processes, by rank; all have to call it."""
+    states = [_random_state()] * _processes()
+    if len(states) > 1:
+        dist.all_gather_object(states, states[0])
+    return states
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import logging
+import multiprocessing
 import random
 import signal
 from pathlib import Path
@@ -245,6 +247,46 @@ class TestResume:
         run.trainer.run()
         assert first + second == straight
         assert len(set(straight)) == 6
+
+    def test_random_states_of_all_processes_are_restored(self, start, tmp_path):
+        def drawn(name: str, **settings) -> list[list[float]]:
+            """What each of two processes draws."""
+
+            def train(rank: int) -> None:
+                store = torch.distributed.FileStore(str(tmp_path / f"store_{name}_{settings}"), 2)
+                torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+                run, numbers = start(name, rank=rank, **settings), []
+                torch.manual_seed(rank)
+                run.method.register_forward_pre_hook(lambda *_: numbers.append(float(torch.rand(()))))
+                with contextlib.suppress(SystemExit):
+                    run.trainer.run()
+                torch.save(numbers, tmp_path / f"{rank}.pt")
+
+            fork = multiprocessing.get_context("fork")
+            processes = [fork.Process(target=train, args=(rank,), daemon=True) for rank in range(2)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(120)
+            assert [process.exitcode for process in processes] == [0, 0]
+            return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+        straight = drawn("straight")
+        first, second = drawn("parts", stop_at=4), drawn("parts", resume=True)
+        assert [a + b for a, b in zip(first, second, strict=True)] == straight
+        assert len({*straight[0], *straight[1]}) == 12
+
+    @pytest.mark.parametrize("of_one", [True, False], ids=["as older versions wrote it", "of three processes"])
+    def test_random_states_of_another_number_of_processes(self, start, caplog, of_one):
+        run = stopped(start("parts", stop_at=4))
+        content = run.content()
+        (state,) = content["random"]
+        run.handler.folder.write({**content, "random": state if of_one else [state] * 3}, content["step"])
+        with caplog.at_level(logging.WARNING, logger="pgl_ext"):
+            second = start("parts", resume=True)
+            second.trainer.run()
+        assert list(second.losses) == [5, 6]
+        assert ("holds the random states of 3 processes, this run has 1" in caplog.text) is not of_one
 
     @pytest.mark.parametrize(
         ("settings", "message"),
