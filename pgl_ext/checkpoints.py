@@ -176,7 +176,7 @@ class CheckpointHandler:
             engine.terminate()
 
     def save(self, engine: Engine) -> None:
-        """Write a checkpoint, the encoder file and the decoder file, once per step."""
+        """Write a checkpoint, the encoder file and the decoder file, once per step; all processes have to call it."""
         step = engine.state.iteration
         if step == self._saved_step:
             return
