@@ -53,7 +53,7 @@ demo: install
 	@echo "Done: open $(abspath $(DEMO_DIR)/report.html)"
 
 test: install
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A session with a MONAI Label server on this machine.
 test-label: install label-environment

@@ -21,6 +21,12 @@ torch.set_num_threads(1)
 VIEW_SIZE = (32, 32, 16)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole programs first: of several processes, none is to start with one of these when others end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def same_locale() -> Iterator[None]:
     """SimpleITK, which writes DICOM in tests, leaves the C locale behind, and with it text files read as ASCII."""
