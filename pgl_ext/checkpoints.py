@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from pgl_ext import __version__
+from pgl_ext.data.cache import rank_and_world_size
 from pgl_ext.files import write_atomically
 from pgl_ext.flags import as_bool
 from pgl_ext.settings import at_least_one
@@ -241,13 +242,13 @@ class CheckpointHandler:
         random_states = content["random"]
         if isinstance(random_states, dict):
             random_states = [random_states]  # an older checkpoint, which holds that of rank 0 alone
-        if len(random_states) != _processes():
+        if len(random_states) != rank_and_world_size()[1]:
             logger.warning(
                 "%s holds the random states of %d processes, this run has %d: it will draw other random numbers than "
                 "one that never stopped.",
                 path,
                 len(random_states),
-                _processes(),
+                rank_and_world_size()[1],
             )
         if self.rank < len(random_states):
             # Not now: making the loaders' iterators, for training and for validation before it, draws random numbers.
@@ -256,13 +257,9 @@ class CheckpointHandler:
         logger.info("resumed from %s at step %d", path, content["step"])
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _random_states() -> list[dict[str, Any]]:
     """The random states of all processes, by rank; all have to call it."""
-    states = [_random_state()] * _processes()
+    states = [_random_state()] * rank_and_world_size()[1]
     if len(states) > 1:
         dist.all_gather_object(states, states[0])
     return states

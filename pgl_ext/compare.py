@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from pgl_ext.figures.scores import plot_differences
-from pgl_ext.summary import AVERAGE, confidence_interval, table, write_csv
+from pgl_ext.summary import AVERAGE, confidence_interval, finite_mean, table, write_csv
 
 __all__ = ["Scores", "by_organ", "common_keys", "compare_runs", "paired_scores", "paired_statistics", "read_scores"]
 
@@ -222,13 +222,8 @@ def _pairs(
     arrays = [np.array([list(scores.values()) for scores in run]) for run in runs]
     scored = np.isfinite(np.concatenate(arrays)).any(0)
     a, b = (np.where(scored & np.isnan(values), _PERFECT[metric], values).mean(0) for values in arrays)
-    average = tuple(np.array([_mean(case) for case in values.T]) for values in (a, b))
+    average = tuple(np.array([finite_mean(case) for case in values.T]) for values in (a, b))
     return {**dict(zip(runs[0][0], zip(a, b, strict=True), strict=True)), AVERAGE: average}
-
-
-def _mean(values: np.ndarray) -> float:
-    found = values[np.isfinite(values)]
-    return float(found.mean()) if found.size else math.nan
 
 
 def _plot(pairs: Mapping, rows: Sequence[Mapping], reference: str, path: Path) -> None:

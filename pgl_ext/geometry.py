@@ -19,6 +19,7 @@ __all__ = [
     "overlap_extent",
     "resample_axes",
     "roi_align_3d",
+    "upsample_features",
 ]
 
 
@@ -132,6 +133,15 @@ def resample_axes(features: torch.Tensor, weights: Sequence[torch.Tensor]) -> to
     out = torch.bmm(weights[1], out.view(batch, cells[2] * channels * size[0], size[1]).mT)
     out = torch.bmm(weights[0], out.view(batch, cells[1] * cells[2] * channels, size[0]).mT)
     return out.view(batch, *cells, channels).permute(0, 4, 1, 2, 3)
+
+
+def upsample_features(features: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """A map (B, C, x, y, z) at every voxel (B, C, X, Y, Z) of a volume: linear, feature j on voxel ``stride * j``."""
+    weights = []
+    for voxels, step, cells in zip(size, stride, features.shape[2:], strict=True):
+        places = torch.arange(voxels, dtype=torch.float64)[None, :, None] / step
+        weights.append(linear_interpolation_matrix(places, cells).to(features))
+    return resample_axes(features, weights)
 
 
 def roi_align_3d(

@@ -23,7 +23,7 @@ from monai.transforms import MapTransform
 
 from pgl_ext.data.datalist import file_suffix, find_volumes, item_name, load_datalist
 from pgl_ext.figures import plot_similarity
-from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
+from pgl_ext.geometry import linear_interpolation_matrix, resample_axes, upsample_features
 from pgl_ext.weights import read_description
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "inference_items",
     "recorded_input",
     "unique_names",
-    "upsample_features",
 ]
 
 logger = logging.getLogger(__name__)
@@ -209,14 +208,6 @@ def _affine(image: MetaTensor) -> np.ndarray:
 # --- the same point in other scans ----------------------------------------------------------------------------------
 
 
-def _weights_at(positions: Sequence[np.ndarray], stride: Sequence[int], size: Sequence[int]) -> list[torch.Tensor]:
-    """Per axis the matrix that interpolates a feature map linearly at voxel positions."""
-    return [
-        linear_interpolation_matrix(torch.as_tensor(p, dtype=torch.float64)[None, :, None] / s, n)
-        for p, s, n in zip(positions, stride, size, strict=True)
-    ]
-
-
 def feature_at(features: torch.Tensor, point: Sequence[float], stride: Sequence[int]) -> torch.Tensor:
     """The feature at a point, interpolated linearly.
 
@@ -228,14 +219,11 @@ def feature_at(features: torch.Tensor, point: Sequence[float], stride: Sequence[
     Returns:
         (F,)
     """
-    weights = _weights_at([np.atleast_1d(p) for p in point], stride, features.shape[1:])
-    return resample_axes(features[None], [w.to(features) for w in weights]).flatten()
-
-
-def upsample_features(features: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
-    """A map (F, x, y, z) at every voxel (F, X, Y, Z) of a volume: trilinear, feature j on voxel ``stride * j``."""
-    weights = _weights_at([np.arange(n) for n in size], stride, features.shape[1:])
-    return resample_axes(features[None], [w.to(features) for w in weights])[0]
+    weights = [
+        linear_interpolation_matrix(torch.tensor([[[place / step]]], dtype=torch.float64), cells).to(features)
+        for place, step, cells in zip(point, stride, features.shape[1:], strict=True)
+    ]
+    return resample_axes(features[None], weights).flatten()
 
 
 @dataclass
@@ -398,7 +386,9 @@ class PointSimilarity:
                 {
                     "title": _shortened(scan.name),
                     "volume": scan.volume,
-                    "similarity": upsample_features(torch.as_tensor(scan.similarity)[None], scan.size, self.stride)[0],
+                    "similarity": upsample_features(
+                        torch.as_tensor(scan.similarity)[None, None], scan.size, self.stride
+                    )[0, 0],
                     "spacing": scan.spacing,
                 }
                 for scan in others

@@ -19,6 +19,7 @@ __all__ = [
     "AVERAGE",
     "case_means",
     "confidence_interval",
+    "finite_mean",
     "summarise",
     "summary_rows",
     "summary_table",
@@ -49,6 +50,12 @@ def confidence_interval(values: Sequence[float], resamples: int = 10_000) -> tup
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def finite_mean(values: Iterable[float]) -> float:
+    """Mean of the values that are finite, NaN where none is."""
+    found = [value for value in values if math.isfinite(value)]
+    return float(np.mean(found)) if found else math.nan
+
+
 def case_means(rows: Iterable[Mapping], metric: str) -> dict[str, float]:
     """Mean over the organs of each case, NaN where a case has no value at all.
 
@@ -58,8 +65,8 @@ def case_means(rows: Iterable[Mapping], metric: str) -> dict[str, float]:
     """
     values: dict[str, list[float]] = {}
     for row in rows:
-        values.setdefault(row["case"], []).extend([row[metric]] if math.isfinite(row[metric]) else [])
-    return {case: float(np.mean(found)) if found else math.nan for case, found in values.items()}
+        values.setdefault(row["case"], []).append(row[metric])
+    return {case: finite_mean(found) for case, found in values.items()}
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 
 from pgl_ext.data.phantom import generate_case
+from pgl_ext.geometry import upsample_features
 from pgl_ext.inference import (
     PointSimilarity,
     SaveFeatureMapd,
@@ -21,7 +22,6 @@ from pgl_ext.inference import (
     inference_items,
     recorded_input,
     unique_names,
-    upsample_features,
 )
 from pgl_ext.inferers import FeatureMapInferer
 from pgl_ext.networks.dense import DenseFeatures, build_encoder, load_weights
@@ -229,7 +229,7 @@ def test_large_values_survive(tmp_path):
 
 def test_upsampling_puts_feature_j_on_voxel_stride_j():
     features = torch.rand(2, 4, 3, 5)
-    dense = upsample_features(features, (60, 40, 39), STRIDE)
+    dense = upsample_features(features[None], (60, 40, 39), STRIDE)[0]
     torch.testing.assert_close(dense[:, ::16, ::16, ::8], features)
     torch.testing.assert_close(dense[:, 24, 16, 8], (features[:, 1, 1, 1] + features[:, 2, 1, 1]) / 2)
     torch.testing.assert_close(dense[:, 59, 39, 38], features[:, -1, -1, -1])

@@ -3,7 +3,8 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from pgl_ext.probes.features import Statistics, features_at, interpolate, re_estimate_batch_norm
+from pgl_ext.geometry import upsample_features
+from pgl_ext.probes.features import Statistics, features_at, re_estimate_batch_norm
 
 
 def random_map(channels: int, size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -34,7 +35,7 @@ def test_features_are_those_of_scipy_at_voxel_over_stride(cells, stride, size):
 @pytest.mark.parametrize(("cells", "stride", "size"), CASES)
 def test_interpolated_maps_have_the_same_values(cells, stride, size):
     features = random_map(3, cells)
-    whole = interpolate(features, stride, size)
+    whole = upsample_features(features, size, stride)
     assert whole.shape == (1, 3, *size)
     torch.testing.assert_close(whole[0].flatten(1).T, features_at([features], [stride], all_voxels(size)))
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pgl_ext.probes.features import features_at, interpolate
+from pgl_ext.geometry import upsample_features
+from pgl_ext.probes.features import features_at
 
 __all__ = ["LabelledFeatures", "LinearClassifier", "NearestNeighbours"]
 
@@ -89,7 +90,7 @@ class LinearClassifier:
         total = self.bias.view(1, -1, 1, 1, 1)
         weights = self.weight.split([m.shape[1] for m in maps])
         for features, stride, weight in zip(maps, strides, weights, strict=True):
-            total = total + interpolate(F.conv3d(features, weight.T[..., None, None, None]), stride, size)
+            total = total + upsample_features(F.conv3d(features, weight.T[..., None, None, None]), size, stride)
         return total
 
 
@@ -150,4 +151,4 @@ class NearestNeighbours:
         )
         places = torch.stack([axis.flatten() for axis in grid], dim=1).to(maps[0].device)
         logits = self.logits(features_at(maps, strides, places))
-        return interpolate(logits.T.reshape(1, -1, *maps[0].shape[2:]), strides[0], size)
+        return upsample_features(logits.T.reshape(1, -1, *maps[0].shape[2:]), size, strides[0])

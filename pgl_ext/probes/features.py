@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
-
-__all__ = ["Statistics", "features_at", "interpolate", "re_estimate_batch_norm"]
+__all__ = ["Statistics", "features_at", "re_estimate_batch_norm"]
 
 # A channel that is constant, such as one that a ReLU keeps shut, has no scale: it is centred only.
 _LEAST_DEVIATION = 1e-6
@@ -80,15 +78,6 @@ def _features_of_map(features: torch.Tensor, stride: Sequence[int], voxels: torc
     # grid_sample counts from -1 to 1 and takes z first; an axis of one feature has nowhere to go.
     grid = (2 * places / last.clamp_min(1) - 1).flip(-1)[None, :, None, None]
     return F.grid_sample(features, grid, padding_mode="border", align_corners=True)[0, :, :, 0, 0].T
-
-
-def interpolate(features: torch.Tensor, stride: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-    """A map (1, C, x, y, z) at every voxel of a volume of some size, (1, C, X, Y, Z), as by :func:`features_at`."""
-    weights = []
-    for count, step, cells in zip(size, stride, features.shape[2:], strict=True):
-        places = torch.arange(count, dtype=features.dtype, device=features.device) / step
-        weights.append(linear_interpolation_matrix(places[:, None], cells)[None])
-    return resample_axes(features, weights)
 
 
 def re_estimate_batch_norm(encoder: nn.Module, volumes: Iterable[torch.Tensor]) -> None:

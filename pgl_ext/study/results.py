@@ -12,7 +12,7 @@ import numpy as np
 from pgl_ext.compare import Scores, by_organ, common_keys, paired_scores, paired_statistics, read_scores
 from pgl_ext.study.cells import Cell, labels_text
 from pgl_ext.study.plan import Study
-from pgl_ext.summary import AVERAGE
+from pgl_ext.summary import AVERAGE, finite_mean
 
 __all__ = ["METRICS", "Results", "comparison_rows", "holm", "organ_means", "pretraining_costs", "read_results"]
 
@@ -139,13 +139,8 @@ def _method_rows(
 def organ_means(scores: Mapping[tuple[str, str], float], keys: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Mean over the cases of each organ, and of the cases' averages over their organs."""
     values = {organ: np.array(found) for organ, found in by_organ(scores, keys).items()}
-    averages = np.array([_mean(case) for case in np.array(list(values.values())).T])
-    return {organ: _mean(found) for organ, found in {**values, AVERAGE: averages}.items()}
-
-
-def _mean(values: np.ndarray) -> float:
-    found = values[np.isfinite(values)]
-    return float(found.mean()) if found.size else math.nan
+    averages = np.array([finite_mean(case) for case in np.array(list(values.values())).T])
+    return {organ: finite_mean(found) for organ, found in {**values, AVERAGE: averages}.items()}
 
 
 def pretraining_costs(results: Results) -> dict[str, tuple[float, str]]:
