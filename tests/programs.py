@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from warm_processes import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundles" / "pgl_pretrain" / "configs"
@@ -69,8 +72,10 @@ def _arguments(section: str, folder: Path, files: Sequence[str], settings: Mappi
     return arguments
 
 
-def start(arguments: list[str], cwd: Path, log: Path) -> subprocess.Popen:
+def start(arguments: list[str], cwd: Path, log: Path) -> subprocess.Popen | WarmProcess:
     """Start ``python ARGUMENTS``, its output to ``log``."""
+    if WarmProcess.can_run(arguments):
+        return WarmProcess(arguments, cwd, environment(), log)
     with open(log, "wb") as file:
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=cwd, env=environment(), stdout=file, stderr=subprocess.STDOUT
@@ -79,16 +84,15 @@ def start(arguments: list[str], cwd: Path, log: Path) -> subprocess.Popen:
 
 def run(arguments: list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
     """Run ``python ARGUMENTS`` and return its status and output."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",  # whatever locale a library has set in this process
-        timeout=timeout,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = start(arguments, cwd, log)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        # UTF-8 whatever locale a library has set in this process.
+        return subprocess.CompletedProcess(arguments, status, log.read_text(encoding="utf-8"))
 
 
 def tail(log: Path) -> str:
@@ -96,7 +100,7 @@ def tail(log: Path) -> str:
     return log.read_text(encoding="utf-8")[-3000:]
 
 
-def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen | WarmProcess, log: Path, seconds: float = 120) -> None:
     """Wait until ``condition()`` holds while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
