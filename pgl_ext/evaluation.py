@@ -139,10 +139,10 @@ class EvaluationReport:
         }
 
     def attach(self, engine: Engine) -> None:
-        """Check the cases at the start, score each, and write the report at the end."""
+        """Check the cases at the start, score each, write the report at the end; means become the engine's metrics."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_all)
-        engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
 
     def _start(self) -> None:
         if (self.folder / "cases.csv").exists():
@@ -195,8 +195,10 @@ class EvaluationReport:
     def _prediction_path(self, name: str) -> Path:
         return self.folder / "predictions" / f"{name}.nii.gz"
 
-    def _finish(self) -> None:
+    def _finish(self, engine: Engine) -> None:
         summary = summarise(self.rows)
+        means = {f"{metric} {name}": part[metric]["mean"] for name, part in summary.items() for metric in METRICS}
+        engine.state.metrics |= {name: mean for name, mean in means.items() if mean is not None}
         organs = {name: summary[name] for name in self.task.names}
         content = {
             "cases": len(self.cases),

@@ -12,7 +12,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
 
-__all__ = ["complete_mlflow"]
+__all__ = ["complete_mlflow", "complete_mlflow_evaluation"]
 
 
 def complete_mlflow(
@@ -46,6 +46,22 @@ def complete_mlflow(
         _CompletedRun(handler, _executed_config(handler, Path(output_dir)), files).attach(trainer, evaluator)
 
 
+def complete_mlflow_evaluation(
+    evaluator: Engine, handlers: Iterable, output_dir: str | os.PathLike, files: Sequence[str | os.PathLike]
+) -> None:
+    """Complete the MLflow run of an evaluation with settings and files; its metrics are there when its epoch ends.
+
+    Args:
+        evaluator: runs by itself.
+        handlers: the evaluator's.
+        output_dir: where MONAI saves the executed config.
+        files: what to log at the end beside that config, as far as it is there.
+    """
+    for handler in _of_mlflow(handlers):
+        run = _CompletedRun(handler, _executed_config(handler, Path(output_dir)), files)
+        evaluator.add_event_handler(Events.STARTED, run.log_settings)
+
+
 class _CompletedRun:
     def __init__(self, handler: MLFlowHandler, config: Path | None, files: Sequence[str | os.PathLike]) -> None:
         self.handler = handler
@@ -54,19 +70,19 @@ class _CompletedRun:
         handler.epoch_logger = self._log_training
 
     def attach(self, trainer: Engine, evaluator: Engine) -> None:
-        trainer.add_event_handler(Events.STARTED, self._start)
+        trainer.add_event_handler(Events.STARTED, self.log_settings)
+        trainer.add_event_handler(Events.STARTED, lambda engine: self._log_validation(None, engine))
         evaluator.add_event_handler(Events.COMPLETED, self._log_validation, trainer)
 
     @property
     def run_id(self) -> str:
         return self.handler.cur_run.info.run_id
 
-    def _start(self, engine: Engine) -> None:
+    def log_settings(self) -> None:
         # A run that goes on has its parameters, which MLflow lets nobody change.
         known = self.handler.client.get_run(self.run_id).data.params
         for name in self.settings.keys() - known.keys():
             self.handler.client.log_param(self.run_id, name, self.settings[name])
-        self._log_validation(None, engine)
 
     def _log_training(self, engine: Engine) -> None:
         self._log(engine, {k: v for k, v in engine.state.metrics.items() if not k.startswith("val_")})

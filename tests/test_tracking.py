@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
-from programs import fine_tuning_arguments, run, start, training_arguments, wait_for
+from programs import SEGMENTATION_CONFIGS, fine_tuning_arguments, run, start, training_arguments, wait_for
 
 from pgl_ext.data.phantom import write_dataset
 from pgl_ext.tracking import complete_mlflow
@@ -230,6 +230,39 @@ def test_server_has_parameters_metrics_and_files(server, data, tmp_path, experim
     for name in files:
         logged = Path(client.download_artifacts(found.info.run_id, Path(name).name, str(tmp_path)))
         assert logged.read_bytes() == (out / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_server_has_the_scores_of_an_evaluation(server, data, tmp_path):
+    from mlflow import MlflowClient
+
+    trained = run(fine_tuning_arguments(data_list_file_path=data, output_dir=tmp_path / "out", max_epochs=1), tmp_path)
+    assert trained.returncode == 0, trained.stdout[-3000:]
+    out = tmp_path / "evaluation"
+    arguments = [
+        "-m",
+        "monai.bundle",
+        "run",
+        "evaluating",
+        "--config_file",
+        str(SEGMENTATION_CONFIGS / "evaluate.json"),
+    ]
+    arguments += ["--model_path", str(tmp_path / "out" / "models" / "model.pt"), "--output_dir", str(out)]
+    arguments += ["--data_list_file_path", str(data), "--data_list_key", "training"]
+    result = run([*arguments, "--tracking", "mlflow", "--tracking_uri", server], tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+    client = MlflowClient(server)
+    (found,) = client.search_runs([client.get_experiment_by_name("pgl_segmentation_evaluation").experiment_id])
+    assert (found.info.run_name, found.info.status) == (str(out), "FINISHED")
+    assert found.data.params.items() >= {"overlap": "0.5", "data_list_key": "training"}.items()
+    summary = json.loads((out / "summary.json").read_text())
+    means = {f"dice {organ}": entry["dice"]["mean"] for organ, entry in summary["organs"].items()}
+    assert found.data.metrics.items() >= {**means, "hd95_mm average": summary["average"]["hd95_mm"]["mean"]}.items()
+    (config,) = (path.name for path in out.glob("config_*.json"))
+    listed = {item.path for item in client.list_artifacts(found.info.run_id)}
+    pictures = {"boxplots.png", "best.png", "median.png", "worst.png"}
+    assert listed == {config, "cases.csv", "summary.csv", "summary.json", *pictures}
 
 
 def _nearly(pairs: list[tuple[int, float]]) -> list:
