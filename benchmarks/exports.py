@@ -47,11 +47,7 @@ def write_model(preset: str, path: Path) -> nn.Module:
 
 def export(model: Path) -> dict[str, Path]:
     """Files of the exported network, by name."""
-    settings = {
-        "ckpt_file": str(model),
-        "model_path": str(model),
-        "config_file": str(CONFIGS / "inference.json"),
-    }
+    settings = {"ckpt_file": str(model), "model_path": str(model), "config_file": str(CONFIGS / "inference.json")}
     files = {"TorchScript": model.with_suffix(".ts"), "ONNX Runtime": model.with_suffix(".onnx")}
     ckpt_export("network_def", filepath=str(files["TorchScript"]), **settings)
     onnx_export(args_file=str(CONFIGS / "onnx_export.yaml"), filepath=str(files["ONNX Runtime"]), **settings)

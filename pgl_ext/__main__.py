@@ -101,12 +101,7 @@ def report(
 
 
 def study(
-    file: str,
-    out: str,
-    bundles: str | None = None,
-    jobs: int | None = None,
-    dry_run: bool = False,
-    **overrides: object,
+    file: str, out: str, bundles: str | None = None, jobs: int | None = None, dry_run: bool = False, **overrides: object
 ) -> str:
     """Compare pre-training methods: methods x labelled cases x seeds, each pre-trained, fine-tuned and evaluated.
 

@@ -26,14 +26,7 @@ from pgl_ext.figures import plot_similarity
 from pgl_ext.geometry import linear_interpolation_matrix, resample_axes, upsample_features
 from pgl_ext.weights import read_description
 
-__all__ = [
-    "PointSimilarity",
-    "SaveFeatureMapd",
-    "feature_at",
-    "inference_items",
-    "recorded_input",
-    "unique_names",
-]
+__all__ = ["PointSimilarity", "SaveFeatureMapd", "feature_at", "inference_items", "recorded_input", "unique_names"]
 
 logger = logging.getLogger(__name__)
 

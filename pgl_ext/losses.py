@@ -12,13 +12,7 @@ from torch import nn
 from pgl_ext.flags import as_bool
 from pgl_ext.task import SegmentationTask
 
-__all__ = [
-    "DiceCrossEntropyLoss",
-    "LocalConsistencyLoss",
-    "NTXentLoss",
-    "SegmentationLoss",
-    "VoxelContrastLoss",
-]
+__all__ = ["DiceCrossEntropyLoss", "LocalConsistencyLoss", "NTXentLoss", "SegmentationLoss", "VoxelContrastLoss"]
 
 
 class LocalConsistencyLoss(nn.Module):

@@ -185,7 +185,7 @@ class TestWorkflow:
             *("initialize", "run", "training"),
         }
         assert set(train["train"]) >= {
-            *("trainer", "dataset", "inferer", "handlers", "preprocessing", "postprocessing", "key_metric"),
+            *("trainer", "dataset", "inferer", "handlers", "preprocessing", "postprocessing", "key_metric")
         }
 
     def test_nothing_of_a_custom_package_is_imported_at_initialization(self):

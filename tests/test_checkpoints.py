@@ -105,9 +105,7 @@ class Run:
         # What is random about making a network must not matter once it is resumed.
         self.method = make_pgl(seed=99 if resume else 0)
         dataset = PretrainDataset(
-            volumes,
-            cache,
-            Compose([RandOverlappingViewsd("image", (32, 32, 16)), SelectItemsd(["views", "affines"])]),
+            volumes, cache, Compose([RandOverlappingViewsd("image", (32, 32, 16)), SelectItemsd(["views", "affines"])])
         )
         self.sampler = PairBatchSampler(5, settings["batch_size"], settings["max_epochs"], seed=settings["seed"])
         steps = settings["max_epochs"] * len(self.sampler)

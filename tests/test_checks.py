@@ -54,11 +54,7 @@ def affine(**changes) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("matrix", "message"),
-    [
-        (affine(a11=0), "zero spacing"),
-        (affine(a11=0, a01=3), "singular affine"),
-        (affine(a03=np.nan), "not finite"),
-    ],
+    [(affine(a11=0), "zero spacing"), (affine(a11=0, a01=3), "singular affine"), (affine(a03=np.nan), "not finite")],
 )
 def test_bad_affine(matrix, message):
     with pytest.raises(BadVolumeError, match=message):

@@ -7,14 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgl_ext.data.datalist import (
-    find_volumes,
-    item_name,
-    listed_path,
-    load_datalist,
-    source_names,
-    split_datalist,
-)
+from pgl_ext.data.datalist import find_volumes, item_name, listed_path, load_datalist, source_names, split_datalist
 
 
 def touch(root: Path, *names: str) -> None:
@@ -101,8 +94,7 @@ def test_dicom_objects_that_are_no_scans_are_left_out(tmp_path, fields):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("missing", "does not exist"), ("file.nii", "is a file"), ("empty", "holds no volumes")],
+    ("name", "message"), [("missing", "does not exist"), ("file.nii", "is a file"), ("empty", "holds no volumes")]
 )
 def test_unusable_folder(tmp_path, name, message):
     touch(tmp_path, "file.nii", "empty/picture.png")

@@ -69,11 +69,7 @@ def network(model_file) -> SegmentationNet:
 def onnx_file(model_file) -> Path:
     path = model_file.with_name("model.onnx")
     onnx_export(
-        args_file=ONNX,
-        config_file=INFERENCE,
-        ckpt_file=str(model_file),
-        model_path=str(model_file),
-        filepath=str(path),
+        args_file=ONNX, config_file=INFERENCE, ckpt_file=str(model_file), model_path=str(model_file), filepath=str(path)
     )
     return path
 
@@ -82,11 +78,7 @@ def onnx_file(model_file) -> Path:
 def torchscript_file(model_file) -> Path:
     path = model_file.with_name("model_trt.ts")
     ckpt_export(
-        "network_def",
-        filepath=str(path),
-        ckpt_file=str(model_file),
-        config_file=INFERENCE,
-        model_path=str(model_file),
+        "network_def", filepath=str(path), ckpt_file=str(model_file), config_file=INFERENCE, model_path=str(model_file)
     )
     return path
 

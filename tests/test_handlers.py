@@ -158,8 +158,7 @@ class TestPretrainMetricsLog:
         evaluator = Engine(lambda engine, batch: None)
         top1 = 0.25 if steps.start == 0 else 0.75
         evaluator.add_event_handler(
-            Events.COMPLETED,
-            lambda e: e.state.metrics.update({**self.validation, "val_retrieval_top1": top1}),
+            Events.COMPLETED, lambda e: e.state.metrics.update({**self.validation, "val_retrieval_top1": top1})
         )
         engine = Engine(process)
         log = PretrainMetricsLog(folder, evaluator, pairs_per_epoch=8, **{"interval": 2, **settings})

@@ -6,13 +6,7 @@ import torch
 from monai.losses import DiceCELoss, DiceLoss
 from torch import nn
 
-from pgl_ext.losses import (
-    DiceCrossEntropyLoss,
-    LocalConsistencyLoss,
-    NTXentLoss,
-    SegmentationLoss,
-    VoxelContrastLoss,
-)
+from pgl_ext.losses import DiceCrossEntropyLoss, LocalConsistencyLoss, NTXentLoss, SegmentationLoss, VoxelContrastLoss
 from pgl_ext.task import SegmentationTask
 
 SHAPES = [(2, 8, 6, 6, 2), (1, 3, 1, 1, 1), (4, 16), (2, 5, 7)]

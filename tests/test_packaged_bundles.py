@@ -181,6 +181,7 @@ def test_style(dist):
     rules = ["--select", "E,F,W,I,B,C4,N", "--ignore", "C408,N812,E741,B023"]
     lint = ["check", "--isolated", *rules, "--line-length", "132"]
     layout = ["format", "--isolated", "--check", "--line-length", "120"]
+    layout += ["--config", "format.skip-magic-trailing-comma=true"]
     for arguments in (lint, layout):
         result = subprocess.run([*ruff, *arguments, str(dist)], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-3000:]

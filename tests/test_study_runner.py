@@ -276,12 +276,7 @@ def test_the_command_is_the_bundle_s(tmp_path):
 
 @pytest.mark.parametrize(
     ("gpus", "visible", "jobs", "expected"),
-    [
-        (0, None, 2, {None}),
-        (2, None, 2, {"0", "1"}),
-        (2, "4,6", 2, {"4", "6"}),
-        (1, "GPU-5a", 2, {"GPU-5a"}),
-    ],
+    [(0, None, 2, {None}), (2, None, 2, {"0", "1"}), (2, "4,6", 2, {"4", "6"}), (1, "GPU-5a", 2, {"GPU-5a"})],
 )
 def test_each_job_has_a_gpu_and_its_share_of_the_cores(
     fast, path, tmp_path, monkeypatch, gpus, visible, jobs, expected

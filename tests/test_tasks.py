@@ -111,8 +111,7 @@ def test_phantom_organs_are_the_generator_s():
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
-    [("openkbp", "openkbp_seg"), ("openkbp_all", "openkbp_seg"), ("hippocampus", "msd_hippocampus")],
+    ("name", "data"), [("openkbp", "openkbp_seg"), ("openkbp_all", "openkbp_seg"), ("hippocampus", "msd_hippocampus")]
 )
 def test_values_and_names_are_those_of_the_real_data(name, data):
     labels = real_data(data)["labels"]
@@ -137,8 +136,7 @@ def test_openkbp_organs_are_spelt_as_in_the_data_list():
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
-    [("openkbp", "openkbp_seg"), ("openkbp_all", "openkbp_seg"), ("hippocampus", "msd_hippocampus")],
+    ("name", "data"), [("openkbp", "openkbp_seg"), ("openkbp_all", "openkbp_seg"), ("hippocampus", "msd_hippocampus")]
 )
 def test_real_cases_are_prepared(tmp_path, name, data):
     """As the config sets it up; no good case is refused, and the label map keeps the task's values."""

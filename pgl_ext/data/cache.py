@@ -445,7 +445,7 @@ def _can_be_sent(cache: VolumeCache) -> bool:
     return True
 
 
-_worker_cache: VolumeCache
+_worker_cache: VolumeCache | None = None
 
 
 def _start_worker(cache: VolumeCache) -> None:

@@ -11,14 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
-from pgl_ext.data.datalist import (
-    ITK_SUFFIXES,
-    NIFTI_SUFFIXES,
-    file_suffix,
-    find_volumes,
-    item_name,
-    load_datalist,
-)
+from pgl_ext.data.datalist import ITK_SUFFIXES, NIFTI_SUFFIXES, file_suffix, find_volumes, item_name, load_datalist
 from pgl_ext.files import write_atomically
 from pgl_ext.task import SegmentationTask
 

@@ -36,20 +36,19 @@ class BadVolumesError(ValueError):
     """
 
     def __init__(self, bad: Mapping[str, str], total: int, can_skip: bool = True) -> None:
+        super().__init__(bad, total, can_skip)  # what it is rebuilt from in another process
         self.bad = dict(bad)
         self.total = total
         self.can_skip = can_skip
+
+    def __str__(self) -> str:
         lines = [f"  {name}: {reason}" for name, reason in sorted(self.bad.items())]
-        super().__init__(
-            f"{len(self.bad)} of {total} volumes cannot be used:\n"
+        return (
+            f"{len(self.bad)} of {self.total} volumes cannot be used:\n"
             + "\n".join(lines)
             + "\nRepair them or remove them from the data"
-            + (", or leave them out with --skip_bad_files true." if can_skip else ".")
+            + (", or leave them out with --skip_bad_files true." if self.can_skip else ".")
         )
-
-    def __reduce__(self):
-        # The default would rebuild the exception from its message alone, and fail in a process pool.
-        return type(self), (self.bad, self.total, self.can_skip)
 
 
 def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
@@ -134,11 +133,7 @@ class CheckLabeld(MapTransform):
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        task: SegmentationTask,
-        image_key: str = "image",
-        allow_missing_keys: bool = False,
+        self, keys: KeysCollection, task: SegmentationTask, image_key: str = "image", allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if task.values[-1] > _LARGEST_LABEL:

@@ -13,14 +13,7 @@ import psutil
 from torch.utils.data import Dataset, Sampler
 
 from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
-from pgl_ext.data.datalist import (
-    SOURCE_FIELDS,
-    find_volumes,
-    item_name,
-    load_datalist,
-    source_names,
-    split_datalist,
-)
+from pgl_ext.data.datalist import SOURCE_FIELDS, find_volumes, item_name, load_datalist, source_names, split_datalist
 
 __all__ = ["PairBatchSampler", "PretrainDataset", "prepare_volumes"]
 

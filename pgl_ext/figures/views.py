@@ -15,14 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pgl_ext import geometry
 from pgl_ext.figures.base import save_figure, unit_range
-from pgl_ext.geometry import (
-    axis_scale_and_offset,
-    cell_samples,
-    linear_interpolation_matrix,
-    overlap_extent,
-    resample_axes,
-)
 
 __all__ = ["plot_views", "source_to_view"]
 
@@ -43,7 +37,7 @@ def source_to_view(affines: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: if an affine rotates, shears or is singular.
     """
-    scale, offset = axis_scale_and_offset(affines)
+    scale, offset = geometry.axis_scale_and_offset(affines)
     return (points.to(affines) - offset.unsqueeze(-2)) / scale.unsqueeze(-2)
 
 
@@ -58,16 +52,18 @@ def _overlap_slices(
     Returns:
         whole slices (2, X, Y) and overlap slices (2, I, J).
     """
-    scale, _ = axis_scale_and_offset(affines)
+    scale, _ = geometry.axis_scale_and_offset(affines)
     # As fine as the finer view; edges, not centres, bound the region.
     cells = [max(2, math.ceil(float(n))) for n in ((upper - lower) / scale.abs().amin(0))[:2]] + [1]
     edges = source_to_view(affines, torch.stack([lower, upper]))
     region = [
-        linear_interpolation_matrix(cell_samples(edges[:, 0, axis], edges[:, 1, axis], n, 1), views.shape[2 + axis])
+        geometry.linear_interpolation_matrix(
+            geometry.cell_samples(edges[:, 0, axis], edges[:, 1, axis], n, 1), views.shape[2 + axis]
+        )
         for axis, n in enumerate(cells)
     ]
     whole = [torch.eye(n).expand(2, n, n) for n in views.shape[2:4]] + [region[2]]
-    return tuple(resample_axes(views, weights)[:, 0, :, :, 0].numpy() for weights in (whole, region))
+    return tuple(geometry.resample_axes(views, weights)[:, 0, :, :, 0].numpy() for weights in (whole, region))
 
 
 def _landmarks(image: np.ndarray, count: int) -> np.ndarray:
@@ -122,7 +118,7 @@ def _describe(scale: Sequence[float]) -> str:
 
 
 def _draw_pair(panels: Sequence[Axes], views: torch.Tensor, affines: torch.Tensor, num_points: int) -> None:
-    lower, upper = (edge[0] for edge in overlap_extent(affines[None], views.shape[2:]))
+    lower, upper = (edge[0] for edge in geometry.overlap_extent(affines[None], views.shape[2:]))
     whole, region = _overlap_slices(views, affines, lower, upper)
     whole, region = ([unit_range(image) for image in images] for images in (whole, region))
     cells = _landmarks(region[0], num_points)
@@ -130,7 +126,7 @@ def _draw_pair(panels: Sequence[Axes], views: torch.Tensor, affines: torch.Tenso
     source = np.column_stack([lower[:2].numpy() + (cells + 0.5) * step, np.full(len(cells), (lower + upper)[2] / 2)])
     points = source_to_view(affines, torch.from_numpy(source)).numpy()
     corners = source_to_view(affines, torch.stack([lower, upper])).numpy()
-    scales = axis_scale_and_offset(affines)[0].tolist()
+    scales = geometry.axis_scale_and_offset(affines)[0].tolist()
     for view in range(2):
         _show(panels[view], whole[view])
         _number(panels[view], points[view, :, :2])

@@ -61,11 +61,7 @@ def _organ_scores(study: Study, dice: Rows, labels: float, organs: Sequence[str]
 
 
 def write_study_report(
-    study: Study,
-    results: Results,
-    rows: Rows,
-    learning_rates: Rows,
-    failures: Mapping[str, str],
+    study: Study, results: Results, rows: Rows, learning_rates: Rows, failures: Mapping[str, str]
 ) -> Path:
     """Write ``report.html``.
 

@@ -158,10 +158,7 @@ class RandBatchPatchSwap(_RandBatchTransform):
     """
 
     def __init__(
-        self,
-        prob: float = 0.5,
-        fraction: Sequence[float] = (0.0, 0.2),
-        patch_size: Sequence[int] | int = (8, 4, 4),
+        self, prob: float = 0.5, fraction: Sequence[float] = (0.0, 0.2), patch_size: Sequence[int] | int = (8, 4, 4)
     ) -> None:
         super().__init__(prob, fraction)
         if not 0 <= fraction[0] <= fraction[1] <= 1:
