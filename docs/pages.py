@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 # Pages, and what they show or link to.
 PATTERNS = (
-    *("*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/images/*", "studies/*"),
+    *("*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/images/*", "studies/*", "benchmarks/*.py"),
     *("bundles/*/docs/*", "bundles/*/configs/**/*.md", "bundles/*/configs/**/*.json", "bundles/*/configs/**/*.yaml"),
 )
 
