@@ -16,7 +16,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Normalize
 from pytorch_optimizer import LARS
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.dataset import PairBatchSampler, PretrainDataset
+from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset
 from pgl_ext.engines import PretrainTrainer, prepare_network
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import PGL
@@ -33,7 +33,7 @@ from pgl_ext.transforms import (
 VIEW_SIZE = (96, 96, 16)
 
 
-def make_dataset(folder: Path, volumes: int, shape: tuple[int, int, int], memory_limit_gib: float) -> PretrainDataset:
+def make_dataset(folder: Path, volumes: int, shape: tuple[int, int, int], memory_limit_gib: float) -> VolumeDataset:
     """Random smooth volumes on disk and in the cache, as pre-training finds them."""
     rng = np.random.default_rng(0)
     items = []
@@ -47,7 +47,7 @@ def make_dataset(folder: Path, volumes: int, shape: tuple[int, int, int], memory
     cache = VolumeCache(folder / "cache", preprocessing)
     assert not cache.prepare(items, show_progress=False)
     views = Compose([RandOverlappingViewsd("image", VIEW_SIZE), SelectItemsd(["views", "affines"])])
-    return PretrainDataset(items, cache, views, memory_limit_gib=memory_limit_gib)
+    return VolumeDataset(items, cache, views, memory_limit_gib=memory_limit_gib)
 
 
 def bare_step(method: PGL, views: torch.Tensor, micro_batch_size: int, dtype: torch.dtype | None) -> None:
@@ -96,7 +96,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         dataset = make_dataset(Path(folder), volumes, shape, memory_limit_gib)
         draws = -(-batch_size // volumes)
-        sampler = PairBatchSampler(volumes, batch_size, max_epochs=steps, patches_per_volume=draws)
+        sampler = EpochBatchSampler(volumes, batch_size, max_epochs=steps, patches_per_volume=draws)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=cuda)
         trainer = PretrainTrainer(
             device,

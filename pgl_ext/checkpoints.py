@@ -86,7 +86,7 @@ class CheckpointHandler:
         folder: folder of the checkpoints.
         network: the method or segmentation network itself, not its distributed wrapper; has ``encoder``.
         objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
-        sampler: the training data's ``PairBatchSampler``.
+        sampler: the training data's ``EpochBatchSampler``.
         encoder_path: encoder file written with every checkpoint; None: none.
         description: what the JSON of encoder and decoder file says beside architecture, method and steps.
         interval: epochs between checkpoints; the end of the run is always saved.

@@ -23,10 +23,10 @@ from pgl_ext.settings import at_least_one
 
 __all__ = [
     "PretrainEvaluator",
-    "PretrainEvents",
     "PretrainTrainer",
     "SegmentationTrainer",
     "StepTrainer",
+    "TrainerEvents",
     "prepare_network",
 ]
 
@@ -34,7 +34,7 @@ __all__ = [
 _HOST_KEYS = ("affines", "read_errors")
 
 
-class PretrainEvents(EventEnum):
+class TrainerEvents(EventEnum):
     """``OPTIMIZER_STEP_COMPLETED``: the weights have changed (not fired where a step was skipped)."""
 
     OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
@@ -116,7 +116,7 @@ class StepTrainer(SupervisedTrainer):
             train_handlers=train_handlers,
             amp=amp,
             decollate=False,
-            event_names=[PretrainEvents],
+            event_names=[TrainerEvents],
             **kwargs,
         )
         self.scaler = torch.amp.GradScaler(self.state.device.type, enabled=self.amp_dtype == torch.float16)
@@ -149,7 +149,7 @@ class StepTrainer(SupervisedTrainer):
         logged["largest gradient"] = self._largest_gradient()
         logged = self._over_processes(logged, batchdata)
         if self._check_finite(logged["loss"], logged.pop("largest gradient")) and self._step():
-            self.fire_event(PretrainEvents.OPTIMIZER_STEP_COMPLETED)
+            self.fire_event(TrainerEvents.OPTIMIZER_STEP_COMPLETED)
         else:
             # The forward passes have moved the batch-norm statistics, where one NaN would stay for good.
             for buffer, before in zip(self.network.buffers(), buffers, strict=True):

@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pgl_ext.engines import PretrainEvents
+from pgl_ext.engines import TrainerEvents
 from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
 from pgl_ext.settings import at_least_one
 
@@ -63,7 +63,7 @@ class TargetEMA:
 
     def attach(self, engine: Engine) -> None:
         # A trainer without loss scaling never skips a step, so that its iterations are its optimiser steps.
-        event = PretrainEvents.OPTIMIZER_STEP_COMPLETED
+        event = TrainerEvents.OPTIMIZER_STEP_COMPLETED
         engine.add_event_handler(event if engine.has_registered_events(event) else Events.ITERATION_COMPLETED, self)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import nn
 from pgl_ext.files import write_atomically
 
 __all__ = [
-    "EncoderReport",
+    "LoadReport",
     "compare_states",
     "export_decoder",
     "export_encoder",
@@ -151,7 +151,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
 
 
 @dataclass
-class EncoderReport:
+class LoadReport:
     """What became of each tensor when an encoder file, a decoder file, or a whole network's, was loaded.
 
     Attributes:
@@ -176,7 +176,7 @@ class EncoderReport:
         return "; ".join(lines)
 
 
-def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> EncoderReport:
+def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> LoadReport:
     """Which tensors of a file's state dict fit those of a network's.
 
     Args:
@@ -186,7 +186,7 @@ def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
     Returns:
         the report; ``loaded`` are those that can be loaded.
     """
-    report = EncoderReport(unexpected=sorted(set(state) - set(own)))
+    report = LoadReport(unexpected=sorted(set(state) - set(own)))
     for key, value in own.items():
         if key not in state:
             report.missing.append(key)
@@ -197,7 +197,7 @@ def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
     return report
 
 
-def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
+def load_encoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
     """Load an encoder file into a network's encoder: all of its tensors, or none.
 
     Besides encoder files (keys ``encoder.*``), plain state dicts of MONAI's ResNet are accepted, also those wrapped as
@@ -237,7 +237,7 @@ def load_encoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
     return report
 
 
-def load_decoder(network: nn.Module, path: str | os.PathLike) -> EncoderReport:
+def load_decoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
     """Load whatever fits of a decoder file into a network's pyramid pooling and decoder.
 
     The convolution to the classes is left as it is: what it was trained for is another task's. A decoder of another

@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigWorkflow
 
-from pgl_ext.data.dataset import PretrainDataset
+from pgl_ext.data.dataset import VolumeDataset
 
 
 def main() -> None:
     arguments = json.loads(Path(sys.argv[1]).read_text())
     seen: list[tuple[int, int]] = []
-    read = PretrainDataset.__getitem__
+    read = VolumeDataset.__getitem__
 
-    def record(self: PretrainDataset, key: tuple[int, int] | int) -> dict:
+    def record(self: VolumeDataset, key: tuple[int, int] | int) -> dict:
         if isinstance(key, tuple):
             seen.append(key)
         return read(self, key)
 
-    PretrainDataset.__getitem__ = record
+    VolumeDataset.__getitem__ = record
     workflow = ConfigWorkflow(workflow_type="train", **arguments)
     workflow.initialize()
     workflow.run()

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.case_dataset import CaseDataset
-from pgl_ext.data.dataset import PairBatchSampler
+from pgl_ext.data.dataset import EpochBatchSampler
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed, RandOrganPatchd, SplitCased
 
@@ -82,7 +82,7 @@ class TestSamples:
     def test_are_the_same_whatever_the_number_of_workers(self, make):
         epochs = []
         for num_workers in (0, 2):
-            sampler = PairBatchSampler(3, 2, 1, patches_per_volume=2)
+            sampler = EpochBatchSampler(3, 2, 1, patches_per_volume=2)
             epochs.append(list(DataLoader(make(), batch_sampler=sampler, num_workers=num_workers)))
         assert len(epochs[0]) == 3
         for first, second in zip(*epochs, strict=True):

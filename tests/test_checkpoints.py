@@ -16,7 +16,7 @@ from pytorch_optimizer import LARS
 from torch.utils.data import DataLoader
 
 from pgl_ext.checkpoints import CheckpointFolder, CheckpointHandler
-from pgl_ext.data.dataset import PairBatchSampler, PretrainDataset
+from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset
 from pgl_ext.engines import PretrainTrainer
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.networks import SegmentationNet
@@ -104,10 +104,10 @@ class Run:
         self.folder = folder
         # What is random about making a network must not matter once it is resumed.
         self.method = make_pgl(seed=99 if resume else 0)
-        dataset = PretrainDataset(
+        dataset = VolumeDataset(
             volumes, cache, Compose([RandOverlappingViewsd("image", (32, 32, 16)), SelectItemsd(["views", "affines"])])
         )
-        self.sampler = PairBatchSampler(5, settings["batch_size"], settings["max_epochs"], seed=settings["seed"])
+        self.sampler = EpochBatchSampler(5, settings["batch_size"], settings["max_epochs"], seed=settings["seed"])
         steps = settings["max_epochs"] * len(self.sampler)
         optimizer = LARS([p for p in self.method.parameters() if p.requires_grad], lr=0.2, weight_decay=1e-6)
         self.ema = TargetEMA(self.method, steps, base_momentum=0.9)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from pgl_ext.data import dataset as module
 from pgl_ext.data.checks import BadVolumesError
-from pgl_ext.data.dataset import PairBatchSampler, PretrainDataset, prepare_volumes
+from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset, prepare_volumes
 from pgl_ext.transforms import NameToIndexd, RandOverlappingViewsd
 
 
@@ -78,7 +78,7 @@ class TestPrepareVolumes:
             volumes[i]["image"] for i in (1, 3)
         ]
         # The dataset that follows reads what is left.
-        dataset = PretrainDataset(parts["training"], cache, transform())
+        dataset = VolumeDataset(parts["training"], cache, transform())
         assert [dataset[0, index]["read_errors"] for index in range(len(dataset))] == [0, 0]
 
     @staticmethod
@@ -88,9 +88,9 @@ class TestPrepareVolumes:
         Path(volumes[3]["image"]).write_bytes(content[:5000])
 
 
-class TestPretrainDataset:
-    def make(self, volumes, cache, **settings) -> PretrainDataset:
-        return PretrainDataset(volumes, cache, transform(), **{"seed": 3, "memory_limit_gib": 1, **settings})
+class TestVolumeDataset:
+    def make(self, volumes, cache, **settings) -> VolumeDataset:
+        return VolumeDataset(volumes, cache, transform(), **{"seed": 3, "memory_limit_gib": 1, **settings})
 
     def test_a_sample_depends_on_seed_epoch_and_index_alone(self, volumes, cache):
         keys = [(epoch, index) for epoch in range(2) for index in range(7)]
@@ -103,7 +103,7 @@ class TestPretrainDataset:
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_workers_change_nothing(self, volumes, cache, workers):
-        sampler = PairBatchSampler(len(volumes), 2, max_epochs=2, patches_per_volume=2)
+        sampler = EpochBatchSampler(len(volumes), 2, max_epochs=2, patches_per_volume=2)
         loaded = [
             list(DataLoader(self.make(volumes, cache, memory_limit_gib=limit), batch_sampler=sampler, num_workers=n))
             for n, limit in ((0, 1), (workers, 0))
@@ -123,7 +123,7 @@ class TestPretrainDataset:
                 seen.append(float(np.asarray(data["image"][:]).astype(np.float64).sum()))
                 return super().__call__(data)
 
-        dataset = PretrainDataset(volumes, cache, Spy("image", (16, 16, 8)), memory_limit_gib=0)
+        dataset = VolumeDataset(volumes, cache, Spy("image", (16, 16, 8)), memory_limit_gib=0)
         for index in range(7):
             dataset[0, index]
         assert seen[:5] == [float(cache.open(item)[:].astype(np.float64).sum()) for item in volumes]
@@ -136,7 +136,7 @@ class TestPretrainDataset:
             SelectItemsd(["views", "task"]),
             NameToIndexd("task", ["colon", "liver", "neck"]),
         ]
-        dataset = PretrainDataset(data, cache, Compose(steps), seed=3, memory_limit_gib=0)
+        dataset = VolumeDataset(data, cache, Compose(steps), seed=3, memory_limit_gib=0)
         batch = next(iter(DataLoader(dataset, batch_sampler=[[(0, 3), (0, 0), (1, 1), (2, 2)]])))
         assert batch["task"].dtype == torch.int64
         assert batch["task"].tolist() == [0, 2, 1, 2]
@@ -165,7 +165,7 @@ class TestPretrainDataset:
     ):
         free = 8.5 * cache.nbytes(volumes[0])
         monkeypatch.setattr(module.psutil, "virtual_memory", lambda: type("", (), {"available": free}))
-        dataset = PretrainDataset(volumes, cache, transform(), processes=processes)
+        dataset = VolumeDataset(volumes, cache, transform(), processes=processes)
         opened = []
         original = cache.open
         monkeypatch.setattr(cache, "open", lambda item: opened.append(item["image"]) or original(item))
@@ -181,9 +181,9 @@ class TestVolumesThatVanish:
         monkeypatch.setattr(module.time, "sleep", self.pauses.append)
 
     @pytest.fixture
-    def dataset(self, volumes, cache) -> PretrainDataset:
+    def dataset(self, volumes, cache) -> VolumeDataset:
         cache.prepare(volumes)
-        return PretrainDataset(volumes, cache, transform(), memory_limit_gib=0)
+        return VolumeDataset(volumes, cache, transform(), memory_limit_gib=0)
 
     def vanish(self, item, cache, source: bool = True) -> None:
         cache.path(item).unlink()
@@ -224,7 +224,7 @@ class TestVolumesThatVanish:
         assert all(f"skipped {dataset.data[index]['image']}" in caplog.text for index in (1, 2))
         assert sample["views"].shape == (2, 1, 16, 16, 8)
         # The views that the seed draws in the next volume.
-        replacement = PretrainDataset(dataset.data[3:4], cache, transform(), memory_limit_gib=0)
+        replacement = VolumeDataset(dataset.data[3:4], cache, transform(), memory_limit_gib=0)
         assert same(sample, replacement[0, 1])
         assert dataset[0, 3]["read_errors"] == 0
 
@@ -267,13 +267,13 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("volumes", "batch_size", "patches", "world_size"), TABLE)
-class TestPairBatchSampler:
+class TestEpochBatchSampler:
     epochs = 3
 
     def batches(self, volumes, batch_size, patches, world_size) -> list[list[list[tuple[int, int]]]]:
         """Batches of all steps, by rank."""
         samplers = [
-            PairBatchSampler(volumes, batch_size, self.epochs, patches, seed=5, rank=rank, world_size=world_size)
+            EpochBatchSampler(volumes, batch_size, self.epochs, patches, seed=5, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         return [list(sampler) for sampler in samplers]
@@ -299,7 +299,7 @@ class TestPairBatchSampler:
 
     def test_resuming_goes_on_where_the_run_was(self, volumes, batch_size, patches, world_size):
         straight = self.batches(volumes, batch_size, patches, world_size)[-1]
-        sampler = PairBatchSampler(volumes, batch_size, self.epochs, patches, 5, world_size - 1, world_size)
+        sampler = EpochBatchSampler(volumes, batch_size, self.epochs, patches, 5, world_size - 1, world_size)
         steps = len(sampler)
         for step in {0, 1, steps - 1, steps, steps + 1, self.epochs * steps - 1, self.epochs * steps}:
             sampler.resume(step, sampler.state_dict())
@@ -308,7 +308,7 @@ class TestPairBatchSampler:
 
 class TestOrder:
     def test_epochs_and_seeds_differ_and_runs_do_not(self):
-        first, second, other = (list(PairBatchSampler(50, 8, 2, seed=seed)) for seed in (0, 0, 1))
+        first, second, other = (list(EpochBatchSampler(50, 8, 2, seed=seed)) for seed in (0, 0, 1))
         assert first == second
         assert first != other
         orders = [[i for batch in first for e, i in batch if e == epoch] for epoch in range(2)]
@@ -316,7 +316,7 @@ class TestOrder:
         assert orders[0] != sorted(orders[0])
 
     def test_length_is_the_steps_of_an_epoch(self):
-        sampler = PairBatchSampler(10, 4, max_epochs=7)
+        sampler = EpochBatchSampler(10, 4, max_epochs=7)
         assert len(sampler) == 3
         assert sampler.draws == 10
 
@@ -325,18 +325,18 @@ class TestSamplerErrors:
     @pytest.mark.parametrize("arguments", [(0, 1, 1, 1), (5, 0, 1, 1), (5, 1, 0, 1), (5, 1, 1, 0)])
     def test_numbers_below_1(self, arguments):
         with pytest.raises(ValueError, match="must be at least 1"):
-            PairBatchSampler(*arguments)
+            EpochBatchSampler(*arguments)
 
     @pytest.mark.parametrize(("volumes", "batch_size", "world_size"), [(3, 8, 4), (16, 2, 4), (9, 8, 5), (15, 2, 2)])
     def test_processes_without_work(self, volumes, batch_size, world_size):
         with pytest.raises(ValueError, match=f"leave some of {world_size} processes without work"):
-            PairBatchSampler(volumes, batch_size, 1, world_size=world_size)
+            EpochBatchSampler(volumes, batch_size, 1, world_size=world_size)
 
     @pytest.mark.parametrize(
         "changed", [{"num_volumes": 11}, {"batch_size": 5}, {"seed": 1}, {"patches_per_volume": 2}]
     )
     def test_resuming_with_other_data_or_settings(self, changed):
         settings = {"num_volumes": 10, "batch_size": 4, "max_epochs": 3}
-        state = PairBatchSampler(**settings).state_dict()
+        state = EpochBatchSampler(**settings).state_dict()
         with pytest.raises(ValueError, match="resume with the same data, batch_size, patches_per_volume and seed"):
-            PairBatchSampler(**{**settings, **changed}).resume(2, state)
+            EpochBatchSampler(**{**settings, **changed}).resume(2, state)

@@ -13,8 +13,8 @@ from programs import CONFIGS, SEGMENTATION_CONFIGS
 from torch import nn
 
 from pgl_ext.checkpoints import CheckpointHandler
-from pgl_ext.data.dataset import PairBatchSampler
-from pgl_ext.engines import PretrainEvaluator, PretrainEvents, PretrainTrainer, SegmentationTrainer, prepare_network
+from pgl_ext.data.dataset import EpochBatchSampler
+from pgl_ext.engines import PretrainEvaluator, PretrainTrainer, SegmentationTrainer, TrainerEvents, prepare_network
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import Method
 from pgl_ext.retrieval import correspondence_retrieval
@@ -84,7 +84,7 @@ class TestIteration:
         trainer = make_trainer([toy_batch(4, i) for i in range(3)], epochs=2, micro_batch_size=micro_batch_size)
         steps, events = [], []
         trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.iteration))
-        trainer.add_event_handler(PretrainEvents.OPTIMIZER_STEP_COMPLETED, lambda e: events.append(e.state.iteration))
+        trainer.add_event_handler(TrainerEvents.OPTIMIZER_STEP_COMPLETED, lambda e: events.append(e.state.iteration))
         trainer.run()
         assert steps == events == [1, 2, 3, 4, 5, 6]
 
@@ -338,7 +338,7 @@ class TestStopping:
 
         method = SignallingMethod()
         checkpoints = CheckpointHandler(
-            tmp_path, method, {}, PairBatchSampler(12, 4, 2), tmp_path / "encoder.pt", {}, interval=100
+            tmp_path, method, {}, EpochBatchSampler(12, 4, 2), tmp_path / "encoder.pt", {}, interval=100
         )
         trainer = make_trainer([toy_batch()] * 3, epochs=2, method=method, train_handlers=[checkpoints])
         with pytest.raises(SystemExit) as stop:
@@ -355,7 +355,7 @@ class TestStopping:
     def test_a_signal_during_the_last_step_is_a_normal_end(self, tmp_path):
         trainer = make_trainer([toy_batch()] * 3, epochs=1)
         handler = CheckpointHandler(
-            tmp_path, trainer.network, {}, PairBatchSampler(12, 4, 1), tmp_path / "encoder.pt", {}
+            tmp_path, trainer.network, {}, EpochBatchSampler(12, 4, 1), tmp_path / "encoder.pt", {}
         )
         handler.attach(trainer)
         trainer.add_event_handler(Events.ITERATION_STARTED(once=3), lambda e: setattr(e, "stop_requested", True))

@@ -10,7 +10,7 @@ from pgl_ext.files import write_atomically
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
 from pgl_ext.weights import (
-    EncoderReport,
+    LoadReport,
     export_decoder,
     export_encoder,
     load_decoder,
@@ -64,7 +64,7 @@ class TestSaveAndLoad:
         assert not equal(source, network)
         report = load_encoder(network, path)
         assert equal(source, network)
-        assert report == EncoderReport(loaded=list(source.state_dict()))
+        assert report == LoadReport(loaded=list(source.state_dict()))
         count = len(source.state_dict())
         assert str(report) == f"{count} of {count} tensors loaded"
 
@@ -181,7 +181,7 @@ class TestForeignFiles:
             load_encoder(network, tmp_path / "none.pt")
 
     def test_a_long_report_is_shortened(self):
-        report = EncoderReport(missing=[f"layer{i}" for i in range(20)])
+        report = LoadReport(missing=[f"layer{i}" for i in range(20)])
         assert str(report).endswith("missing (20): " + ", ".join(f"layer{i}" for i in range(8)) + ", ...")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.dataset import PretrainDataset
+from pgl_ext.data.dataset import VolumeDataset
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["CaseDataset"]
@@ -17,7 +17,7 @@ __all__ = ["CaseDataset"]
 _POINTS_PER_ORGAN = 10_000
 
 
-class CaseDataset(PretrainDataset):
+class CaseDataset(VolumeDataset):
     """Samples of labelled cases, each a function of (seed, epoch, index) alone, as in pre-training.
 
     The transform is given the cached case as ``image`` (2, X, Y, Z), ``organ_points`` (for each organ of the task up to
@@ -28,7 +28,7 @@ class CaseDataset(PretrainDataset):
         cache: makes the cached cases.
         transform: makes a sample; a MONAI randomizable transform.
         task: the organs.
-        kwargs: further arguments of :class:`PretrainDataset`.
+        kwargs: further arguments of :class:`VolumeDataset`.
     """
 
     def __init__(

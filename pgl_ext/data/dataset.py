@@ -1,4 +1,4 @@
-"""From cached volumes to batches of view pairs."""
+"""From cached volumes to batches of samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
 from pgl_ext.data.datalist import SOURCE_FIELDS, find_volumes, item_name, load_datalist, source_names, split_datalist
 
-__all__ = ["PairBatchSampler", "PretrainDataset", "prepare_volumes"]
+__all__ = ["EpochBatchSampler", "VolumeDataset", "prepare_volumes"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ def prepare_volumes(
     return {"training": training, "validation": validation}
 
 
-class PretrainDataset(Dataset):
-    """Pairs of views of cached volumes, each a function of (seed, epoch, index) alone.
+class VolumeDataset(Dataset):
+    """Samples of cached volumes, such as pairs of views, each a function of (seed, epoch, index) alone.
 
-    The same views come whatever the number of workers, and after a resume. Volumes are held in memory as long as they
+    The same samples come whatever the number of workers, and after a resume. Volumes are held in memory as long as they
     fit; the others' crops are read from the cache.
 
     Args:
@@ -83,7 +83,7 @@ class PretrainDataset(Dataset):
         cache: the cache they were prepared in.
         transform: takes ``{"image": (C, X, Y, Z) array}``, with ``task`` and ``group`` of items that have them, and
             returns the sample; a MONAI randomizable transform.
-        seed: of all views.
+        seed: of all samples.
         memory_limit_gib: memory for volumes, in GiB; default: half of what is available to this process' share of the
             machine (``processes``). 0 reads everything from the cache.
         processes: training processes on this machine.
@@ -160,23 +160,23 @@ class PretrainDataset(Dataset):
         raise AssertionError("unreachable")
 
 
-class PairBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for ``PretrainDataset``, through all epochs without a pause.
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for ``VolumeDataset``, through all epochs without a pause.
 
     In an epoch every volume is drawn ``patches_per_volume`` times, each draw by one process. The draws are cut into
     batches as even as possible, at most ``batch_size`` over all processes: no volume is dropped and no batch is tiny.
 
     Args:
         num_volumes: volumes in the data set.
-        batch_size: largest number of pairs per optimiser step, over all processes.
+        batch_size: largest number of samples per optimiser step, over all processes.
         max_epochs: epochs to run through.
-        patches_per_volume: pairs per volume and epoch.
+        patches_per_volume: samples per volume and epoch.
         seed: of the order.
         rank: this process.
         world_size: number of processes.
 
     Raises:
-        ValueError: where there are fewer pairs per step than processes.
+        ValueError: where there are fewer samples per step than processes.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         self.steps = math.ceil(self.draws / batch_size)
         if self.draws // self.steps < world_size:
             raise ValueError(
-                f"{self.draws} pairs in {self.steps} steps leave some of {world_size} processes without work: use "
+                f"{self.draws} samples in {self.steps} steps leave some of {world_size} processes without work: use "
                 "fewer processes, a larger --batch_size, or more patches of each volume or case per epoch."
             )
         self.max_epochs = max_epochs
@@ -236,7 +236,7 @@ class PairBatchSampler(Sampler[list[tuple[int, int]]]):
         """
         if state != self.state_dict():
             raise ValueError(
-                f"the checkpoint was written with {state} (pairs and steps per epoch, seed), this run has "
+                f"the checkpoint was written with {state} (samples and steps per epoch, seed), this run has "
                 f"{self.state_dict()}: resume with the same data, batch_size, patches_per_volume and seed."
             )
         self.start_step = step
