@@ -235,8 +235,8 @@ class TestPaint:
             else:
                 allowed = [n - removed for removed in range(3 * n // 7, 4 * n // 7 + 1)]
             assert set(sides[:, axis].tolist()) == set(allowed)
-            # In-painting leaves the border alone where there is room: by half of what is left of the largest block.
-            margin = min(3, (n - max(allowed)) // 2) if inpaint_prob else 0
+            # The border is left alone where there is room: by half of what is left of the largest block.
+            margin = min(3, (n - max(allowed)) // 2)
             assert start[:, axis].min() == margin
             assert (start + sides)[:, axis].max() == n - margin
 

@@ -54,9 +54,10 @@ def make_batch(size: int = 2, seed: int = 0, **settings) -> dict[str, torch.Tens
     return {**batch, "targets": batch["views"] + 0.3 * torch.randn(batch["views"].shape, generator=generator)}
 
 
-def fix_levels(monkeypatch, levels: list[int]) -> None:
-    """Have the 13 calls of S (the pair, view 1 with the local ones, view 2 with them) take these levels."""
-    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(levels))
+def fix_levels(monkeypatch, levels: list[int], restored: list[int]) -> None:
+    """Have the 13 calls of S (the pair, view 1 with the local ones, view 2 with them) and the samples take these."""
+    drawn = iter((levels, restored))
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(next(drawn)))
 
 
 def embeddings(method: PCRLv2, views: torch.Tensor) -> tuple[list, list[tuple[np.ndarray, np.ndarray]]]:
@@ -70,7 +71,7 @@ def embeddings(method: PCRLv2, views: torch.Tensor) -> tuple[list, list[tuple[np
     return maps, vectors
 
 
-def expected_terms(method: PCRLv2, batch: dict, levels: list[int]) -> dict[str, float]:
+def expected_terms(method: PCRLv2, batch: dict, levels: list[int], restored: list[int]) -> dict[str, float]:
     """The loss' terms, call by call, view by view and sample by sample, in NumPy."""
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -81,14 +82,14 @@ def expected_terms(method: PCRLv2, batch: dict, levels: list[int]) -> dict[str, 
         samples = range(len(z_a))
         return np.mean([-(cosine(p_a[n, a], z_b[n, b]) + cosine(p_b[n, b], z_a[n, a])) / 2 for n in samples])
 
-    def error(level: int) -> float:
+    def error(level: int) -> list[float]:
         head, image = method.restorations[level], maps[level].unflatten(0, (-1, 2))[:, 0]
-        restored = F.interpolate(torch.sigmoid(head(image)), size=SIZE, mode="trilinear").detach().double().numpy()
+        images = F.interpolate(torch.sigmoid(head(image)), size=SIZE, mode="trilinear").detach().double().numpy()
         errors = []
-        for sample, target in zip(restored, batch["targets"][:, 0].double().numpy(), strict=True):
+        for sample, target in zip(images, batch["targets"][:, 0].double().numpy(), strict=True):
             target = (target - target.min()) / (target.max() - target.min())
             errors.append(((sample - target) ** 2).mean())
-        return float(np.mean(errors))
+        return errors
 
     with torch.no_grad():
         maps, of_global = embeddings(method, batch["views"])
@@ -99,9 +100,9 @@ def expected_terms(method: PCRLv2, batch: dict, levels: list[int]) -> dict[str, 
             for (view, number), level in zip(np.ndindex(2, LOCALS), others, strict=True)
         ]
         return {
-            "restoration_loss": error(len(CHANNELS) - 1),
+            "restoration_loss": float(np.mean(error(len(CHANNELS) - 1))),
             "global_loss": similarity(of_global[pair], of_global[pair], 0, 1),
-            "middle_loss": error(pair),
+            "middle_loss": float(np.mean([error(level)[sample] for sample, level in enumerate(restored)])),
             "local_loss": sum(local) / 12,
         }
 
@@ -114,19 +115,19 @@ class TestLoss:
     @pytest.mark.parametrize(
         "levels", [[0] * 13, [1] * 13, [2] * 13, [1, *(0, 1, 2, 2, 1, 0), *(2, 0, 1, 1, 2, 2)]], ids=str
     )
-    @pytest.mark.parametrize("progress", [0.0, 0.3])
-    def test_is_the_formula_at_the_drawn_levels(self, make_method, monkeypatch, levels, progress):
+    @pytest.mark.parametrize(("progress", "restored"), [(0.0, [0, 0, 0]), (0.0, [2, 0, 1]), (0.3, [1, 1, 2])])
+    def test_is_the_formula_at_the_drawn_levels(self, make_method, monkeypatch, levels, progress, restored):
         method, batch = make_method().train(), make_batch(3)
         method.progress.fill_(progress)
-        expected = expected_terms(method, batch, levels)
-        fix_levels(monkeypatch, levels)
+        expected = expected_terms(method, batch, levels, restored)
+        fix_levels(monkeypatch, levels, restored)
         output = {key: float(value.detach()) for key, value in method(batch).items()}
         assert {key: output[key] for key in expected} == pytest.approx(expected, abs=1e-5)
         assert output["loss"] == pytest.approx(total(expected, (1 + math.cos(math.pi * progress)) / 2), abs=1e-5)
 
     def test_in_evaluation_is_the_mean_over_the_levels(self, make_method):
         method, batch = make_method().eval(), make_batch(2)
-        per_level = [expected_terms(method, batch, [level] * 13) for level in range(3)]
+        per_level = [expected_terms(method, batch, [level] * 13, [level] * 2) for level in range(3)]
         before = torch.get_rng_state()
         with torch.no_grad():
             output = {key: float(value) for key, value in method(batch).items()}

@@ -170,19 +170,23 @@ def test_learning_rates_to_choose_among(tmp_path):
         "PGL": {},
         "fixed": {"settings": {"lr": 0.7}},
         "file": {"configs": [str(tmp_path / "own.yaml")]},
+        "optimizer": {"settings": {"optimizer#lr": 0.5}},
+        "BYOL": {"learning_rates": [0.1]},
+        "preset": {"learning_rates": []},
     }
     (tmp_path / "own.yaml").write_text("lr: 0.9\n")
     study = make_study(tmp_path, {"pretraining#learning_rates": [1.0, 0.3]}, methods=methods)
     selection = study.selection()
-    assert {method: list(cells) for method, cells in selection.items()} == {"PGL": [0.3, 1.0]}
-    # Of the fewest labels and the first seed.
+    assert {method: list(cells) for method, cells in selection.items()} == {"PGL": [0.3, 1.0], "BYOL": [0.1]}
     assert [cell.name for cell in selection["PGL"].values()] == [
-        f"fine_tuning/PGL_lr_{rate}/3_cases/seed_0" for rate in ("0.3", "1")
+        f"fine_tuning/PGL_lr_{rate}/5_cases/seed_0" for rate in ("0.3", "1")
     ]
     assert config_of(selection["PGL"][0.3].pretraining)["lr"] == 0.3
     assert config_of(study.pretraining("fixed", 0))["lr"] == 0.7
     assert config_of(study.pretraining("file", 0))["lr"] == 0.9
     assert not any("PGL" in cell.name for cell in study.cells({}))
+    with pytest.raises(ValueError, match="'fixed' sets its learning rate itself: remove it, or its learning_rates"):
+        make_study(tmp_path, methods={**methods, "fixed": {"settings": {"lr": 0.7}, "learning_rates": [1.0]}})
     # What the choice was made by is part of the study.
     assert selection["PGL"][0.3].name in [cell.name for cell in study.cells({"PGL": 0.3})]
 
@@ -251,7 +255,7 @@ def test_base_files_and_overrides(tmp_path):
     assert content["seeds"] == [3, 4]
     assert content["title"] == "Mine"
     assert content["pretraining"]["settings"] == {"encoder#layers": [1, 1, 1, 1]}
-    assert content["methods"]["PGL"] == {"configs": [], "settings": {}, "decoder": False}
+    assert content["methods"]["PGL"] == {"configs": [], "settings": {}, "decoder": False, "learning_rates": None}
     assert content["methods"]["BYOL"]["configs"] == ["methods/byol.yaml"]
     assert content["methods"]["BYOL"]["settings"] == {"lr": 0.5}
 
@@ -265,10 +269,14 @@ def test_files_that_come_with_the_project(path, tmp_path):
     data = write_list(tmp_path / "dataset.json", count + 15, validation=5, test=5)
     overrides = {f"{part}#settings#data_list_file_path": data for part in ("pretraining", "fine_tuning", "test")}
     study = read_study(path, tmp_path / "runs", overrides=overrides)
-    cells = study.cells({})
+    selection = study.selection()
+    cells = study.cells({method: next(iter(cells)) for method, cells in selection.items()})
     trained = [name for name in study.methods if name != "random"]
     fine_tunings = len(study.methods) * len(study.labels) * len(study.seeds)
     assert len(cells) == fine_tunings + len(trained) * len(study.seeds)
+    for name in trained:
+        # It is refused here where views cannot overlap as the method asks.
+        config_of(study.pretraining(name, 0)).get_parsed_content("train#preprocessing#transforms#0")
     for cell in cells:
         for stage in cell.stages:
             assert stage.section in merged_config(stage.layers)

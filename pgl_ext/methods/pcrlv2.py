@@ -34,16 +34,17 @@ class PCRLv2(Method):
 
     ``MSE(restored_1, target_1) + S(1, 2) + beta MSE(restored_1[k], target_1) + mean_l (S(1, l) + S(2, l)) / 2``
 
-    Here k is the level of S(1, 2), the first restoration is that of the finest level, and beta falls from 1 to 0 during
-    training, as (1 + cos(pi progress)) / 2. Weights are shared; nothing follows by momentum.
+    The first restoration is that of the finest level, k is a level drawn for every sample, and beta falls from 1 to 0
+    during training, as (1 + cos(pi progress)) / 2. Weights are shared; nothing follows by momentum.
 
     Levels are drawn from PyTorch's default generator on the CPU, whose state is part of a checkpoint. In evaluation
     nothing is drawn: all levels count alike, which is what training's loss is on average.
 
     After "A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image
     Analysis" (Zhou et al. 2023), on this project's encoder and decoder. Ours: targets are rescaled to [0, 1] by each
-    view's own smallest and largest value, since volumes come standardised, and the finest level's restoration is the
-    network's output.
+    view's own smallest and largest value, since volumes come standardised; the finest level's restoration is the
+    network's output; and k is drawn per sample, where the original draws it with the level of S(1, 2): the gradient of
+    a level that no sample draws is 0, and LARS would take a whole step along the decay of its weights.
 
     Args:
         encoder: returns a feature pyramid, finest first, and has ``channels``.
@@ -99,7 +100,7 @@ class PCRLv2(Method):
         target, *_ = rescale_to_unit(batch.get("targets", views)[:, 0].float())
         # Half precision would not tell nearly parallel vectors apart; the heads are tiny.
         with torch.autocast(views.device.type, enabled=False):
-            errors = torch.stack([F.mse_loss(level, target) for level in restored])
+            errors = torch.stack([(level - target).square().flatten(1).mean(dim=1) for level in restored], dim=1)
             embedded, local = self._embed(maps), self._embed(local_maps)
             pair = torch.stack([_similarities(level, level)[0, 1] for level in embedded])
             with_local = torch.stack([_similarities(*levels) for levels in zip(embedded, local, strict=True)], dim=-1)
@@ -107,9 +108,9 @@ class PCRLv2(Method):
             weights = self._level_weights(1 + with_local[..., 0].numel()).to(pair)
             beta = (1 + torch.cos(math.pi * self.progress)) / 2
             terms = {
-                "restoration_loss": errors[-1],
+                "restoration_loss": errors[:, -1].mean(),
                 "global_loss": weights[0] @ pair,
-                "middle_loss": weights[0] @ errors,
+                "middle_loss": (self._level_weights(len(errors)).to(errors) * errors).sum(dim=1).mean(),
                 "local_loss": (weights[1:] * with_local.flatten(0, 1)).sum(dim=1).mean(),
             }
             loss = terms["restoration_loss"] + terms["global_loss"] + beta * terms["middle_loss"] + terms["local_loss"]
@@ -137,7 +138,7 @@ class PCRLv2(Method):
         return embedded
 
     def _level_weights(self, calls: int) -> torch.Tensor:
-        """How much each level counts in each call of S, (calls, levels).
+        """How much each level counts in each call of S, or each sample, (calls, levels).
 
         As weights, not as an index: so every parameter gets a gradient in every step, as DistributedDataParallel wants.
         """

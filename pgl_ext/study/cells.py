@@ -38,12 +38,12 @@ class Stage:
         *others, last = self.layers
         return Stage(self.section, (*others, {**last, **settings}))
 
-    def files(self, folder: Path) -> dict[str, Layer]:
+    def files(self, folder: Path) -> list[tuple[str, Layer]]:
         """The layers as files; settings have theirs in a folder, written by :meth:`Cell.start`."""
-        return {
-            layer if isinstance(layer, str) else str(folder / f"{self.section}_{number}.json"): layer
+        return [
+            (layer if isinstance(layer, str) else str(folder / f"{self.section}_{number}.json"), layer)
             for number, layer in enumerate(self.layers)
-        }
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class Cell:
         runs = [*self._runs(), [time.time(), None]]
         _write_json(self.folder / "started.json", {"fingerprint": fingerprint, "runs": runs})
         for stage in self.stages:
-            for path, layer in stage.files(self.folder).items():
+            for path, layer in stage.files(self.folder):
                 if not isinstance(layer, str):
                     _write_json(Path(path), layer)
 
@@ -161,7 +161,7 @@ def labels_text(labels: float) -> str:
 
 def bundle_command(cell: Cell, stage: Stage) -> list[str]:
     """The command line of a stage; a training that was interrupted goes on from its checkpoint."""
-    files = list(stage.files(cell.folder))
+    files = [path for path, _ in stage.files(cell.folder)]
     command = [sys.executable, "-m", "monai.bundle", "run", stage.section, "--config_file", str(files)]
     interrupted = stage.section == "training" and CheckpointFolder(cell.folder / "checkpoints").paths()
     return [*command, "--resume", "true"] if interrupted else command

@@ -29,7 +29,7 @@ _SET_BY_STUDY = (
 # What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
 _DATA = ("dataset_dir", "data_list_file_path", "data_list_key", "validation_fraction")
 _BUDGET = (
-    *(*_DATA, "max_epochs", "batch_size", "patches_per_volume"),
+    *(*_DATA, "max_epochs", "batch_size", "patches_per_volume", "view_size", "encoder"),
     *(*(f"volumes#{name}" for name in _DATA), "train#sampler", "train#trainer#max_epochs"),
 )
 _LIST_SETTINGS = ("data_list_file_path", "dataset_dir", "data_list_key", "annotated_key")
@@ -115,14 +115,15 @@ class Study:
         return list(cells.values())
 
     def selection(self) -> dict[str, dict[float, Cell]]:
-        """The fine-tunings that learning rates are chosen by: of the fewest labels and the first seed.
+        """The fine-tunings that learning rates are chosen by: the first seed's, and of the most labels, which leave the
+        most cases for validation.
 
         Returns:
             By method whose rate is to be chosen, and by rate; empty where the study file gives no rates.
         """
-        first = self.labels[0], self.seeds[0]
+        chosen_by = self.labels[-1], self.seeds[0]
         return {
-            method: {rate: self.fine_tuning(method, *first, rate) for rate in rates}
+            method: {rate: self.fine_tuning(method, *chosen_by, rate) for rate in rates}
             for method, rates in self._rates.items()
         }
 
@@ -245,15 +246,25 @@ def _check_budget(method: str, base: Stage, stage: Stage) -> None:
 
 
 def _rates_to_choose(content: Mapping[str, Any], stages: Mapping[str, Stage]) -> dict[str, list[float]]:
-    """The learning rates to choose among, by method that has none of its own."""
-    rates = sorted({float(rate) for rate in content["pretraining"]["learning_rates"]})
+    """The learning rates to choose among, by method that does not set its rate itself."""
     shared = len(content["pretraining"]["configs"]) + 1
 
     def has_own(method: str) -> bool:
         own = stages[method].layers[shared:]
-        return any("lr" in (ConfigParser.load_config_file(part) if isinstance(part, str) else part) for part in own)
+        layers = [ConfigParser.load_config_file(part) if isinstance(part, str) else part for part in own]
+        return (
+            any("lr" in layer for layer in layers) or merged_config(stages[method].layers)["optimizer"]["lr"] != "@lr"
+        )
 
-    return {method: rates for method in stages if rates and not has_own(method)}
+    found = {}
+    for method in stages:
+        named = content["methods"][method]["learning_rates"]
+        if named and has_own(method):
+            raise ValueError(f"method {method!r} sets its learning rate itself: remove it, or its learning_rates.")
+        rates = content["pretraining"]["learning_rates"] if named is None else named
+        if rates and not has_own(method):
+            found[method] = sorted({float(rate) for rate in rates})
+    return found
 
 
 def _seen_in_pretraining(pretraining: Mapping[str, Stage], evaluation: Stage) -> str:

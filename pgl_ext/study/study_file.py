@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _PARTS = ("pretraining", "fine_tuning", "test")
 _LISTS = ("ablations", "labelled_cases", "label_fractions", "seeds")
-_METHOD: dict[str, Any] = {"configs": [], "settings": {}, "decoder": False}
+_METHOD: dict[str, Any] = {"configs": [], "settings": {}, "decoder": False, "learning_rates": None}
 
 
 def read_study_file(file: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

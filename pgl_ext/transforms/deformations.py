@@ -140,9 +140,9 @@ class RandPaint(_RandDeformation):
     """Replace small blocks by noise (in-painting), or all but some large windows (out-painting).
 
     The noise is uniform in [0, 1], drawn per voxel. In-painting takes up to five blocks with sides of a sixth to a
-    third of the patch's, 3 voxels or more from its border where there is room. Out-painting keeps a window and up to
-    four more, with sides of 3 / 7 to 4 / 7 of the patch's. Another block or window follows with probability 0.95; where
-    one does not, there are no more. Sides are drawn per axis and at least 1.
+    third of the patch's. Out-painting keeps a window and up to four more, with sides of 3 / 7 to 4 / 7 of the patch's.
+    Both lie 3 voxels or more from its border where there is room. Another block or window follows with probability
+    0.95; where one does not, there are no more. Sides are drawn per axis and at least 1.
 
     Args:
         prob: probability per patch.
@@ -169,7 +169,7 @@ class RandPaint(_RandDeformation):
             smallest, largest = size - 4 * size // 7, size - 3 * size // 7
         self.size = self.R.randint(smallest, largest + 1, size=(count, 3))
         room = size - self.size
-        margin = np.minimum(_BORDER, room // 2) if self.inpaint else 0
+        margin = np.minimum(_BORDER, room // 2)
         self.start = self.R.randint(margin, room - margin + 1)
 
     def _count(self, most: int) -> int:
