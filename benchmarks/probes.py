@@ -32,6 +32,7 @@ from pgl_ext.probes.features import re_estimate_batch_norm
 from pgl_ext.study.cells import Cell, labels_text
 from pgl_ext.study.configs import merged_config
 from pgl_ext.study.plan import read_study
+from pgl_ext.study.run import choose_rates
 from pgl_ext.summary import table
 from pgl_ext.task import SegmentationTask
 
@@ -207,7 +208,9 @@ def main(
         strengths: l2, or chosen.
     """
     values = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in overrides.items()}
-    cells = [cell for cell in read_study(study, out, overrides=values).cells({}) if cell.is_finished and cell.labels]
+    planned = read_study(study, out, overrides=values)
+    rates, _ = choose_rates(planned)
+    cells = [cell for cell in planned.cells(rates) if cell.is_finished and cell.labels]
     protocols = [
         Protocol(*map(str, parts)) for parts in itertools.product(batch_norms, levels, standardisations, strengths)
     ]

@@ -123,6 +123,19 @@ def test_learning_rates_are_chosen_on_the_way(fast, path, tmp_path):
     ]
 
 
+def test_a_learning_rate_that_fails_is_not_chosen(fast, path, tmp_path):
+    bad = tmp_path / "out" / "pretraining" / "PGL_lr_0.3" / "seed_0"
+    bad.mkdir(parents=True)
+    (bad / "fail").touch()
+    with pytest.raises(ChildProcessError, match="2 of 8 cells failed"):
+        run_study(path, tmp_path / "out", overrides={"pretraining#learning_rates": [0.3, 1.0]})
+    rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
+    assert [row.partition(",")[2].split(",")[0] for row in rows[1:]] == ["1", "0.3"]
+    assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]
+    assert rows[2].split(",")[2] == "failed"
+    assert (tmp_path / "out" / "fine_tuning" / "PGL_lr_1" / "3_cases" / "seed_1" / "cell.json").is_file()
+
+
 # --- failures -------------------------------------------------------------------------------------------------------
 
 

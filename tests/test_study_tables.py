@@ -13,7 +13,7 @@ from scipy.stats import bootstrap, wilcoxon
 from pgl_ext.figures.study import method_colors, plot_bars, plot_gains
 from pgl_ext.study.report import draw_figures, write_study_report
 from pgl_ext.study.results import comparison_rows, holm, read_results
-from pgl_ext.study.run import _choose_rates, run_study
+from pgl_ext.study.run import choose_rates, run_study
 from pgl_ext.study.tables import paper_tables, verdicts, write_tables
 from pgl_ext.summary import AVERAGE
 
@@ -194,6 +194,17 @@ def test_words_say_what_cannot_be_told_apart(study):
     assert "; not distinguishable from A: C (" in verdict
 
 
+def test_a_seed_that_says_otherwise_is_mentioned(study):
+    for cell in study.cells({}):
+        gain = {0: 0.1, 1: 0.1, 2: -0.03}[cell.seed] if cell.method == "B" else 0.0
+        finish(cell, None if cell.is_pretraining else {organ: values + gain for organ, values in BASE.items()})
+    rows = comparison_rows(study, read_results(study.cells({})))
+    (row,) = (row for row in rows if (row["metric"], row["method"], row["organ"]) == ("dice", "B", AVERAGE))
+    assert (row["agreeing_seeds"], row["paired_seeds"]) == (2, 3)
+    (verdict,) = verdicts(study, rows)
+    assert "better than, but not in every seed, A: B (+0.057" in verdict
+
+
 def test_few_cases_say_nothing(study):
     for cell in study.cells({}):
         scores = {} if cell.is_pretraining else DICE[cell.method, cell.seed]
@@ -233,7 +244,7 @@ def test_learning_rates_are_chosen_on_validation_cases(tmp_path):
         for cell, score in zip(study.selection()[method].values(), scores, strict=False):
             # What the test cases say must not matter.
             finish(cell, None, val_mean_dice=score, mean_dice=1 - score)
-    rates, rows = _choose_rates(study)
+    rates, rows = choose_rates(study)
     # Of equal ones the smaller; D is not finished.
     assert rates == {"B": 1.0, "C": 0.3}
     assert [row["lr"] for row in rows if row["chosen"]] == [1.0, 0.3]
@@ -246,7 +257,7 @@ def test_without_validation_there_is_no_choice(tmp_path):
     study = make_study(tmp_path, {"pretraining#learning_rates": [0.3]})
     finish(study.selection()["PGL"][0.3], None, val_mean_dice=None)
     with pytest.raises(ValueError, match="learning rate of 'PGL' cannot be chosen"):
-        _choose_rates(study)
+        choose_rates(study)
 
 
 # --- page and pictures ----------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def comparison_rows(study: Study, results: Results) -> list[dict[str, Any]]:
     Returns:
         Rows with ``mean`` over the test cases and its mean and standard deviation (``sd``, of a sample) over seeds; for
         methods other than the reference what :func:`pgl_ext.compare.paired_statistics` finds of the cases' scores, each
-        averaged over the seeds that both have; and for the average over organs ``p_holm``, adjusted for the number of
+        averaged over the seeds that both have; in how many of these the difference has the sign of the mean one
+        (``agreeing_seeds``); and for the average over organs ``p_holm``, adjusted for the number of
         methods that are compared with the reference at that share of labels.
     """
     rows, keys = [], results.keys if results.scores else []
@@ -111,7 +112,8 @@ def _method_rows(
     own, others = (
         {seed: {metric: found[metric]} for seed, found in methods.get(name, {}).items()} for name in (method, reference)
     )
-    means = [organ_means(scores[metric], keys) for scores in own.values()]
+    by_seed = [{seed: organ_means(scores[metric], keys) for seed, scores in some.items()} for some in (own, others)]
+    means = list(by_seed[0].values())
     shared = [seed for seed in own if seed in others]
     pairs: Mapping[str, tuple] = {}
     if shared and method != reference:
@@ -120,6 +122,7 @@ def _method_rows(
     for organ in means[0]:
         values = [found[organ] for found in means if math.isfinite(found[organ])]
         statistics = paired_statistics(*pairs.get(organ, ([], [])))
+        signs = [np.sign(by_seed[0][seed][organ] - by_seed[1][seed][organ]) for seed in shared]
         rows.append(
             {
                 "organ": organ,
@@ -128,6 +131,7 @@ def _method_rows(
                 "mean": float(np.mean(values)) if values else math.nan,
                 "sd": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
                 "paired_seeds": len(shared) if pairs else 0,
+                "agreeing_seeds": signs.count(np.sign(statistics["difference"])) if pairs else 0,
                 "paired_cases": statistics["n"],
                 **{name: statistics[name] for name in ("difference", "ci95_low", "ci95_high", "p")},
                 "p_holm": math.nan,

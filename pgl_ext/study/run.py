@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from pgl_ext.study.runner import Runner, default_jobs, time_left
 from pgl_ext.study.tables import verdicts, write_tables
 from pgl_ext.summary import write_csv
 
-__all__ = ["run_study"]
+__all__ = ["choose_rates", "run_study"]
 
 
 def run_study(
@@ -61,7 +61,7 @@ def _stop(*_: Any) -> None:
 
 def _run(study: Study, jobs: int, dry_run: bool) -> str:
     selection = _selection_cells(study)
-    rates, learning_rates = _choose_rates(study)
+    rates, learning_rates = choose_rates(study)
     cells = {cell.name: cell for cell in (*selection, *study.cells(rates))}.values()
     fingerprints = _checked_fingerprints(cells)
     if dry_run:
@@ -70,7 +70,7 @@ def _run(study: Study, jobs: int, dry_run: bool) -> str:
     try:
         if selection:
             failures = Runner(selection, fingerprints, jobs).run()
-            rates, learning_rates = _choose_rates(study)
+            rates, learning_rates = choose_rates(study, failures)
             fingerprints = _checked_fingerprints(study.cells(rates))
         failures |= Runner(study.cells(rates), fingerprints, jobs).run()
     finally:  # what is finished can be read also where the study was stopped
@@ -109,11 +109,15 @@ def _selection_cells(study: Study) -> list[Cell]:
     return [part for cell in chosen_by for part in (cell.pretraining, cell) if part is not None]
 
 
-def _choose_rates(study: Study) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The rate of each method that has the best Dice of validation cases, of equal ones the smallest.
 
+    Args:
+        study: whose candidates may be finished or not.
+        failed: names of cells; a rate that ends in one, since it is too large, is not chosen and not waited for.
+
     Returns:
-        The rates by method, of those all of whose candidates are finished; and rows that say how they were chosen.
+        The rates by method, of those all of whose candidates are through; and rows that say how they were chosen.
     """
     rates, rows = {}, []
     for method, cells in study.selection().items():
@@ -123,9 +127,10 @@ def _choose_rates(study: Study) -> tuple[dict[str, float], list[dict[str, Any]]]
                 f"the learning rate of {method!r} cannot be chosen, since fine-tuning had no validation: set "
                 "validation_fraction above 0 under fine_tuning: settings, or give the method an lr."
             )
-        if len(scores) == len(cells):
+        lost = [rate for rate, cell in cells.items() if cell.name in failed]
+        if scores and len(scores) + len(lost) == len(cells):
             rates[method] = max(sorted(scores), key=scores.__getitem__)
-        for rate, score in scores.items():
+        for rate, score in {**scores, **dict.fromkeys(lost, "failed")}.items():
             rows.append({"method": method, "lr": rate, "val_mean_dice": score, "chosen": rates.get(method) == rate})
     return rates, rows
 
@@ -144,7 +149,7 @@ def _plan_text(study: Study, cells: Collection[Cell], jobs: int) -> str:
         lines.append(f"  {state:>8}  {cell.name}")
     finished = sum(cell.is_finished for cell in cells)
     left = time_left(cells, jobs) or "not known before a pre-training and a fine-tuning are finished"
-    undecided = [method for method in study.selection() if method not in _choose_rates(study)[0]]
+    undecided = [method for method in study.selection() if method not in choose_rates(study)[0]]
     more = f"\nFurther cells follow once the learning rates of {', '.join(undecided)} are chosen." if undecided else ""
     lines.append(f"{finished} of {len(cells)} cells finished; time left with {jobs} at a time: {left}")
     return "\n".join(lines) + more

@@ -30,7 +30,8 @@ _SIGNIFICANT = 0.05
 def verdicts(study: Study, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """For each share of labels, in a sentence, which methods differ from the reference and which cannot be told apart.
 
-    A method differs where ``p_holm`` of its average Dice is below 0.05.
+    A method is better or worse where ``p_holm`` of its average Dice is below 0.05. That is about these networks; where
+    the sign is not the same in every seed, the sentence says so, since others of the same methods may differ otherwise.
     """
     groups: dict[float, dict[str, list[str]]] = {}
     for row in rows:
@@ -38,6 +39,8 @@ def verdicts(study: Study, rows: Iterable[Mapping[str, Any]]) -> list[str]:
             group = "not distinguishable from"
             if row["p_holm"] < _SIGNIFICANT:
                 group = "worse than" if row["difference"] < 0 else "better than"
+                if row["agreeing_seeds"] < row["paired_seeds"]:
+                    group = f"{group}, but not in every seed,"
             elif math.isnan(row["p_holm"]):
                 group = "on too few test cases to be told apart from"
             text = f"{row['method']} ({_number(row['difference'], 3, '+')}, {_interval(row, 3)})"
