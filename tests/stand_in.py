@@ -7,6 +7,7 @@ What it "trains" is a number that every step changes, so that a step that is los
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -53,20 +54,23 @@ def evaluate(folder: Path) -> None:
     write(folder / "evaluation" / "cases.csv", "case,organ,dice,iou,hd95_mm\n" + "".join(rows))
 
 
-def is_running(process: str) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # ended, and nobody has asked how
+def claim(folder: Path) -> int:
+    """Hold the folder as long as this process lives, and note where another that lives does so too."""
+    descriptor = os.open(folder / "running", os.O_RDWR | os.O_CREAT)
+    # One that was killed may still be on its way out, which takes no time that a training would notice.
+    for _ in range(10):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            time.sleep(0.01)
+    (folder / "overlap").touch()
+    return descriptor
 
 
 def main() -> None:
     section, folder, seed, resume = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
-    mark = folder / "running"
-    if mark.exists() and is_running(mark.read_text()):
-        (folder / "overlap").touch()
-    mark.write_text(str(os.getpid()))
+    claim(folder)
     if section == "training":
         train(folder, seed, resume)
     else:
