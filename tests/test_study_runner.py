@@ -16,7 +16,7 @@ from made_studies import FINGERPRINT, finish, make_study, write_study
 from programs import SEGMENTATION_CONFIGS, TINY, TINY_SEGMENTATION, run
 
 from pgl_ext.data.phantom import write_dataset
-from pgl_ext.study.cells import bundle_command
+from pgl_ext.study.cells import Cell, bundle_command
 from pgl_ext.study.run import run_study
 from pgl_ext.study.runner import Runner, default_jobs, time_left
 
@@ -331,6 +331,15 @@ def test_cost_counts_all_times_that_a_cell_was_run(tmp_path):
         os.utime(cell.log, (end, end))
     cell.finish(4, "CPU-core-hours")
     assert cell.result() == {"steps": 5, "pairs": 80, "seconds": 120, "cost": 0.1333, "unit": "CPU-core-hours"}
+
+
+@pytest.mark.parametrize(("gpus", "jobs", "share"), [(1, 1, 1), (2, 2, 1), (4, 2, 1), (1, 2, 0.5), (2, 3, 2 / 3)])
+def test_cost_is_shared_where_a_gpu_is(fast, path, tmp_path, monkeypatch, gpus, jobs, share):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(Cell, "_runs", lambda _: [[0.0, 7200.0]])
+    run_study(path, tmp_path / "out", jobs=jobs, overrides={"seeds": [0]})
+    results = [json.loads(file.read_text()) for file in tmp_path.rglob("cell.json")]
+    assert [(result["cost"], result["unit"]) for result in results] == [(round(2 * share, 4), "GPU-hours")] * 3
 
 
 def test_time_left_is_that_of_like_cells(tmp_path):

@@ -126,11 +126,11 @@ class Cell:
         """Whether an evaluation is complete. A training finds by itself that nothing is left to do."""
         return stage.section == "evaluating" and (self.folder / "evaluation" / "cases.csv").is_file()
 
-    def finish(self, cores: int, unit: str) -> None:
+    def finish(self, cores: float, unit: str) -> None:
         """Note the results, which marks the cell as finished, and remove its checkpoints.
 
         Args:
-            cores: CPU cores, or GPUs, that the cell had for itself.
+            cores: CPU cores, or GPUs, that the cell had for itself; a share of a GPU where cells shared it.
             unit: of its cost, such as ``CPU-core-hours``.
 
         Raises:

@@ -28,7 +28,7 @@ _SET_BY_STUDY = (
 )
 # What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
 _DATA = ("dataset_dir", "data_list_file_path", "data_list_key", "validation_fraction")
-_BUDGET = (
+_SHARED = (
     *(*_DATA, "max_epochs", "batch_size", "patches_per_volume", "view_size", "encoder"),
     *(*(f"volumes#{name}" for name in _DATA), "train#sampler", "train#trainer#max_epochs"),
 )
@@ -229,14 +229,14 @@ def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path)
         else:
             own = _stage(entry, f"method {name!r}", "training", configs)
             stage = Stage("training", base.layers + own.layers)
-            _check_budget(name, base, stage)
+            _check_shared(name, base, stage)
             stages[name] = _with_cache(stage, folder / "cache" / "pretraining")
     return stages
 
 
-def _check_budget(method: str, base: Stage, stage: Stage) -> None:
+def _check_shared(method: str, base: Stage, stage: Stage) -> None:
     configs = [merged_config(part.layers) for part in (base, stage)]
-    shared, own = ({id_: v for name in _BUDGET for id_, v in flat(config.get(name), name)} for config in configs)
+    shared, own = ({id_: v for name in _SHARED for id_, v in flat(config.get(name), name)} for config in configs)
     changed = [f"{id_} from {shared[id_]} to {own.get(id_)}" for id_ in shared if own.get(id_) != shared[id_]]
     if changed:
         raise ValueError(
@@ -248,23 +248,23 @@ def _check_budget(method: str, base: Stage, stage: Stage) -> None:
 def _rates_to_choose(content: Mapping[str, Any], stages: Mapping[str, Stage]) -> dict[str, list[float]]:
     """The learning rates to choose among, by method that does not set its rate itself."""
     shared = len(content["pretraining"]["configs"]) + 1
-
-    def has_own(method: str) -> bool:
-        own = stages[method].layers[shared:]
-        layers = [ConfigParser.load_config_file(part) if isinstance(part, str) else part for part in own]
-        return (
-            any("lr" in layer for layer in layers) or merged_config(stages[method].layers)["optimizer"]["lr"] != "@lr"
-        )
-
     found = {}
-    for method in stages:
+    for method, stage in stages.items():
         named = content["methods"][method]["learning_rates"]
-        if named and has_own(method):
-            raise ValueError(f"method {method!r} sets its learning rate itself: remove it, or its learning_rates.")
         rates = content["pretraining"]["learning_rates"] if named is None else named
-        if rates and not has_own(method):
+        if not rates:
+            continue
+        if not _sets_rate(stage, shared):
             found[method] = sorted({float(rate) for rate in rates})
+        elif named:
+            raise ValueError(f"method {method!r} sets its learning rate itself: remove it, or its learning_rates.")
     return found
+
+
+def _sets_rate(stage: Stage, shared: int) -> bool:
+    """Whether the layers after the shared ones give the rate, or an optimiser that does not take it."""
+    layers = [ConfigParser.load_config_file(part) if isinstance(part, str) else part for part in stage.layers[shared:]]
+    return any("lr" in layer for layer in layers) or merged_config(stage.layers)["optimizer"]["lr"] != "@lr"
 
 
 def _seen_in_pretraining(pretraining: Mapping[str, Stage], evaluation: Stage) -> str:

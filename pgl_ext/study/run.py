@@ -149,7 +149,8 @@ def _plan_text(study: Study, cells: Collection[Cell], jobs: int) -> str:
         lines.append(f"  {state:>8}  {cell.name}")
     finished = sum(cell.is_finished for cell in cells)
     left = time_left(cells, jobs) or "not known before a pre-training and a fine-tuning are finished"
-    undecided = [method for method in study.selection() if method not in choose_rates(study)[0]]
+    rates, _ = choose_rates(study)
+    undecided = [method for method in study.selection() if method not in rates]
     more = f"\nFurther cells follow once the learning rates of {', '.join(undecided)} are chosen." if undecided else ""
     lines.append(f"{finished} of {len(cells)} cells finished; time left with {jobs} at a time: {left}")
     return "\n".join(lines) + more

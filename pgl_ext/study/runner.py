@@ -142,9 +142,15 @@ class Runner:
             if not cell.has_done(stage):
                 yield from self._command(cell, stage, slot, lock)
         try:
-            cell.finish(*((1, "GPU-hours") if self._gpus else (self._threads, "CPU-core-hours")))
+            cell.finish(*self._cost())
         except (OSError, LookupError, ValueError) as error:
             raise _CellError(f"it did not leave what it should: {error}") from error
+
+    def _cost(self) -> tuple[float, str]:
+        """What a cell has for itself while it runs, and what an hour of it is called."""
+        if self._gpus:
+            return min(1.0, len(self._gpus) / self.jobs), "GPU-hours"
+        return self._threads, "CPU-core-hours"
 
     def _check_version(self, cell: Cell) -> None:
         expected = self.fingerprints[cell.name]
