@@ -10,7 +10,7 @@ import pytest
 from made_studies import finish, make_study
 from scipy.stats import bootstrap, wilcoxon
 
-from pgl_ext.figures.study import method_colors, plot_bars, plot_gains
+from pgl_ext.figures.study import method_colors, plot_bars, plot_gains, plot_learning_curves
 from pgl_ext.study.report import draw_figures, write_study_report
 from pgl_ext.study.results import comparison_rows, holm, read_results
 from pgl_ext.study.run import choose_rates, run_study
@@ -228,7 +228,7 @@ def test_no_cell_at_all(study):
     assert rows == []
     assert paper_tables(study, results, rows) == []
     write_tables(study, results, rows)
-    draw_figures(study, rows)
+    draw_figures(study, results, rows)
     assert "nothing to compare" in write_study_report(study, results, rows, [], {}).read_text()
 
 
@@ -281,7 +281,7 @@ def test_page(study):
     finish_all(study)
     results = read_results(study.cells({}))
     rows = comparison_rows(study, results)
-    draw_figures(study, rows)
+    draw_figures(study, results, rows)
     chosen = [{"method": "B", "lr": 0.3, "val_mean_dice": 0.712, "chosen": True}]
     failures = {"fine_tuning/C/3_cases/seed_0": "error: <no space>"}
     page = write_study_report(study, results, rows, chosen, failures).read_text()
@@ -308,6 +308,28 @@ def test_pictures_show_the_numbers(tmp_path):
     assert heights == [[0.5, 0.7], [0.8]]
     for name in ("gains.png", "bars.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
+    finish_all(study)
+    curves = {0: {40: 0.3, 80: 0.6}, 1: {40: 0.5, 80: 0.7}, 2: {40: 0.4}}  # the last one stopped early
+    for cell in study.cells({}):
+        if not cell.is_pretraining and cell.method != "C":
+            rows = [f"{step},{dice}" for step, dice in curves[cell.seed].items()]
+            (cell.folder / "metrics.csv").write_text("\n".join(["step,val_mean_dice", "10,", *rows]) + "\n")
+    drawn = []
+    monkeypatch.setattr("pgl_ext.study.report.plot_learning_curves", lambda *args: drawn.append(args))
+    results = read_results(study.cells({}))
+    draw_figures(study, results, comparison_rows(study, results))
+    ((panels, colors, path),) = drawn
+    (axes,) = plot_learning_curves(panels, colors, path).axes
+    assert axes.get_title(loc="left") == "3 labelled cases"
+    means = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert set(means) == {"A", "B"}
+    assert means["B"].get_xydata().tolist() == [[40, pytest.approx(0.4)]]
+    assert [len(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_")] == [2, 2, 1, 2, 2, 1]
+    assert path == study.folder / "learning_curves.png"
+    assert path.stat().st_size > 5000
 
 
 def test_many_methods_have_colours_of_their_own():

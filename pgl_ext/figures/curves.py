@@ -13,13 +13,22 @@ from matplotlib.figure import Figure
 
 from pgl_ext.figures.base import BLUE, GREY, ORANGE, organ_colors, save_figure
 
-__all__ = ["plot_metrics"]
+__all__ = ["MetricsFile", "plot_metrics"]
 
 _ORGAN_DICE = "val_dice_"
 
 
-class _Metrics:
-    """Columns of a metrics file as sorted (steps, values); a value logged again for a step replaces the older one."""
+class MetricsFile:
+    """The curves of a metrics file: ``MetricsFile(path)(column)`` is a pair of arrays, ascending steps and values.
+
+    Empty cells are skipped, and a value logged again for a step, as after a resumed run, replaces the older one.
+
+    Args:
+        path: CSV file with a header and a column ``step``.
+
+    Raises:
+        ValueError: if the file has no rows or no column ``step``.
+    """
 
     def __init__(self, path: str | Path) -> None:
         with open(path, newline="") as file:
@@ -47,7 +56,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def _draw_train_and_validation(axes: Axes, metrics: _Metrics, name: str) -> bool:
+def _draw_train_and_validation(axes: Axes, metrics: MetricsFile, name: str) -> bool:
     steps, values = metrics(name)
     if len(steps):
         axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
@@ -68,12 +77,12 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw_loss(axes: Axes, metrics: _Metrics) -> bool:
+def _draw_loss(axes: Axes, metrics: MetricsFile) -> bool:
     axes.set_title("loss")
     return _draw_train_and_validation(axes, metrics, "loss")
 
 
-def _draw_feature_std(axes: Axes, metrics: _Metrics, healthy_std: float | None) -> bool:
+def _draw_feature_std(axes: Axes, metrics: MetricsFile, healthy_std: float | None) -> bool:
     axes.set_title("feature standard deviation")
     if not _draw_train_and_validation(axes, metrics, "feature_std"):
         return False
@@ -84,7 +93,7 @@ def _draw_feature_std(axes: Axes, metrics: _Metrics, healthy_std: float | None) 
     return True
 
 
-def _draw_retrieval(axes: Axes, metrics: _Metrics) -> bool:
+def _draw_retrieval(axes: Axes, metrics: MetricsFile) -> bool:
     axes.set_title("retrieval of the corresponding place (top 1)")
     steps, values = metrics("val_retrieval_top1")
     if not len(steps):
@@ -98,7 +107,7 @@ def _draw_retrieval(axes: Axes, metrics: _Metrics) -> bool:
     return True
 
 
-def _draw_dice(axes: Axes, metrics: _Metrics) -> bool:
+def _draw_dice(axes: Axes, metrics: MetricsFile) -> bool:
     axes.set_title("validation Dice")
     steps, values = metrics("val_mean_dice")
     if not len(steps):
@@ -113,7 +122,7 @@ def _draw_dice(axes: Axes, metrics: _Metrics) -> bool:
     return True
 
 
-def _draw_schedules(axes: Axes, metrics: _Metrics) -> bool:
+def _draw_schedules(axes: Axes, metrics: MetricsFile) -> bool:
     curves = [(label, *metrics(key)) for key, label in (("lr", "learning rate"), ("tau", "momentum tau"))]
     curves = [c for c in curves if len(c[1])]
     axes.set_title(" and ".join(label for label, *_ in curves))
@@ -153,7 +162,7 @@ def plot_metrics(csv_path: str | Path, out_path: str | Path, healthy_std: float 
     Raises:
         ValueError: if the file has no rows, no column `step`, or none of the columns above.
     """
-    metrics = _Metrics(csv_path)
+    metrics = MetricsFile(csv_path)
     draw_std = partial(_draw_feature_std, healthy_std=healthy_std)
     draws = (_draw_loss, _draw_dice, draw_std, _draw_retrieval, _draw_schedules)
     # A panel tells whether it has anything to show only when it is drawn, so draw on a scratch figure first.

@@ -1,4 +1,4 @@
-"""Methods compared: by the number of labelled cases, by organ, and ablations."""
+"""Methods compared: by the number of labelled cases, by organ, by ablation, and while they are fine-tuned."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from matplotlib.figure import Figure
 
 from pgl_ext.figures.base import GREY, name_ticks, organ_colors, save_figure, tidy
 
-__all__ = ["method_colors", "plot_bars", "plot_gains"]
+__all__ = ["method_colors", "plot_bars", "plot_gains", "plot_learning_curves"]
 
 Estimate = tuple[float, float, float]
 """A value and both ends of its interval; NaN is not drawn."""
+
+Curve = tuple[np.ndarray, np.ndarray]
+"""Ascending steps and values."""
 
 
 def method_colors(methods: Sequence[str], reference: str) -> dict[str, object]:
@@ -100,6 +103,43 @@ def plot_bars(
     rows[-1].set_xlim(-0.6, len(groups) - 0.4)
     _finish(figure, rows[0], out_path)
     return figure
+
+
+def plot_learning_curves(
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]],
+    colors: Mapping[str, object],
+    out_path: str | Path | None = None,
+) -> Figure:
+    """Dice of validation cases while methods are fine-tuned: the mean over the seeds, which are drawn faint.
+
+    Args:
+        panels: by title of the panel and method the curve of each seed.
+        colors: by method.
+        out_path: picture to write; None: only return the figure.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure((max(6.5, 3.6 * len(panels)), 4.2), dpi=120, layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, methods) in zip(row, panels.items(), strict=True):
+        for method, curves in methods.items():
+            for steps, values in curves if len(curves) > 1 else []:
+                axes.plot(steps, values, color=colors[method], alpha=0.25, linewidth=0.7)
+            axes.plot(*_mean_curve(curves), "o-", color=colors[method], markersize=3.5, linewidth=1.6, label=method)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step")
+        tidy(axes)
+    row[0].set_ylabel("Dice of validation cases")
+    _finish(figure, row[0], out_path)
+    return figure
+
+
+def _mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean at the steps that all have, since one may have stopped early."""
+    at_step = [dict(zip(steps, values, strict=True)) for steps, values in curves]
+    shared = np.array(sorted(set.intersection(*map(set, at_step))))
+    return shared, np.array([np.mean([values[step] for values in at_step]) for step in shared])
 
 
 def _finish(figure: Figure, axes: Axes, out_path: str | Path | None) -> None:

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgl_ext.figures.study import Estimate, method_colors, plot_bars, plot_gains
+import numpy as np
+
+from pgl_ext.figures.curves import MetricsFile
+from pgl_ext.figures.study import Curve, Estimate, method_colors, plot_bars, plot_gains, plot_learning_curves
 from pgl_ext.report import render_page
-from pgl_ext.study.cells import labels_text
+from pgl_ext.study.cells import Cell, labels_text
 from pgl_ext.study.plan import Study
 from pgl_ext.study.results import Results
 from pgl_ext.study.tables import NOTES, missing_text, paper_tables, verdicts
@@ -19,8 +22,12 @@ __all__ = ["draw_figures", "write_study_report"]
 Rows = Sequence[Mapping[str, Any]]
 
 
-def draw_figures(study: Study, rows: Rows) -> None:
-    """Draw ``gains.png``, ``organs.png`` and ``ablations.png`` of the comparison's rows, where there is anything to."""
+def draw_figures(study: Study, results: Results, rows: Rows) -> None:
+    """Draw the pictures of a study, where there is anything to draw.
+
+    Of the comparison's rows these are ``gains.png``, ``organs.png`` and ``ablations.png``, of the finished fine-tunings
+    ``learning_curves.png``.
+    """
     dice = [row for row in rows if row["metric"] == "dice"]
     colors = method_colors(study.methods, study.reference)
     names = [labels_text(labels) for labels in study.labels]
@@ -36,6 +43,28 @@ def draw_figures(study: Study, rows: Rows) -> None:
     if ablations:
         title = f"average Dice minus {study.reference}"
         plot_bars({"": ablations}, names, colors, title, study.folder / "ablations.png")
+    curves = _learning_curves(study, results)
+    if curves:
+        plot_learning_curves(curves, colors, study.folder / "learning_curves.png")
+
+
+def _learning_curves(study: Study, results: Results) -> dict[str, dict[str, list[Curve]]]:
+    """By share of labels, in words, and method the validations of each fine-tuning that had some."""
+    found: dict[str, dict[str, list[Curve]]] = {}
+    for labels in study.labels:
+        for method in study.methods:
+            cells = [cell for cell, _ in results.cells if cell.labels == labels and cell.method == method]
+            curves = [curve for curve in map(_validations, cells) if len(curve[0])]
+            if curves:
+                found.setdefault(labels_text(labels), {})[method] = curves
+    return found
+
+
+def _validations(cell: Cell) -> Curve:
+    try:
+        return MetricsFile(cell.folder / "metrics.csv")("val_mean_dice")
+    except (OSError, ValueError):  # nothing was logged: that is no reason to go without tables
+        return np.array([]), np.array([])
 
 
 def _gains(study: Study, dice: Rows) -> dict[str, list[Estimate]]:

@@ -98,7 +98,7 @@ def _write_results(
     if learning_rates:
         write_csv(study.folder / "learning_rates.csv", learning_rates)
     write_tables(study, results, rows)
-    draw_figures(study, rows)
+    draw_figures(study, results, rows)
     report = write_study_report(study, results, rows, learning_rates, failures)
     return "\n".join([*verdicts(study, rows), f"Tables and pictures in {study.folder}, report: {report}"])
 
