@@ -46,18 +46,21 @@ def export_decoder(checkpoint: str, out: str) -> str:
     return str(export(checkpoint, out))
 
 
-def model_card(weights: str, out: str = "README.md", evaluation: str | None = None, license: str = "apache-2.0") -> str:
+def model_card(weights: str, out: str | None = None, evaluation: str | None = None, license: str = "apache-2.0") -> str:
     """Write a model card for the Hugging Face Hub from the JSON beside an encoder or a model.
 
     Args:
         weights: encoder file of pre-training, or model file of fine-tuning.
-        out: Markdown file to write.
+        out: Markdown file to write; by default README.md beside the weights.
         evaluation: output folder of an evaluation of the model, or of one that was fine-tuned from the encoder.
         license: of the weights, as the Hub names it.
     """
+    from pathlib import Path
+
     from pgl_ext.model_card import write_model_card
 
-    return str(write_model_card(weights, out, evaluation, license))
+    beside = Path(weights).with_name("README.md")
+    return str(write_model_card(weights, beside if out is None else out, evaluation, license))
 
 
 def compare(*runs: str, names: str | None = None, out: str | None = None, common: bool = False) -> str:

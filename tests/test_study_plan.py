@@ -267,7 +267,11 @@ STUDIES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if "fine_t
 def test_files_that_come_with_the_project(path, tmp_path):
     count = read_study_file(path)["test"]["cases"] or 5
     data = write_list(tmp_path / "dataset.json", count + 15, validation=5, test=5)
-    overrides = {f"{part}#settings#data_list_file_path": data for part in ("pretraining", "fine_tuning", "test")}
+    overrides = {
+        f"{part}#settings#{name}": value
+        for part in ("pretraining", "fine_tuning", "test")
+        for name, value in (("data_list_file_path", data), ("dataset_dir", None))
+    }
     study = read_study(path, tmp_path / "runs", overrides=overrides)
     selection = study.selection()
     cells = study.cells({method: next(iter(cells)) for method, cells in selection.items()})
