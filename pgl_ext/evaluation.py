@@ -60,8 +60,9 @@ def evaluation_cases(
     """
     if data_list_file_path is None:
         raise ValueError(
-            "data_list_file_path is not set: give a JSON data list with image and label of each case, such as the "
-            "split.json that training wrote, with --data_list_file_path FILE --data_list_key validation."
+            "no list of test cases is given: set --data_list_file_path FILE --data_list_key KEY (of a probe "
+            "--test_data_list_file_path, --test_data_list_key) to a JSON data list with image and label of each case, "
+            "such as the split.json that training wrote."
         )
     cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
     return [{**case, "name": name} for case, name in zip(cases, unique_names(cases), strict=True)]
