@@ -124,16 +124,18 @@ def test_comments_of_a_config_do_not_count_and_values_do(tmp_path):
     assert changes(prints[1], prints[2])["pretraining/PGL/seed_0"] == expected
 
 
-def test_a_scan_that_comes_into_a_folder_counts(tmp_path):
+def test_a_scan_that_comes_into_a_folder_counts_and_where_the_folder_lies_does_not(tmp_path):
+    def prints(folder: Path) -> dict:
+        settings = {"configs": ["train.json"], "settings": {"dataset_dir": str(folder)}}
+        return prints_of(read_study(write_study(tmp_path, pretraining=settings), tmp_path / "runs"))
+
     folder = tmp_path / "scans"
-    folder.mkdir()
-    (folder / "a.nii").write_bytes(b"1")
-    settings = {"configs": ["train.json"], "settings": {"dataset_dir": str(folder)}}
-    path = write_study(tmp_path, pretraining=settings)
-    before = prints_of(read_study(path, tmp_path / "runs"))
-    assert before == prints_of(read_study(path, tmp_path / "runs"))
-    (folder / "b.nii").write_bytes(b"1")
-    found = changes(before, prints_of(read_study(path, tmp_path / "runs")))
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.nii").write_bytes(b"1")
+    before = prints(folder)
+    assert before == prints(folder.rename(tmp_path / "moved"))
+    (tmp_path / "moved" / "b.nii").write_bytes(b"1")
+    found = changes(before, prints(tmp_path / "moved"))
     assert found["pretraining/PGL/seed_0"] == ["the data for training"]
 
 

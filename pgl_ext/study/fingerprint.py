@@ -27,8 +27,8 @@ _NO_EFFECT_CODE = (
 )
 # Where things lie, and what changes speed or records alone. Data lists and encoders count by their content.
 _NO_EFFECT_SETTINGS = {
-    *("bundle_root", "output_dir", "cache_dir", "model_path", "data_list_file_path", "resume", "overwrite"),
-    *("pretrained_encoder", "pretrained_decoder"),
+    *("bundle_root", "output_dir", "cache_dir", "model_path", "data_list_file_path", "dataset_dir"),
+    *("pretrained_encoder", "pretrained_decoder", "resume", "overwrite"),
     *("num_workers", "memory_limit_gib", "log_interval", "checkpoint_interval", "keep_last", "picture_interval"),
     *("in_monai_label", "mlflow", "experiment_name", "run_name"),
 }
@@ -74,8 +74,8 @@ def _data_digest(data_list: str | Sequence[str] | None, folder: str | None) -> s
         return _digest(b"".join(Path(path).read_bytes() for path in paths))
     if folder is None:
         return None
-    files = sorted((str(path), path.stat().st_size) for path in Path(folder).rglob("*") if path.is_file())
-    return _digest(json.dumps(files))
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return _digest(json.dumps(sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)))
 
 
 def _encoder_digest(cell: Cell) -> str | None:
