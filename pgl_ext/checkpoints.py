@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _NAME = "checkpoint_{:08d}.pt"
 _PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
+# Of a description: what a run started from, which no longer matters when it goes on.
+_START = ("pretrained_encoder", "pretrained_decoder")
 
 
 class CheckpointFolder:
@@ -220,6 +223,19 @@ class CheckpointHandler:
             **self.description,
         }
 
+    def _check_description(self, path: Path, recorded: Mapping[str, Any]) -> None:
+        """Turn settings away that the optimiser's state would undo, or that the first half was not trained with."""
+        changed = [
+            f"{name} was {recorded[name]} and is {value}"
+            for name, value in self.description.items()
+            if name in recorded and name not in _START and _as_text(recorded[name]) != _as_text(value)
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} belongs to a run with other settings: {'; '.join(changed)}. Resume with the same ones, or "
+                "begin anew in another --output_dir."
+            )
+
     def _load(self, engine: Engine) -> None:
         path, content = self.folder.newest_intact()
         if (content["epoch_length"], content["max_epochs"]) != (engine.state.epoch_length, engine.state.max_epochs):
@@ -228,6 +244,7 @@ class CheckpointHandler:
                 f"one has {engine.state.max_epochs} of {engine.state.epoch_length}: resume with the same data and "
                 "settings."
             )
+        self._check_description(path, content["description"])
         self.sampler.resume(content["step"], content["sampler"])
         self.network.load_state_dict(content["network"])
         engine.optimizer.load_state_dict(content["optimizer"])
@@ -274,6 +291,10 @@ def _random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
     }
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:

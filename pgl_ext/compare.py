@@ -2,8 +2,8 @@
 
 Of an organ that is in neither reference nor prediction :mod:`pgl_ext.metrics` gives no score (NaN), of one that is only
 predicted the worst. Where some runs of a comparison predict it and others do not, the latter are right: here they have
-the perfect score, Dice 1 and HD95 0 mm. Pairs without it would leave out just these errors. An organ that is not
-annotated in a case has no score in any run, and no part in a comparison.
+the perfect score, Dice 1 and HD95 0 mm. Pairs without it would leave out just these errors. An organ that counts as not
+annotated in a case, in one run or in all, has no part in a comparison.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ _PERFECT = {"dice": 1.0, "iou": 1.0, "hd_mm": 0.0, "hd95_mm": 0.0}
 # Of fewer pairs even the clearest difference has p > 0.05.
 _LEAST_PAIRS = 6
 _LISTED = 10
+# Volume of the organs' references, which is the same in all runs but for rounding.
+_REFERENCE = "reference_ml"
+_SAME = 1.01
 
 Scores = dict[str, dict[tuple[str, str], float]]
 """By metric, and by case and organ."""
@@ -46,22 +49,24 @@ def read_scores(folder: str | os.PathLike, metrics: Iterable[str] = tuple(_METRI
         FileNotFoundError: there is no ``cases.csv`` in the folder.
         ValueError: it lacks columns, holds no case, or holds one twice.
     """
-    path = Path(folder) / "cases.csv"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: give the output_dir of a complete evaluation (run evaluating of pgl_segmentation)."
-        )
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    metrics = list(metrics)
-    missing = [name for name in ("case", "organ", *metrics) if name not in (reader.fieldnames or [])]
+    path, metrics = Path(folder) / "cases.csv", list(metrics)
+    rows = _rows(path)
+    missing = [name for name in ("case", "organ", *metrics) if rows and name not in rows[0]]
     if missing or not rows:
         problem = f"lacks the columns {missing}" if missing else "holds no case"
         raise ValueError(f"{path} {problem}: give the output_dir of a complete evaluation.")
     if len({(row["case"], row["organ"]) for row in rows}) < len(rows):
         raise ValueError(f"{path} holds a case and organ more than once: evaluate again, with a new --output_dir.")
     return {metric: {(row["case"], row["organ"]): float(row[metric] or "nan") for row in rows} for metric in metrics}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: give the output_dir of a complete evaluation (run evaluating of pgl_segmentation)."
+        )
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def common_keys(found: Mapping[str, Iterable[tuple[str, str]]], common: bool = False) -> list[tuple[str, str]]:
@@ -87,6 +92,25 @@ def common_keys(found: Mapping[str, Iterable[tuple[str, str]]], common: bool = F
     if not shared:
         raise ValueError("the runs have no case and organ in common: evaluate all on the same data list.")
     return shared
+
+
+def _annotated_keys(keys: Iterable[tuple[str, str]], folders: Iterable[str]) -> list[tuple[str, str]]:
+    """The cases and organs that are annotated in all evaluations, where these have the same reference."""
+    volumes: dict[tuple[str, str], list[float]] = {}
+    for folder in folders:
+        for row in _rows(Path(folder) / "cases.csv"):
+            if _REFERENCE in row:
+                volumes.setdefault((row["case"], row["organ"]), []).append(float(row[_REFERENCE] or "nan"))
+    keys = [key for key in keys if not any(map(math.isnan, volumes.get(key, [])))]
+    if not keys:
+        raise ValueError("no organ is annotated in all runs: evaluate all on the same data list, with annotations.")
+    differing = [key for key in keys if key in volumes and max(volumes[key]) > _SAME * min(volumes[key])]
+    if differing:
+        raise ValueError(
+            f"the runs have references of other volumes for {_listed(differing)}: they were evaluated with other label "
+            "maps, or scans of several patients have one name. Evaluate all on the same data list."
+        )
+    return keys
 
 
 def by_organ(scores: Mapping[tuple[str, str], float], keys: Iterable[tuple[str, str]]) -> dict[str, list[float]]:
@@ -163,8 +187,8 @@ def compare_runs(
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
-        ValueError: there are fewer than two runs, names do not fit, or runs have other cases or organs; all those that
-            some run lacks are listed.
+        ValueError: there are fewer than two runs, names do not fit, or runs have other cases, organs or references; all
+            those that some run lacks are listed.
     """
     folders = [_folders(run) for run in runs]
     if len(folders) < 2:
@@ -179,6 +203,7 @@ def compare_runs(
         },
         common,
     )
+    keys = _annotated_keys(keys, [folder for some in folders for folder in some])
     paired = {name: paired_scores(repetitions[0], read, keys) for name, read in zip(names, repetitions, strict=True)}
     pairs = {metric: {name: paired[name][metric] for name in names[1:]} for metric in _METRICS}
     rows = [

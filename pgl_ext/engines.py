@@ -210,8 +210,8 @@ class StepTrainer(SupervisedTrainer):
         if self._non_finite >= self.max_non_finite:
             raise FloatingPointError(
                 f"the {name} has been {value} for {self._non_finite} steps in a row, up to step "
-                f"{self.state.iteration}: lower the learning rate (--lr) or use --amp_dtype bfloat16, and resume from "
-                "the last checkpoint."
+                f"{self.state.iteration}: begin anew with a lower learning rate (--lr), or, where --amp_dtype is "
+                "float16, resume from the last checkpoint with bfloat16."
             )
         return False
 

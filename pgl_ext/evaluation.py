@@ -19,6 +19,7 @@ from monai.transforms import Compose, Orientationd
 from pgl_ext.data.cases import labelled_items
 from pgl_ext.data.checks import BadVolumesError
 from pgl_ext.data.datalist import item_name
+from pgl_ext.errors import root_cause
 from pgl_ext.figures.overlays import plot_overlay, thinning
 from pgl_ext.figures.scores import plot_scores
 from pgl_ext.inference import unique_names
@@ -83,8 +84,11 @@ def check_cases(cases: Iterable[Mapping], loading: Callable[[Mapping], Any]) -> 
         try:
             loading(case)
         except (ValueError, OSError, RuntimeError) as error:
-            # Compose wraps what its transforms raise.
-            bad[item_name(case)] = str(error.__cause__ or error)
+            cause = root_cause(error)
+            # These are for the user to put right, not faults of the case.
+            if isinstance(cause, (ImportError, MemoryError)):
+                raise cause from error
+            bad[item_name(case)] = str(cause)
     if bad:
         raise BadVolumesError(bad, len(cases), can_skip=False)
 

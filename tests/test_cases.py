@@ -95,6 +95,18 @@ class TestFindCases:
         expected = [[str(tmp_path / f"{kind}{suffix}" / name) for kind in ("images", "labels")] for name in names]
         assert [[case["image"], case["label"]] for case in find_cases(tmp_path)] == sorted(expected)
 
+    def test_folders_that_are_linked(self, tmp_path):
+        for folder in ("images", "labels"):
+            touch(tmp_path / "elsewhere", f"{folder}/a.nii")
+            (tmp_path / "data" / folder).mkdir(parents=True)
+            (tmp_path / "data" / folder / "site").symlink_to(tmp_path / "elsewhere" / folder)
+        # Not a label map: editors leave such copies.
+        touch(tmp_path / "data", "labels/.ipynb_checkpoints/b.nii")
+        (case,) = find_cases(tmp_path / "data")
+        assert case == {
+            folder[:-1]: str(tmp_path / "data" / folder / "site" / "a.nii") for folder in ("images", "labels")
+        }
+
     def test_nnunet_names_other_file_types_and_dots(self, tmp_path):
         touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b_0000.nii", "labelsTr/b_0000.mha")
         touch(tmp_path, "imagesTr/c.nrrd", "labelsTr/c.seg.nrrd")
@@ -363,19 +375,22 @@ class TestPrepareCases:
             assert case["label"] == case["image"].replace("imagesTr", "labelsTr")
 
     def test_names_of_annotated_organs_must_be_the_task_s(self, folder, case_cache, caplog):
-        def prepare(organs: list[list[str]]) -> dict:
+        def prepare(organs: list[list[str]], multi_label: bool = True) -> dict:
+            task = SegmentationTask(TASK.organs, multi_label=multi_label)
             entries = [
                 {"image": f"imagesTr/c{n}.nii", "label": f"labelsTr/c{n}.nii", "organs": names}
                 for n, names in enumerate(organs)
             ]
             path = write_list(folder / "l.json", entries)
-            return prepare_cases(case_cache, TASK, data_list_file_path=str(path), annotated_key="organs")
+            return prepare_cases(case_cache, task, data_list_file_path=str(path), annotated_key="organs")
 
         parts = prepare([["liver", "kidney"], ["liver", "spleen"]] * 3)
         assert {tuple(case["annotated"]) for case in parts["training"]} == {("liver", "kidney"), ("liver", "spleen")}
         assert not caplog.records
         with pytest.raises(ValueError, match=r"\['spleen'\] are annotated in no case.*'Spleen', 'liver'"):
             prepare([["liver", "Spleen"]] * 4)
+        with pytest.raises(ValueError, match=r"training cases, such as .* \(spleen there\).*set multi_label to true"):
+            prepare([["liver", "kidney"], ["liver", "spleen"]] * 3, multi_label=False)
         held_out = next(os.path.basename(case["image"]) for case in parts["validation"])
         prepare([["liver", "spleen"] if f"c{n}.nii" == held_out else ["liver"] for n in range(6)])
         assert "['spleen'] are annotated in no training case" in caplog.text

@@ -299,6 +299,16 @@ class TestResume:
         with pytest.raises(ValueError, match=message):
             start(resume=True, **settings).trainer.run()
 
+    def test_with_another_description(self, start):
+        stopped(start(stop_at=1))
+        second = start(resume=True)
+        second.handler.description = {"data": {"training_volumes": 5}, "lr": 0.1, "pretrained_encoder": "moved.pt"}
+        path, content = second.handler.folder.newest_intact()
+        content["description"] |= {"lr": 0.2, "pretrained_encoder": "encoder.pt"}
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"other settings: lr was 0\.2 and is 0\.1\. Resume with the same ones"):
+            second.trainer.run()
+
     def test_rounds_in_one_process_are_one_run(self, start):
         """As in federated learning, where an engine runs again and again."""
         straight = start("straight")

@@ -236,3 +236,43 @@ def test_picture_shows_every_difference(tmp_path):
     assert any(list(line.get_ydata()) == [0.02, 0.06] for line in axes.lines)
     assert "minus random" in axes.get_ylabel()
     assert (tmp_path / "d.png").stat().st_size > 5000
+
+
+# --- references -----------------------------------------------------------------------------------------------------
+
+
+def write_referenced(folder: Path, dice: Sequence[float], volumes: Sequence[float]) -> str:
+    """A run whose larynx has these Dice and reference volumes, NaN where it is not annotated; its liver is perfect."""
+    rows = [
+        {"case": f"case_{number}", "organ": organ, "dice": value, "hd95_mm": 1.0, "reference_ml": volume}
+        for number, (larynx, ml) in enumerate(zip(dice, volumes, strict=True))
+        for organ, value, volume in (("larynx", larynx, ml), ("liver", 1.0, 1500.0))
+    ]
+    write_csv(folder / "cases.csv", rows)
+    return str(folder)
+
+
+def test_what_one_run_has_as_not_annotated_takes_no_part(tmp_path):
+    partly = write_referenced(tmp_path / "a", [math.nan, 0.8, 0.8], [math.nan, 20, 20])
+    spurious = write_referenced(tmp_path / "b", [0.0, 0.6, 0.6], [0, 20, 20.01])
+    compare_runs([partly, spurious], out=tmp_path)
+    larynx, average = (read_rows(tmp_path)["dice", "b", organ] for organ in ("larynx", AVERAGE))
+    assert (larynx["n"], float(larynx["difference"])) == ("2", pytest.approx(-0.2))
+    assert (average["n"], float(average["difference"])) == ("3", pytest.approx(-0.2 / 3))
+
+
+def test_other_references_are_refused(tmp_path):
+    """As of several patients whose scans have one name."""
+    runs = [write_referenced(tmp_path / name, [0.8, 0.8], [20, ml]) for name, ml in (("a", 20), ("b", 25))]
+    with pytest.raises(
+        ValueError, match=r"references of other volumes for case_1 \(larynx\): they were evaluated with"
+    ):
+        compare_runs(runs)
+
+
+def test_no_organ_that_all_have(tmp_path):
+    write_csv(
+        tmp_path / "a" / "cases.csv", [{"case": "1", "organ": "x", "dice": "", "hd95_mm": "", "reference_ml": ""}]
+    )
+    with pytest.raises(ValueError, match="no organ is annotated in all runs"):
+        compare_runs([str(tmp_path / "a")] * 2, names=["a", "b"])

@@ -164,7 +164,7 @@ class TestVolumeDataset:
         self, volumes, cache, monkeypatch, processes, held
     ):
         free = 8.5 * cache.nbytes(volumes[0])
-        monkeypatch.setattr(module.psutil, "virtual_memory", lambda: type("", (), {"available": free}))
+        monkeypatch.setattr(module, "available_memory", lambda: free)
         dataset = VolumeDataset(volumes, cache, transform(), processes=processes)
         opened = []
         original = cache.open

@@ -279,7 +279,9 @@ class TestNonFiniteLoss:
     def test_training_stops_where_it_stays_so(self, value):
         bad = {**toy_batch(), "views": torch.full((4, 2, 1, 8, 8, 4), value)}
         trainer = make_trainer([toy_batch(), *[bad] * 8], max_non_finite=3)
-        with pytest.raises(FloatingPointError, match="for 3 steps in a row, up to step 4: lower the learning rate"):
+        with pytest.raises(
+            FloatingPointError, match="for 3 steps in a row, up to step 4: begin anew with a lower learning rate"
+        ):
             trainer.run()
 
     def test_single_ones_do_not_stop_it(self):

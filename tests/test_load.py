@@ -142,6 +142,49 @@ def test_dicom_series(tmp_path):
     assert image.meta["filename_or_obj"] == str(folder)
 
 
+def moved(folder: Path, move) -> Path:
+    """The series with its slices, numbered downwards, where ``move(number, position, orientation)`` puts them."""
+    import pydicom
+
+    for number, path in enumerate(sorted(folder.glob("*.dcm"))):
+        slice_ = pydicom.dcmread(path)
+        position, orientation = move(number, np.array(slice_.ImagePositionPatient), slice_.ImageOrientationPatient)
+        slice_.ImagePositionPatient = [f"{x:.8g}" for x in position]
+        slice_.ImageOrientationPatient = list(orientation)
+        slice_.save_as(path)
+    return folder
+
+
+UNEVEN = [
+    (lambda n, p, o: (np.subtract(p, [0, 0, 4.0 * (n > 2)]), o), r"slices lie 4 to 8 mm apart: complete the series"),
+    (lambda n, p, o: (np.subtract(p, [0, 0, 4.0 * (n == 2)]), o), r"several slices lie at one place"),
+    (
+        lambda n, p, o: (np.add(p, [0, 1.5 * n, 0]), o),
+        r"shift by 9 mm from the first to the last, as with a tilted gantry",
+    ),
+    (lambda n, p, o: (p, [0, 1, 0, 0, 0, -1] if n == 0 else o), r"lie in several planes, as those of a localizer"),
+]
+
+
+@pytest.mark.parametrize(("move", "reason"), UNEVEN)
+def test_slices_that_are_no_volume(tmp_path, move, reason):
+    pytest.importorskip("itk")
+    pytest.importorskip("pydicom")
+    folder = save_dicom_series(tmp_path / "case", voxels(), np.diag([-2.0, -2, 4, 1]), "1.2.3")
+    assert load(folder).shape[1:] == voxels().shape
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(moved(folder, move))
+    assert str(caught.value).startswith(f"{folder} is no regular volume: ")
+
+
+def test_positions_that_were_rounded(tmp_path):
+    """Steps of 0.625 mm, written with one decimal, are 0.6 and 0.7 mm."""
+    pytest.importorskip("itk")
+    pytest.importorskip("pydicom")
+    folder = save_dicom_series(tmp_path / "case", voxels(), np.diag([-1.0, -1, 0.625, 1]), "1.2.3")
+    assert load(moved(folder, lambda n, p, o: (np.round(p, 1), o))).shape[1:] == voxels().shape
+
+
 def test_two_dicom_series_in_one_folder(tmp_path):
     pytest.importorskip("itk")
     pytest.importorskip("pydicom")

@@ -56,6 +56,13 @@ def test_organs_are_tinted_with_the_colour_of_the_legend(image, masks):
     assert (axial[20, 20] == 0).all()
 
 
+def test_a_volume_of_one_slice(tmp_path):
+    masks = np.zeros((1, 32, 32, 1), dtype=bool)
+    masks[0, 8:16, 8:16] = True
+    plot_overlay(np.zeros((32, 32, 1)), {"prediction": masks}, ["liver"], SPACING, tmp_path / "o.png")
+    assert (tmp_path / "o.png").stat().st_size > 5000
+
+
 def test_legend_covers_no_panel_even_with_many_organs(tmp_path):
     image, labels, affine = generate_case(1, (48, 48, 24), "RAS")
     names = [f"{name}, part {number}" for number in range(3) for name in LABELS[1:]]

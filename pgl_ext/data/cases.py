@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
-from pgl_ext.data.datalist import ITK_SUFFIXES, NIFTI_SUFFIXES, file_suffix, find_volumes, item_name, load_datalist
+from pgl_ext.data.datalist import (
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    file_suffix,
+    find_volumes,
+    item_name,
+    load_datalist,
+    walk_folders,
+)
 from pgl_ext.files import write_atomically
 from pgl_ext.task import SegmentationTask
 
@@ -130,11 +138,8 @@ def find_cases(dataset_dir: str | os.PathLike) -> list[dict]:
 def _label_files(folder: str) -> list[str]:
     """Label maps below a folder: unlike :func:`find_volumes` with those called ``.seg.nrrd``, but without DICOM."""
     suffixes = NIFTI_SUFFIXES + ITK_SUFFIXES
-    return sorted(
-        str(path)
-        for path in Path(folder).rglob("*")
-        if not path.name.startswith(".") and path.is_file() and file_suffix(path) in suffixes
-    )
+    paths = (os.path.join(inside, name) for inside, names, _ in walk_folders(folder) for name in names)
+    return sorted(path for path in paths if file_suffix(path) in suffixes)
 
 
 def _case_name(path: str, folder: str) -> str:
@@ -330,7 +335,8 @@ def _has_lists(path: str) -> bool:
 
 
 def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task: SegmentationTask) -> None:
-    """Find organs that are annotated nowhere, usually since the data list spells their names otherwise."""
+    """Find organs that are annotated nowhere, usually since the data list spells their names otherwise, and cases that
+    are annotated in part where the task needs all."""
 
     def absent(some: Sequence[Mapping]) -> list[str]:
         annotated = {name for case in some for name in case.get("annotated", task.names)}
@@ -341,6 +347,13 @@ def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task
         raise ValueError(
             f"the organs {absent(cases)} are annotated in no case; the data list names {named} as annotated: give the "
             "task's organs the names that they have there."
+        )
+    partly = [case for case in training if absent([case])]
+    if partly and not task.multi_label:
+        raise ValueError(
+            f"{len(partly)} of the training cases, such as {item_name(partly[0])}, are not annotated for all organs "
+            f"({', '.join(absent(partly[:1]))} there), so that a multi-class task can not tell these from background: "
+            "set multi_label to true, or leave those organs or cases out."
         )
     if absent(training):
         logger.warning("The organs %s are annotated in no training case and cannot be learned.", absent(training))

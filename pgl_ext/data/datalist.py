@@ -8,12 +8,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 __all__ = [
     "SOURCE_FIELDS",
     "SUPPORTED_SUFFIXES",
+    "dicom_header",
     "file_suffix",
     "find_volumes",
     "is_dicom_file",
@@ -22,6 +24,7 @@ __all__ = [
     "load_datalist",
     "source_names",
     "split_datalist",
+    "walk_folders",
 ]
 
 logger = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
         raise ValueError(f"Dataset folder {root} is a file, not a folder. {remedy}")
     items: list[dict] = []
     left_out = 0
-    for folder, names, is_label_folder in _walk(root):
+    for folder, names, is_label_folder in walk_folders(root):
         volumes = [n for n in names if file_suffix(n) in SUPPORTED_SUFFIXES and file_suffix(n) not in DICOM_SUFFIXES]
         labels = [n for n in volumes if is_label_folder or n.lower().endswith(".seg.nrrd")]
         left_out += len(labels)
@@ -106,7 +109,7 @@ def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
     return sorted(items, key=item_name)
 
 
-def _walk(root: str) -> Iterator[tuple[str, list[str], bool]]:
+def walk_folders(root: str) -> Iterator[tuple[str, list[str], bool]]:
     """Each folder below ``root`` once: its path, its visible files, and whether it lies in a label folder."""
     label_roots: set[str] = set()
     visited: set[str] = set()
@@ -150,18 +153,34 @@ def _has_known_suffix(path: str) -> bool:
 def _series_and_slices(path: str) -> tuple[str, int]:
     """SeriesInstanceUID and number of slices in one DICOM file; ``("", 0)`` if it holds no scan."""
     try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError(f"Reading the DICOM file {path} needs the package 'pydicom': pip install pydicom") from error
-
-    tags = ["SeriesInstanceUID", "Modality", "Rows", "NumberOfFrames"]
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    except (pydicom.errors.InvalidDicomError, OSError) as error:
+        header = dicom_header(path, ["SeriesInstanceUID", "Modality", "Rows", "NumberOfFrames"])
+    except OSError as error:
         logger.warning("%s is not a readable DICOM file and is left out: %s", path, error)
         return "", 0
     is_scan = "Rows" in header and header.get("Modality") not in ("SEG", "RTDOSE")
     return (str(header.get("SeriesInstanceUID", "")), int(header.get("NumberOfFrames") or 1)) if is_scan else ("", 0)
+
+
+def dicom_header(path: str, tags: Sequence[str]) -> Any:
+    """The ``pydicom.Dataset`` of some elements of a DICOM file.
+
+    Args:
+        path: the file.
+        tags: keywords of the elements.
+
+    Raises:
+        ImportError: ``pydicom`` is not installed.
+        OSError: the file cannot be read, or is not DICOM.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise ImportError(f"Reading the DICOM file {path} needs the package 'pydicom': pip install pydicom") from error
+
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+    except pydicom.errors.InvalidDicomError as error:
+        raise OSError(str(error)) from error
 
 
 def load_datalist(

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 from torch.utils.data import Dataset, Sampler
 
 from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
 from pgl_ext.data.datalist import SOURCE_FIELDS, find_volumes, item_name, load_datalist, source_names, split_datalist
+from pgl_ext.data.memory import available_memory
 
 __all__ = ["EpochBatchSampler", "VolumeDataset", "prepare_volumes"]
 
@@ -103,7 +103,7 @@ class VolumeDataset(Dataset):
         self.transform = transform
         self.seed = seed
         if memory_limit_gib is None:
-            memory_limit_gib = 0.5 * psutil.virtual_memory().available / processes / 2**30
+            memory_limit_gib = 0.5 * available_memory() / processes / 2**30
         self._in_memory = self._load(memory_limit_gib * 2**30)
 
     def _load(self, limit: float) -> dict[int, np.ndarray]:

@@ -118,7 +118,8 @@ def _draw(axes: Axes, grey: np.ndarray, cut: np.ndarray, colors: np.ndarray, asp
         filled[mask] = 0.65 * filled[mask] + 0.35 * color
     axes.imshow(filled.swapaxes(0, 1), origin="lower", aspect=aspect, interpolation="nearest", vmin=0, vmax=1)
     for mask, color in zip(cut, colors, strict=True):
-        if mask.any() and not mask.all():
+        # A volume of one slice has cuts of one line, which has no outline.
+        if mask.any() and not mask.all() and min(mask.shape) > 1:
             axes.contour(mask.T, levels=[0.5], colors=[color], linewidths=1.1)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -11,6 +11,7 @@ from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 
 from pgl_ext.data.datalist import NIFTI_SUFFIXES, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
+from pgl_ext.data.dicom_series import problem_of_series
 
 __all__ = ["SUPPORTED_SUFFIXES", "LoadVolumed", "series_files"]
 
@@ -22,7 +23,8 @@ class LoadVolumed(MapTransform):
     voxel indices to RAS+ millimetres, as MONAI does for every format; ``meta["filename_or_obj"]`` keeps the path, so
     that ``SaveImaged`` names its outputs after it. Trailing dimensions of size 1 are dropped.
 
-    A folder is read as a DICOM series: the one named by the item's ``"series_uid"``, or the only one in the folder.
+    A folder is read as a DICOM series: the one named by the item's ``"series_uid"``, or the only one in the folder. Its
+    slices must lie at even steps along their normal.
     NRRD goes through ITK too: unlike MONAI's ``NrrdReader`` it reads files that lack ``space directions`` and gets
     every NRRD space right. ITK is imported only when such a file is read.
 
@@ -33,7 +35,7 @@ class LoadVolumed(MapTransform):
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: a file is of an unsupported type, cannot be read, or does not hold a single-channel 3D volume.
-        ImportError: ``itk`` is needed for a file and not installed.
+        ImportError: ``itk``, or ``pydicom`` for a series, is needed and not installed.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
@@ -57,7 +59,7 @@ def _load(path: str, series_uid: str | None) -> MetaTensor:
     try:
         array, meta = reader.get_data(reader.read(path))
         array = _as_volume(array, _describe(path, series_uid))
-    except (MemoryError, _NotAVolumeError):
+    except (ImportError, MemoryError, _NotAVolumeError):
         raise
     except Exception as error:
         raise ValueError(
@@ -116,7 +118,11 @@ class _SeriesReader(ITKReader):
     def read(self, data: str, **kwargs):
         import itk
 
-        data = series_files(data, self.series_name) if os.path.isdir(data) else data
+        if os.path.isdir(data):
+            folder, data = data, series_files(data, self.series_name)
+            problem = problem_of_series(data)
+            if problem:
+                raise _NotAVolumeError(f"{_describe(folder, self.series_name)} is no regular volume: {problem}.")
         _check_components(data if isinstance(data, str) else data[0])
         return itk.imread(data, **self.kwargs, **kwargs)
 
