@@ -162,7 +162,7 @@ class StepTrainer(SupervisedTrainer):
 
     def _accumulate_gradients(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Backward passes of all micro-batches; returns the averages of what is logged."""
-        parts = _split(batch, self.micro_batch_size)
+        parts = _split(batch, self._number_of_parts(len(next(iter(batch.values())))))
         total = sum(size for size, _ in parts)
         logged: dict[str, torch.Tensor] = {}
         for number, (size, part) in enumerate(parts, start=1):
@@ -173,6 +173,17 @@ class StepTrainer(SupervisedTrainer):
             for key, value in output.items():
                 logged[key] = logged.get(key, 0) + value.detach() * (size / total)
         return logged
+
+    def _number_of_parts(self, size: int) -> int:
+        """Micro-batches of a step, as many in all processes, since synchronised batch norm waits for the others."""
+        if self.micro_batch_size is None:
+            return 1
+        sizes = torch.tensor([size, -size], device=self.state.device)
+        if dist.is_available() and dist.is_initialized():
+            # Shares of a batch can differ by one.
+            dist.all_reduce(sizes, dist.ReduceOp.MAX)
+        largest, smallest = sizes.abs().tolist()
+        return min(math.ceil(largest / self.micro_batch_size), smallest)
 
     def _largest_gradient(self) -> torch.Tensor:
         """Largest absolute value among the gradients; not finite where one of them is not."""
@@ -347,10 +358,9 @@ def _to_device(batch: dict[str, Any], device: torch.device, non_blocking: bool) 
     }
 
 
-def _split(batch: dict[str, Any], micro_batch_size: int | None) -> list[tuple[int, dict[str, Any]]]:
-    """Cut a batch into (size, micro-batch), as even as possible."""
+def _split(batch: dict[str, Any], parts: int) -> list[tuple[int, dict[str, Any]]]:
+    """Cut a batch into as many (size, micro-batch), as even as possible."""
     total = len(next(iter(batch.values())))
-    parts = 1 if micro_batch_size is None else math.ceil(total / micro_batch_size)
     edges = [round(total * i / parts) for i in range(parts + 1)]
     return [
         (stop - start, {key: value[start:stop] for key, value in batch.items()})

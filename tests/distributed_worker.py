@@ -11,6 +11,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from pgl_ext.data.dataset import VolumeDataset
+from pgl_ext.engines import StepTrainer
 
 
 def main() -> None:
@@ -24,13 +25,21 @@ def main() -> None:
         return read(self, key)
 
     VolumeDataset.__getitem__ = record
+    parts: list[tuple[int, int]] = []
+    number_of_parts = StepTrainer._number_of_parts
+
+    def record_parts(self: StepTrainer, size: int) -> int:
+        parts.append((size, number_of_parts(self, size)))
+        return parts[-1][1]
+
+    StepTrainer._number_of_parts = record_parts
     workflow = ConfigWorkflow(workflow_type="train", **arguments)
     workflow.initialize()
     workflow.run()
     network = workflow.parser.get_parsed_content("network_def")
     folder = Path(arguments["output_dir"])
     rank = os.environ["RANK"]
-    result = {"state": network.state_dict(), "seen": seen}
+    result = {"state": network.state_dict(), "seen": seen, "parts": parts}
     if "best_model" in workflow.parser:
         result["best_model"] = workflow.parser.get_parsed_content("best_model").state_dict()
     torch.save(result, folder.parent / f"rank{rank}.pt")

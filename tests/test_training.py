@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
@@ -125,10 +126,14 @@ def test_kill_and_resume_is_bit_identical(volumes, straight, tmp_path):
 
 def test_sigterm_saves_within_an_epoch_and_resumes(volumes, straight, tmp_path):
     out = tmp_path / "out"
-    arguments = training_arguments(dataset_dir=volumes, output_dir=out, checkpoint_interval=100)
+    arguments = training_arguments(dataset_dir=volumes, output_dir=out, checkpoint_interval=100, num_workers=1)
     process = start(arguments, tmp_path, tmp_path / "log")
     wait_for(lambda: (out / "views.png").is_file(), process, tmp_path / "log")
-    process.send_signal(signal.SIGTERM)
+    # As from a cluster scheduler, to all processes of the job: those that load first.
+    loading = psutil.Process(process.pid).children(recursive=True)
+    assert loading
+    for child in (*loading, process):
+        child.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143, tail(tmp_path / "log")
     assert len(checkpoints(out)) == 1
     # A run that was not told to resume must not overwrite it.
@@ -146,7 +151,9 @@ def test_sigterm_saves_within_an_epoch_and_resumes(volumes, straight, tmp_path):
 def test_two_processes(volumes, tmp_path):
     files = [str(CONFIGS / name) for name in ("train.json", "small.yaml", "multi_gpu_train.json")]
     overrides = {"dataset_dir": str(volumes), "output_dir": str(tmp_path / "out"), "config_file": files}
-    (tmp_path / "arguments.json").write_text(json.dumps({**TINY, **overrides}))
+    # Steps of 3 and 2 pairs, of which the processes have 2 and 1, or 1 each.
+    settings = {**TINY, **overrides, "batch_size": 3, "micro_batch_size": 1}
+    (tmp_path / "arguments.json").write_text(json.dumps(settings))
     worker = Path(__file__).with_name("distributed_worker.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = run([*torchrun, str(worker), str(tmp_path / "arguments.json")], cwd=tmp_path)
@@ -160,7 +167,11 @@ def test_two_processes(volumes, tmp_path):
     assert seen == [(epoch, index) for epoch in range(3) for index in range(16)]
     # Rank 0 alone writes: each step stands once, and one process' event files.
     steps = [row["step"] for row in metrics(tmp_path / "out") if row["loss"]]
-    assert steps == [str(step) for step in range(1, 13)]
+    assert steps == [str(step) for step in range(1, 19)]
+    # As many micro-batches in both, lest one wait for the other's in synchronised batch norm.
+    sizes, parts = ([[step[i] for step in rank["parts"]] for rank in ranks] for i in (0, 1))
+    assert sizes[0] != sizes[1]
+    assert parts[0] == parts[1]
     writers = {path.name.split(".")[-2] for path in (tmp_path / "out" / "tensorboard").iterdir()}
     assert len(writers) == 1
 

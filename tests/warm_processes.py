@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["monai.bundle", "monai.engines", "pgl_ext.engines", "pgl_ext.methods"])
 # Modules that are imported once can't be those of another path.
@@ -62,6 +64,8 @@ class WarmProcess:
 def _run(arguments: list[str], cwd: str, env: dict[str, str], log: str) -> None:
     os.environ.clear()
     os.environ.update(env)
+    if "OMP_NUM_THREADS" in env:  # which is read when PyTorch is imported
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     os.chdir(cwd)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,12 +16,13 @@ from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
 from pgl_ext.data.datalist import SOURCE_FIELDS, find_volumes, item_name, load_datalist, source_names, split_datalist
 from pgl_ext.data.memory import available_memory
 
-__all__ = ["EpochBatchSampler", "VolumeDataset", "prepare_volumes"]
+__all__ = ["EpochBatchSampler", "VolumeDataset", "outlive_sigterm", "prepare_volumes"]
 
 logger = logging.getLogger(__name__)
 
 _READ_ATTEMPTS = 3
 _SECONDS_BETWEEN_ATTEMPTS = 0.2
+_SECONDS_AFTER_SIGTERM = 30
 
 
 def prepare_volumes(
@@ -158,6 +160,18 @@ class VolumeDataset(Dataset):
                     raise OSError(f"{type(error).__name__}: {error}") from error
                 time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
         raise AssertionError("unreachable")
+
+
+def outlive_sigterm(worker: int) -> None:
+    """For ``worker_init_fn``: let a loading process go on for 30 s after SIGTERM.
+
+    Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
+    and saves a checkpoint, which it could not do if those that load for it ended at once.
+
+    Args:
+        worker: number of the process, not used.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
