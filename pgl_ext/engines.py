@@ -178,11 +178,12 @@ class StepTrainer(SupervisedTrainer):
         """Micro-batches of a step, as many in all processes, since synchronised batch norm waits for the others."""
         if self.micro_batch_size is None:
             return 1
-        sizes = torch.tensor([size, -size], device=self.state.device)
+        largest = smallest = size
         if dist.is_available() and dist.is_initialized():
             # Shares of a batch can differ by one.
+            sizes = torch.tensor([size, -size], device=self.state.device)
             dist.all_reduce(sizes, dist.ReduceOp.MAX)
-        largest, smallest = sizes.abs().tolist()
+            largest, smallest = sizes.abs().tolist()
         return min(math.ceil(largest / self.micro_batch_size), smallest)
 
     def _largest_gradient(self) -> torch.Tensor:
