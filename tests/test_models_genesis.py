@@ -184,11 +184,16 @@ class TestOverlays:
 
     def test_original_optimiser(self):
         parser = ConfigParser(self.config(OVERLAY, ORIGINAL, "small.yaml"))
-        parser["network"] = "@network_def"
+        parser["network"], parser["steps_per_epoch"] = "@network_def", 3
         optimizer = parser.get_parsed_content("optimizer")
         assert type(optimizer) is torch.optim.SGD
         assert {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0}.items() <= optimizer.param_groups[0].items()
-        assert parser.get_parsed_content("lr_scheduler") is None
+        scheduler, rates = parser.get_parsed_content("lr_scheduler"), []
+        for _ in range(3 * 90):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates == [1.0] * 120 + [0.5] * 120 + [0.25] * 30  # halved every 40 epochs
         assert parser.get_parsed_content("patience") == 50
         assert parser.get_parsed_content("val_interval") == 1
 

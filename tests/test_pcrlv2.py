@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 import math
 from collections.abc import Callable
@@ -283,6 +284,24 @@ class TestGradients:
 
     def test_nothing_follows_by_momentum(self, make_method):
         assert list(make_method().momentum_pairs()) == []
+
+
+def test_batch_norm_stores_the_statistics_of_global_views(make_method):
+    method, batch = make_method().train(), make_batch(2)
+    alone = copy.deepcopy(method)
+    method(batch)
+    views = batch["views"].flatten(0, 1)
+    features = alone.encoder(views)
+    maps = alone.decoder(alone.aspp(features[4]), [features[i].shape[2:] for i in (2, 1, 0)])
+    for level, projection, predictor in zip(maps, alone.projections, alone.predictors, strict=True):
+        predictor(projection(level.mean((2, 3, 4))))
+    expected = dict(alone.named_buffers())
+    changed = [
+        name for name in expected if "running" in name and not torch.equal(expected[name], method.get_buffer(name))
+    ]
+    different = [name for name in changed if not torch.allclose(expected[name], method.get_buffer(name), atol=1e-6)]
+    assert not different
+    assert {norm.momentum for norm in method.modules() if hasattr(norm, "running_mean")} == {0.1}
 
 
 def test_decoder_fits_the_segmentation_network_but_for_its_skips(make_method, make_encoder, tmp_path):

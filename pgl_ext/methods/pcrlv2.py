@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pgl_ext.methods.base import Method, check_two_views, feature_std
 from pgl_ext.networks.encoder import initialise_convolutions
@@ -43,7 +45,8 @@ class PCRLv2(Method):
     After "A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image
     Analysis" (Zhou et al. 2023), on this project's encoder and decoder. Ours: targets are rescaled to [0, 1] by each
     view's own smallest and largest value, since volumes come standardised; the finest level's restoration is the
-    network's output; and k is drawn per sample, where the original draws it with the level of S(1, 2): the gradient of
+    network's output; batch norm keeps the statistics of global views alone, since with those of the much smaller local
+    ones between, the stored statistics would be of neither; and k is drawn per sample, where the original draws it with the level of S(1, 2): the gradient of
     a level that no sample draws is 0, and LARS would take a whole step along the decay of its weights.
 
     Args:
@@ -82,7 +85,9 @@ class PCRLv2(Method):
         Returns:
             ``loss``, its terms ``restoration_loss``, ``global_loss``, ``middle_loss`` and ``local_loss``, the weight
             ``beta``, and ``feature_std``: of the global views' projections at the finest level, which everything before
-            it has a part in (healthy is about 1 / sqrt(decoder_channels[-1])).
+            it has a part in (healthy is about 1 / sqrt(decoder_channels[-1])). Batch norm is their last step, so that
+            only a complete collapse would show. In evaluation local views pass through the statistics of global ones:
+            ``local_loss`` is larger there.
 
         Raises:
             ValueError: where there are not two views, or no local ones.
@@ -95,13 +100,17 @@ class PCRLv2(Method):
                 f"{None if local_views is None else tuple(local_views.shape)}: cut views with "
                 "pgl_ext.transforms.RandGlobalLocalViewsd."
             )
-        maps, local_maps = self._decode(views), self._decode(local_views)
+        maps = self._decode(views)
+        with _running_statistics_kept(self):
+            local_maps = self._decode(local_views)
         restored = self._restore([level[:, 0] for level in maps], views.shape[3:])
         target, *_ = rescale_to_unit(batch.get("targets", views)[:, 0].float())
         # Half precision would not tell nearly parallel vectors apart; the heads are tiny.
         with torch.autocast(views.device.type, enabled=False):
             errors = torch.stack([(level - target).square().flatten(1).mean(dim=1) for level in restored], dim=1)
-            embedded, local = self._embed(maps), self._embed(local_maps)
+            embedded = self._embed(maps)
+            with _running_statistics_kept(self):
+                local = self._embed(local_maps)
             pair = torch.stack([_similarities(level, level)[0, 1] for level in embedded])
             with_local = torch.stack([_similarities(*levels) for levels in zip(embedded, local, strict=True)], dim=-1)
             # One call for the pair, one for each global view with each local one.
@@ -146,6 +155,19 @@ class PCRLv2(Method):
         if not self.training:
             return torch.full((calls, levels), 1 / levels)
         return F.one_hot(torch.randint(levels, (calls,)), levels)
+
+
+@contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Have batch norm use a batch's statistics in training as ever, but not store them."""
+    momenta = {norm: norm.momentum for norm in module.modules() if isinstance(norm, _BatchNorm)}
+    for norm in momenta:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
 
 
 def _similarities(first: _Embedding, second: _Embedding) -> torch.Tensor:

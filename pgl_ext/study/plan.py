@@ -29,7 +29,7 @@ _SET_BY_STUDY = (
 # What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
 _DATA = ("dataset_dir", "data_list_file_path", "data_list_key", "validation_fraction")
 _SHARED = (
-    *(*_DATA, "max_epochs", "batch_size", "patches_per_volume", "view_size", "encoder"),
+    *(*_DATA, "max_epochs", "batch_size", "micro_batch_size", "patches_per_volume", "view_size", "encoder"),
     *(*(f"volumes#{name}" for name in _DATA), "train#sampler", "train#trainer#max_epochs"),
 )
 _LIST_SETTINGS = ("data_list_file_path", "dataset_dir", "data_list_key", "annotated_key")
