@@ -8,7 +8,7 @@ import pytest
 from made_studies import make_study, write_study
 from programs import ROOT
 
-from pgl_ext.study.fingerprint import check_cells, code_digests, differences, fingerprint
+from pgl_ext.study.fingerprint import _sizes_digest, check_cells, code_digests, differences, fingerprint
 from pgl_ext.study.plan import read_study
 
 MODULE = '''
@@ -154,6 +154,36 @@ def test_places_do_not_count_and_contents_do(tmp_path):
     }
 
 
+def test_data_may_lie_elsewhere(tmp_path):
+    here, there = (prints_of(make_study(tmp_path / place, test={"cases": 4})) for place in ("here", "there"))
+    assert here == there
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        (
+            "images/case_3.nii.gz",
+            {"pretraining/PGL/seed_0": ["training"], "fine_tuning/random/3_cases/seed_0": ["training"]},
+        ),
+        ("labels/case_3.nii.gz", {"fine_tuning/random/3_cases/seed_0": ["training"]}),
+        ("labels/case_11.nii.gz", {"fine_tuning/random/3_cases/seed_0": ["evaluating"]}),
+        ("images/case_20.nii.gz", {}),
+    ],
+)
+def test_scans_and_label_maps_that_are_replaced_count(tmp_path, file, expected):
+    """The study's lists have cases 0 to 9 for training, 10 to 13 for testing."""
+    path = write_study(tmp_path)
+    before = prints_of(read_study(path, tmp_path / "runs"))
+    (tmp_path / "data" / file).write_bytes(b"corrected")
+    _sizes_digest.cache_clear()  # as in another process
+    found = changes(before, prints_of(read_study(path, tmp_path / "runs")))
+    cells = ("pretraining/PGL/seed_0", "fine_tuning/random/3_cases/seed_0")
+    assert {name: found[name] for name in cells if name in found} == {
+        name: [f"the data for {command}" for command in commands] for name, commands in expected.items()
+    }
+
+
 def test_another_encoder_file_counts(tmp_path):
     (tmp_path / "encoder.pt").write_bytes(b"weights")
     study = make_study(tmp_path, methods={"random": {"encoder": str(tmp_path / "encoder.pt")}})
@@ -172,7 +202,7 @@ def test_cells_of_another_version_are_listed(tmp_path):
     check_cells(cells, prints)  # none was started
     for cell in cells[:2]:
         cell.folder.mkdir(parents=True)
-        cell.start({**prints[cell.name], "code": {"losses.py": "old"}})
+        cell.start({**prints[cell.name], "code": {"losses.py": "old"}}, 1)
     with pytest.raises(ValueError, match="these cells were started with other code or settings") as caught:
         check_cells(cells, prints)
     message = str(caught.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from made_studies import make_study, write_list, write_study
-from programs import ROOT
+from programs import CONFIGS, ROOT
 
 from pgl_ext.__main__ import main
 from pgl_ext.study.configs import flat, merged_config
@@ -117,14 +117,46 @@ def test_a_decoder_that_was_pretrained_too(tmp_path):
 
 def test_held_out_cases_are_the_same_in_all_cells(tmp_path):
     study = make_study(tmp_path, test={"cases": 4})
-    split = json.loads((tmp_path / "runs" / "split.json").read_text())
+    (path,) = (tmp_path / "runs").glob("split_*.json")
+    split = json.loads(path.read_text())
     assert (len(split["training"]), len(split["test"])) == (6, 4)
     images = [Path(case["image"]).name for part in split.values() for case in part]
     assert len(set(images)) == 10
     for cell in (study.fine_tuning(method, 3, seed) for method in ("random", "PGL") for seed in (0, 1)):
-        assert config_of(cell)["data_list_file_path"] == str(tmp_path / "runs" / "split.json")
+        assert config_of(cell)["data_list_file_path"] == str(path)
+        assert config_of(cell)["dataset_dir"] == str(tmp_path / "data")
         assert (config_of(cell)["data_list_key"], config_of(cell)["test_cases"]) == ("training", 0)
         assert config_of(cell, "evaluating")["data_list_key"] == "test"
+
+
+def test_a_look_at_another_study_leaves_the_held_out_cases_alone(tmp_path):
+    make_study(tmp_path, test={"cases": 4})
+    (path,) = (tmp_path / "runs").glob("split_*.json")
+    before = path.read_bytes()
+    make_study(tmp_path, test={"cases": 5})
+    assert path.read_bytes() == before
+
+
+def test_annotated_key_of_the_test_list_may_be_another(tmp_path):
+    training = {"data_list_file_path": write_list(tmp_path / "data" / "dataset.json", 10, test=4)}
+    study = make_study(tmp_path)
+    assert config_of(study.fine_tuning("PGL", 3, 0), "evaluating")["annotated_key"] is None
+    list_ = json.loads(Path(training["data_list_file_path"]).read_text())
+    for entry in list_["test"]:
+        entry["contoured"] = ["liver"]
+    other = tmp_path / "data" / "test.json"
+    other.write_text(json.dumps(list_))
+    overrides = {"test#settings#data_list_file_path": str(other), "test#settings#annotated_key": "contoured"}
+    cell = read_study(tmp_path / "study.yaml", tmp_path / "runs", overrides=overrides).fine_tuning("PGL", 3, 0)
+    assert config_of(cell)["annotated_key"] is None
+    assert config_of(cell, "evaluating")["annotated_key"] == "contoured"
+
+
+def test_scans_prepared_differently_are_told(tmp_path):
+    overrides = {"pretraining#settings#spacing": [5, 5, 5], "fine_tuning#settings#spacing": [4, 4, 4]}
+    assert make_study(tmp_path, overrides).note == (
+        "Pre-training and fine-tuning prepare scans differently: spacing [5, 5, 5], then [4, 4, 4]."
+    )
 
 
 def test_labelled_cases_are_not_tested_on(tmp_path):
@@ -199,6 +231,7 @@ def test_learning_rates_to_choose_among(tmp_path):
     [
         ("max_epochs", 20),
         ("batch_size", 8),
+        ("micro_batch_size", 4),
         ("patches_per_volume", 70),
         ("data_list_key", "validation"),
         ("validation_fraction", 0.5),
@@ -212,6 +245,14 @@ def test_one_budget_for_all_methods(tmp_path, name, value):
         methods = {"random": {"encoder": None}, "greedy": entry}
         with pytest.raises(ValueError, match=rf"method 'greedy' changes {name} from .* to {value}"):
             make_study(tmp_path, methods=methods)
+
+
+def test_a_method_may_not_add_to_the_encoder(tmp_path):
+    encoder = merged_config((str(CONFIGS / "train.json"), str(CONFIGS / "small.yaml"), {}))["encoder"]
+    (tmp_path / "more.yaml").write_text(json.dumps({"encoder": {**encoder, "bias_downsample": True}}))
+    methods = {"random": {"encoder": None}, "other": {"configs": [str(tmp_path / "more.yaml")]}}
+    with pytest.raises(ValueError, match="changes encoder#bias_downsample from None to True"):
+        make_study(tmp_path, methods=methods)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +271,7 @@ def test_one_budget_for_all_methods(tmp_path, name, value):
         ({"labelled_cases": [30]}, "labelled_cases must be from 1 to 10"),
         ({"seeds": []}, "seeds is empty"),
         ({"test#settings#data_list_file_path": None}, "test has no data_list_file_path"),
+        ({"test#cases": 3}, "test has both cases, to hold out of the labelled ones, and a data_list_file_path"),
         ({"methods#random#settings": {"lr": 1}}, "method 'random' has an encoder and is not pre-trained"),
     ],
 )
@@ -265,12 +307,14 @@ STUDIES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if "fine_t
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_files_that_come_with_the_project(path, tmp_path):
-    count = read_study_file(path)["test"]["cases"] or 5
+    test = read_study_file(path)["test"]
+    count = test["cases"] or 5
     data = write_list(tmp_path / "dataset.json", count + 15, validation=5, test=5)
     overrides = {
         f"{part}#settings#{name}": value
         for part in ("pretraining", "fine_tuning", "test")
         for name, value in (("data_list_file_path", data), ("dataset_dir", None))
+        if part != "test" or test["cases"] is None
     }
     study = read_study(path, tmp_path / "runs", overrides=overrides)
     selection = study.selection()

@@ -34,8 +34,7 @@ def fast(monkeypatch):
     monkeypatch.setattr("pgl_ext.study.runner.bundle_command", stand_in)
     for module in ("run", "runner"):
         monkeypatch.setattr(f"pgl_ext.study.{module}.code_digests", dict)
-    monkeypatch.setattr("pgl_ext.study.run.draw_figures", lambda *_: None)
-    monkeypatch.setattr("pgl_ext.study.run.write_study_report", lambda *_: "report.html")
+    monkeypatch.setattr("pgl_ext.study.run.draw_figures", lambda *_: None)  # the page takes no time, pictures do
 
 
 @pytest.fixture
@@ -133,6 +132,7 @@ def test_a_learning_rate_that_fails_is_not_chosen(fast, path, tmp_path):
     assert [row.partition(",")[2].split(",")[0] for row in rows[1:]] == ["1", "0.3"]
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]
     assert rows[2].split(",")[2] == "failed"
+    assert "<td>failed</td>" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "fine_tuning" / "PGL_lr_1" / "3_cases" / "seed_1" / "cell.json").is_file()
 
 
@@ -267,13 +267,30 @@ def test_a_change_while_the_study_runs_is_noticed(fast, path, tmp_path, monkeypa
     assert not list(tmp_path.rglob("started.json"))
 
 
+def test_a_change_while_a_cell_runs_is_noticed(fast, path, tmp_path, monkeypatch):
+    looks = []
+
+    def changed_after_a_training() -> dict[str, str]:
+        looks.append(None)
+        return {"metrics.py": "old" if len(looks) == 1 else "changed"}
+
+    monkeypatch.setattr("pgl_ext.study.run.code_digests", lambda: {"metrics.py": "old"})
+    monkeypatch.setattr("pgl_ext.study.runner.code_digests", changed_after_a_training)
+    overrides = {"methods": {"random": {"encoder": None}}, "seeds": [0]}
+    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of metrics.py'\]"):
+        run_study(path, tmp_path / "out", overrides=overrides)
+    (log,) = tmp_path.rglob("log.txt")
+    assert "training" in log.read_text()
+    assert "evaluating" not in log.read_text()
+
+
 # --- commands, machines and cost ------------------------------------------------------------------------------------
 
 
 def test_the_command_is_the_bundle_s(tmp_path):
     cell = make_study(tmp_path).fine_tuning("PGL", 3, 0)
     cell.folder.mkdir(parents=True)
-    cell.start(FINGERPRINT)
+    cell.start(FINGERPRINT, 1)
     command = bundle_command(cell, cell.stages[0])
     assert command[:6] == [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file"]
     files = [str(SEGMENTATION_CONFIGS / name) for name in ("train.json", "tasks/phantom.yaml", "small.yaml")]
@@ -297,7 +314,7 @@ def test_each_job_has_a_gpu_and_its_share_of_the_cores(
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert default_jobs() == max(1, gpus)
@@ -322,21 +339,22 @@ def test_cost_counts_all_times_that_a_cell_was_run(tmp_path):
     (cell.folder / "models").mkdir()
     (cell.folder / "models" / "pgl_encoder.json").write_text(json.dumps({"steps": 5, "pairs": 80}))
     # Killed after 30 s, and then run for 90 s; the log's last line is the last sign of either.
-    for start, end in ((1000.0, 1030.0), (2000.0, 2090.0)):
-        cell.start(FINGERPRINT)
+    for start, end, cores in ((1000.0, 1030.0, 1), (2000.0, 2090.0, 5)):
+        cell.start(FINGERPRINT, cores)
         started = json.loads((cell.folder / "started.json").read_text())
         started["runs"][-1][0] = start
         (cell.folder / "started.json").write_text(json.dumps(started))
         cell.log.touch()
         os.utime(cell.log, (end, end))
-    cell.finish(4, "CPU-core-hours")
+    cell.finish("CPU-core-hours")
     assert cell.result() == {"steps": 5, "pairs": 80, "seconds": 120, "cost": 0.1333, "unit": "CPU-core-hours"}
 
 
 @pytest.mark.parametrize(("gpus", "jobs", "share"), [(1, 1, 1), (2, 2, 1), (4, 2, 1), (1, 2, 0.5), (2, 3, 2 / 3)])
 def test_cost_is_shared_where_a_gpu_is(fast, path, tmp_path, monkeypatch, gpus, jobs, share):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr(Cell, "_runs", lambda _: [[0.0, 7200.0]])
+    noted = Cell._runs
+    monkeypatch.setattr(Cell, "_runs", lambda cell: [[0.0, 7200.0, cores] for *_, cores in noted(cell)])
     run_study(path, tmp_path / "out", jobs=jobs, overrides={"seeds": [0]})
     results = [json.loads(file.read_text()) for file in tmp_path.rglob("cell.json")]
     assert [(result["cost"], result["unit"]) for result in results] == [(round(2 * share, 4), "GPU-hours")] * 3
@@ -350,6 +368,17 @@ def test_time_left_is_that_of_like_cells(tmp_path):
     assert time_left(cells, 1) == ""  # nothing is known of pre-training
     finish(pretraining, seconds=600)
     assert time_left(cells, 1) == "17:00"  # 7 of one minute and 1 of ten
+    assert time_left(cells, 8) == "10:00"  # the longest is not shared
+
+
+def test_time_left_knows_the_method(tmp_path):
+    methods = {"random": {"encoder": None}, "quick": {}, "slow": {}}
+    cells = make_study(tmp_path, methods=methods, labelled_cases=[3]).cells({})
+    for cell in cells:
+        if not cell.is_pretraining or cell.seed == 0:
+            finish(cell, seconds={"quick": 60, "slow": 600}.get(cell.method, 1))
+    assert time_left([cell for cell in cells if cell.method != "slow"], 1) == "01:00"
+    assert time_left(cells, 1) == "11:00"
 
 
 # --- real bundles ---------------------------------------------------------------------------------------------------

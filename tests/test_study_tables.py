@@ -213,6 +213,36 @@ def test_few_cases_say_nothing(study):
     assert "on too few test cases to be told apart from A: B (" in verdict
 
 
+@pytest.mark.parametrize(
+    ("cases", "outlier", "verdict"), [(20, 0.0, "better than A"), (20, -0.5, "not distinguishable from A")]
+)
+def test_ranks_and_mean_have_to_agree(tmp_path, cases, outlier, verdict):
+    study = make_study(
+        tmp_path, methods={"A": {"encoder": None}, "B": {}}, reference="A", labelled_cases=[3], seeds=[0]
+    )
+    gains = np.full(cases, 0.01) + RNG.normal(0, 1e-3, cases)
+    gains[0] += outlier
+    for cell in study.cells({}):
+        values = 0.7 + (gains if cell.method == "B" else 0)
+        finish(cell, None if cell.is_pretraining else {"liver": np.broadcast_to(values, cases).tolist()})
+    rows = comparison_rows(study, read_results(study.cells({})))
+    (row,) = (row for row in rows if (row["metric"], row["organ"], row["method"]) == ("dice", AVERAGE, "B"))
+    assert row["p_holm"] < 0.001  # Wilcoxon's ranks say better in either case
+    assert verdict in verdicts(study, rows)[0]
+
+
+def test_as_many_cases_as_methods_need(tmp_path):
+    """Of 8 cases the least p is 2 / 2^8: enough for 6 methods, 0.047, and not for 7, 0.055."""
+    for count, words in ((6, "better than A"), (7, "on too few test cases to be told apart from A")):
+        methods = {"A": {"encoder": None}, **{f"B{number}": {} for number in range(count)}}
+        study = make_study(tmp_path / str(count), methods=methods, reference="A", labelled_cases=[3], seeds=[0])
+        for cell in study.cells({}):
+            gain = 0.0 if cell.method == "A" else 0.1 + RNG.uniform(0, 0.01, CASES)
+            finish(cell, None if cell.is_pretraining else {"liver": (BASE["liver"] + gain).tolist()})
+        (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+        assert words in verdict
+
+
 def test_what_is_missing_is_said(study):
     missing = "fine_tuning/C/3_cases/seed_2"
     finish_all(study, without=(missing,))

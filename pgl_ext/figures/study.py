@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pgl_ext.figures.base import GREY, name_ticks, organ_colors, save_figure, tidy
@@ -61,7 +60,7 @@ def plot_gains(
     axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_ylabel(f"average Dice minus {reference}")
     tidy(axes)
-    _finish(figure, axes, out_path)
+    _finish(figure, out_path)
     return figure
 
 
@@ -101,7 +100,7 @@ def plot_bars(
         tidy(axes)
     name_ticks(rows[-1], groups)
     rows[-1].set_xlim(-0.6, len(groups) - 0.4)
-    _finish(figure, rows[0], out_path)
+    _finish(figure, out_path)
     return figure
 
 
@@ -131,7 +130,7 @@ def plot_learning_curves(
         axes.set_xlabel("step")
         tidy(axes)
     row[0].set_ylabel("Dice of validation cases")
-    _finish(figure, row[0], out_path)
+    _finish(figure, out_path)
     return figure
 
 
@@ -142,10 +141,13 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
     return shared, np.array([np.mean([values[step] for values in at_step]) for step in shared])
 
 
-def _finish(figure: Figure, axes: Axes, out_path: str | Path | None) -> None:
+def _finish(figure: Figure, out_path: str | Path | None) -> None:
+    # A method may be in some panels only.
+    found = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     # Above the panels, where no line or bar runs.
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize="small"
-    )
+    place = "outside upper center"
+    figure.legend(found.values(), found.keys(), loc=place, ncols=3, frameon=False, fontsize="small")
     if out_path is not None:
         save_figure(figure, out_path)

@@ -45,9 +45,10 @@ class PCRLv2(Method):
     After "A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image
     Analysis" (Zhou et al. 2023), on this project's encoder and decoder. Ours: targets are rescaled to [0, 1] by each
     view's own smallest and largest value, since volumes come standardised; the finest level's restoration is the
-    network's output; batch norm keeps the statistics of global views alone, since with those of the much smaller local
-    ones between, the stored statistics would be of neither; and k is drawn per sample, where the original draws it with the level of S(1, 2): the gradient of
-    a level that no sample draws is 0, and LARS would take a whole step along the decay of its weights.
+    network's output; batch norm stores the statistics of global views alone, since a mixture with those of the much
+    smaller local ones would fit neither; and k is drawn per sample, where the original draws it with the level of
+    S(1, 2): the gradient of a level that no sample draws is 0, and LARS would take a whole step along the decay of its
+    weights.
 
     Args:
         encoder: returns a feature pyramid, finest first, and has ``channels``.

@@ -113,9 +113,14 @@ class Cell:
             return None
         return descriptor
 
-    def start(self, fingerprint: Mapping[str, Any]) -> None:
-        """Note that the cell is being run, and write the settings of its commands."""
-        runs = [*self._runs(), [time.time(), None]]
+    def start(self, fingerprint: Mapping[str, Any], cores: float) -> None:
+        """Note that the cell is being run, and write the settings of its commands.
+
+        Args:
+            fingerprint: of code and settings.
+            cores: CPU cores, or GPUs, that the cell has for itself; a share of a GPU where cells share it.
+        """
+        runs = [*self._runs(), [time.time(), None, cores]]
         _write_json(self.folder / "started.json", {"fingerprint": fingerprint, "runs": runs})
         for stage in self.stages:
             for path, layer in stage.files(self.folder):
@@ -126,18 +131,19 @@ class Cell:
         """Whether an evaluation is complete. A training finds by itself that nothing is left to do."""
         return stage.section == "evaluating" and (self.folder / "evaluation" / "cases.csv").is_file()
 
-    def finish(self, cores: float, unit: str) -> None:
+    def finish(self, unit: str) -> None:
         """Note the results, which marks the cell as finished, and remove its checkpoints.
 
         Args:
-            cores: CPU cores, or GPUs, that the cell had for itself; a share of a GPU where cells shared it.
             unit: of its cost, such as ``CPU-core-hours``.
 
         Raises:
             OSError: a file that the commands should have written is not there.
         """
-        seconds = sum(end - start for start, end in self._runs())
-        cost = {"seconds": round(seconds, 1), "cost": round(seconds * cores / 3600, 4), "unit": unit}
+        runs = self._runs()
+        seconds = sum(end - start for start, end, _ in runs)
+        core_seconds = sum((end - start) * cores for start, end, cores in runs)
+        cost = {"seconds": round(seconds, 1), "cost": round(core_seconds / 3600, 4), "unit": unit}
         result = _pretraining_result(self.folder) if self.is_pretraining else _fine_tuning_result(self.folder)
         _write_json(self.folder / "cell.json", {**result, **cost})
         # Only an unfinished cell needs them, and they are large.
@@ -148,10 +154,10 @@ class Cell:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _runs(self) -> list[list[float]]:
-        """Start and end of every time that the cell was run, also of those that ended by being killed."""
+        """Start, end and cores of every time that the cell was run, also of those that ended by being killed."""
         last_sign = self.log.stat().st_mtime if self.log.is_file() else 0.0
         runs = self._record().get("runs", [])
-        return [[start, max(start, last_sign) if end is None else end] for start, end in runs]
+        return [[start, max(start, last_sign) if end is None else end, cores] for start, end, cores in runs]
 
 
 def labels_text(labels: float) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -14,12 +16,13 @@ from typing import Any
 import torch
 
 import pgl_ext
+from pgl_ext.data.datalist import load_datalist
 from pgl_ext.study.cells import Cell
 from pgl_ext.study.configs import flat, merged_config
 
 __all__ = ["check_cells", "code_digests", "differences", "fingerprint"]
 
-_PACKAGES = ("torch", "monai", "pytorch-ignite", "pytorch-optimizer", "numpy")
+_PACKAGES = ("torch", "monai", "pytorch-ignite", "pytorch-optimizer", "numpy", "scipy")
 # What only draws, reports, or runs other programs.
 _NO_EFFECT_CODE = (
     *("figures/", "probes/", "study/", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "packaging.py"),
@@ -44,8 +47,8 @@ def fingerprint(cell: Cell, code: Mapping[str, str]) -> dict[str, Any]:
 
     Returns:
         ``code`` (digest by file), ``versions``, ``settings`` (values by command and id), ``data`` (digests of the data
-        lists) and ``encoder`` (digest of the settings of the pre-training, or of the encoder file; None: random
-        weights).
+        lists and of the sizes of what they name) and ``encoder`` (digest of the settings of the pre-training, or of the
+        encoder file; None: random weights).
     """
     versions = {
         "python": ".".join(platform.python_version_tuple()[:2]),
@@ -63,19 +66,44 @@ def _input(cell: Cell) -> dict[str, dict[str, Any]]:
         kept = {name: value for name, value in config.items() if name not in _NO_EFFECT_SETTINGS}
         settings |= {f"{stage.section} {name}": value for name, value in flat(kept)}
         settings[f"{stage.section} with decoder"] = config.get("pretrained_decoder") is not None
-        data[stage.section] = _data_digest(config["data_list_file_path"], config["dataset_dir"])
+        data[stage.section] = _data_digest(
+            *(config[name] for name in ("data_list_file_path", "dataset_dir", "data_list_key")),
+            ("image",) if cell.is_pretraining else ("image", "label"),
+        )
     return {"settings": settings, "data": data}
 
 
-def _data_digest(data_list: str | Sequence[str] | None, folder: str | None) -> str | None:
-    """Of a data list's content; without one, of the names and sizes of a folder's files."""
+def _data_digest(
+    data_list: str | Sequence[str] | None, folder: str | None, key: str, used: tuple[str, ...]
+) -> str | None:
+    """Of a data list's content and the sizes of what is used; without one, of names and sizes of a folder's files."""
     if data_list is not None:
-        paths = [data_list] if isinstance(data_list, str) else data_list
-        return _digest(b"".join(Path(path).read_bytes() for path in paths))
+        paths = (data_list,) if isinstance(data_list, str) else tuple(data_list)
+        content = _digest(b"".join(Path(path).read_bytes() for path in paths))
+        return _digest(content + _sizes_digest(paths, folder, key, used, content))
     if folder is None:
         return None
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    files = _files(Path(folder))
     return _digest(json.dumps(sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)))
+
+
+@functools.lru_cache
+def _sizes_digest(paths: tuple[str, ...], folder: str | None, key: str, used: tuple[str, ...], content: str) -> str:
+    """Kept while the lists' ``content`` is the same: thousands of files for every cell would take long."""
+    items = load_datalist(paths, folder, key, keep=["label"])
+    return _digest(json.dumps([[_size(item.get(name)) for name in used] for item in items]))
+
+
+def _size(path: str | None) -> int | None:
+    """Bytes of a file, or of the files of a DICOM series' folder; None where there is nothing."""
+    if not isinstance(path, str) or not os.path.exists(path):
+        return None
+    return sum(file.stat().st_size for file in _files(Path(path))) if os.path.isdir(path) else os.path.getsize(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones, which come and go."""
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
 def _encoder_digest(cell: Cell) -> str | None:

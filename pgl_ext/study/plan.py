@@ -32,6 +32,7 @@ _SHARED = (
     *(*_DATA, "max_epochs", "batch_size", "micro_batch_size", "patches_per_volume", "view_size", "encoder"),
     *(*(f"volumes#{name}" for name in _DATA), "train#sampler", "train#trainer#max_epochs"),
 )
+_INPUT = ("spacing", "hu_window")
 _LIST_SETTINGS = ("data_list_file_path", "dataset_dir", "data_list_key", "annotated_key")
 # What cached volumes depend on: the cache wants a folder for each preprocessing.
 _CACHED_WITH = ("volume_preprocessing", "case_preprocessing", "hu_window", "spacing", "organs", "background_values")
@@ -96,7 +97,12 @@ class Study:
         self._fine_tuning, self._evaluation = _segmentation_stages(
             content, self.labels, folder, bundles / "pgl_segmentation" / "configs"
         )
-        self.note = f"{content['note']} {_seen_in_pretraining(self._pretraining, self._evaluation)}".strip()
+        remarks = (
+            str(content["note"]),
+            _seen_in_pretraining(self._pretraining, self._evaluation),
+            _other_input(self._pretraining, self._fine_tuning[self.labels[0]]),
+        )
+        self.note = " ".join(remark for remark in remarks if remark)
         self._rates = _rates_to_choose(content, self._pretraining)
 
     def cells(self, rates: Mapping[str, float]) -> list[Cell]:
@@ -230,6 +236,7 @@ def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path)
             own = _stage(entry, f"method {name!r}", "training", configs)
             stage = Stage("training", base.layers + own.layers)
             _check_shared(name, base, stage)
+            _check_outside(stage, folder)
             stages[name] = _with_cache(stage, folder / "cache" / "pretraining")
     return stages
 
@@ -237,11 +244,22 @@ def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path)
 def _check_shared(method: str, base: Stage, stage: Stage) -> None:
     configs = [merged_config(part.layers) for part in (base, stage)]
     shared, own = ({id_: v for name in _SHARED for id_, v in flat(config.get(name), name)} for config in configs)
-    changed = [f"{id_} from {shared[id_]} to {own.get(id_)}" for id_ in shared if own.get(id_) != shared[id_]]
+    ids = {**shared, **own}
+    changed = [f"{id_} from {shared.get(id_)} to {own.get(id_)}" for id_ in ids if own.get(id_) != shared.get(id_)]
     if changed:
         raise ValueError(
             f"method {method!r} changes {'; '.join(changed)}: all methods are compared on the same data with the same "
             "number of pairs. Set it under pretraining, for all of them."
+        )
+
+
+def _check_outside(stage: Stage, folder: Path) -> None:
+    config = merged_config(stage.layers)
+    scans = None if config["data_list_file_path"] else config["dataset_dir"]
+    if scans and folder.is_relative_to(scans):
+        raise ValueError(
+            f"the study's folder {folder} lies within the scans to pre-train on, {scans}, and what it writes would be "
+            "taken for further scans: give an --out elsewhere."
         )
 
 
@@ -283,6 +301,15 @@ def _seen_in_pretraining(pretraining: Mapping[str, Stage], evaluation: Stage) ->
     return f"Pre-training has seen {count} of the {len(names)} test scans, without their labels." if count else ""
 
 
+def _other_input(pretraining: Mapping[str, Stage], fine_tuning: Stage) -> str:
+    """A remark where scans are prepared otherwise in pre-training, to the disadvantage of all its methods."""
+    if not pretraining:
+        return ""
+    before, after = (merged_config(stage.layers) for stage in (next(iter(pretraining.values())), fine_tuning))
+    parts = [f"{name} {before[name]}, then {after[name]}" for name in _INPUT if before[name] != after[name]]
+    return f"Pre-training and fine-tuning prepare scans differently: {'; '.join(parts)}." if parts else ""
+
+
 def _with_cache(stage: Stage, prefix: Path) -> Stage:
     config = merged_config(stage.layers)
     parts = json.dumps([config.get(name) for name in _CACHED_WITH], sort_keys=True)
@@ -299,10 +326,15 @@ def _segmentation_stages(
     fine_tuning = _stage(content["fine_tuning"], "fine_tuning", "training", configs)
     evaluation = _stage(content["test"], "test", "evaluating", configs)
     if content["test"]["cases"] is not None:
-        fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, content["test"]["cases"], folder / "split.json")
+        if content["test"]["settings"].get("data_list_file_path") is not None:
+            raise ValueError(
+                "test has both cases, to hold out of the labelled ones, and a data_list_file_path under settings: "
+                "remove one of them."
+            )
+        fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, content["test"]["cases"], folder)
     config = merged_config(fine_tuning.layers)
-    # Which organs are annotated is known of the same field in both.
-    evaluation = evaluation.with_settings(annotated_key=config["annotated_key"])
+    if "annotated_key" not in content["test"]["settings"]:
+        evaluation = evaluation.with_settings(annotated_key=config["annotated_key"])
     cases = _cases(fine_tuning, "fine_tuning")
     both = {item_name(case) for case in cases} & {item_name(case) for case in _cases(evaluation, "test")}
     if both:
@@ -332,11 +364,24 @@ def _cases(stage: Stage, place: str) -> list[dict]:
     return labelled_items(*(config[name] for name in _LIST_SETTINGS))
 
 
-def _hold_out(fine_tuning: Stage, evaluation: Stage, count: int, path: Path) -> tuple[Stage, Stage]:
+def _hold_out(fine_tuning: Stage, evaluation: Stage, count: int, folder: Path) -> tuple[Stage, Stage]:
     """Hold test cases out of the labelled ones, the same ones in all cells."""
-    parts = split_cases(_cases(fine_tuning, "fine_tuning"), test_cases=count, validation_fraction=0)
-    write_text(path, json.dumps({name: parts[name] for name in ("training", "test")}, indent=2) + "\n")
-    split = {"data_list_file_path": str(path), "dataset_dir": None}
+    cases = _cases(fine_tuning, "fine_tuning")
+    parts = split_cases(cases, test_cases=count, validation_fraction=0)
+    # Relative, so that the list is the same where the data have been moved.
+    dataset_dir = os.path.commonpath([os.path.dirname(case[name]) for case in cases for name in ("image", "label")])
+    content = {
+        part: [
+            case | {name: os.path.relpath(case[name], dataset_dir) for name in ("image", "label")}
+            for case in parts[part]
+        ]
+        for part in ("training", "test")
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    # By its content, so that no other study in the folder, not even one that is only looked at, changes it.
+    path = folder / f"split_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    write_text(path, text)
+    split = {"data_list_file_path": str(path), "dataset_dir": dataset_dir}
     return (
         fine_tuning.with_settings(**split, data_list_key="training"),
         evaluation.with_settings(**split, data_list_key="test"),

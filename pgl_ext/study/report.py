@@ -21,6 +21,8 @@ __all__ = ["draw_figures", "write_study_report"]
 
 Rows = Sequence[Mapping[str, Any]]
 
+_PICTURES = ("gains.png", "organs.png", "ablations.png", "learning_curves.png")
+
 
 def draw_figures(study: Study, results: Results, rows: Rows) -> None:
     """Draw the pictures of a study, where there is anything to draw.
@@ -28,6 +30,8 @@ def draw_figures(study: Study, results: Results, rows: Rows) -> None:
     Of the comparison's rows these are ``gains.png``, ``organs.png`` and ``ablations.png``, of the finished fine-tunings
     ``learning_curves.png``.
     """
+    for name in _PICTURES:  # of a study that was in this folder before
+        (study.folder / name).unlink(missing_ok=True)
     dice = [row for row in rows if row["metric"] == "dice"]
     colors = method_colors(study.methods, study.reference)
     names = [labels_text(labels) for labels in study.labels]

@@ -95,6 +95,7 @@ def _write_results(
         return "No fine-tuning is finished."
     results.missing += [cell for cell in selection if not cell.is_finished]
     rows = comparison_rows(study, results)
+    (study.folder / "learning_rates.csv").unlink(missing_ok=True)
     if learning_rates:
         write_csv(study.folder / "learning_rates.csv", learning_rates)
     write_tables(study, results, rows)

@@ -31,17 +31,21 @@ def default_jobs() -> int:
 
 
 def time_left(cells: Iterable[Cell], jobs: int) -> str:
-    """How long the cells that are not finished will take, by those that are; empty where that is not known."""
+    """How long the cells that are not finished will take, by those that are; empty where that is not known.
+
+    A pre-training takes as long as others of its method, or else of any, a fine-tuning as long as others.
+    """
     cells = list(cells)
-    finished = [cell for cell in cells if cell.is_finished]
-    seconds = 0.0
+    finished = [(cell, cell.result()["seconds"]) for cell in cells if cell.is_finished]
+    left = []
     for cell in cells:
-        if cell not in finished:
-            alike = [one.result()["seconds"] for one in finished if one.is_pretraining == cell.is_pretraining]
+        if not cell.is_finished:
+            alike = [(one, seconds) for one, seconds in finished if one.is_pretraining == cell.is_pretraining]
+            same = [seconds for one, seconds in alike if one.method == cell.method and cell.is_pretraining]
             if not alike:
                 return ""
-            seconds += float(np.mean(alike)) / jobs
-    return tqdm.format_interval(seconds)
+            left.append(float(np.mean(same or [seconds for _, seconds in alike])))
+    return tqdm.format_interval(max([sum(left) / jobs, *left]))
 
 
 class _CellError(Exception):
@@ -80,7 +84,8 @@ class Runner:
         self.jobs = jobs
         self.failures: dict[str, str] = {}
         self._gpus = _gpus()
-        self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
+        # Of the cores that this process may use, which on a cluster are not all.
+        self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // jobs))
         self._waiting = [cell for cell in self.cells if not cell.is_finished]
         self._running: list[_Run] = []
         self._told: set[str] = set()
@@ -137,12 +142,15 @@ class Runner:
             return
         self._say(f"{cell}: log in {cell.log}")
         self._check_version(cell)
-        cell.start(self.fingerprints[cell.name])
+        cores, unit = self._cost()
+        cell.start(self.fingerprints[cell.name], cores)
         for stage in cell.stages:
             if not cell.has_done(stage):
                 yield from self._command(cell, stage, slot, lock)
+                # The next command, hours later, reads code and settings anew.
+                self._check_version(cell)
         try:
-            cell.finish(*self._cost())
+            cell.finish(unit)
         except (OSError, LookupError, ValueError) as error:
             raise _CellError(f"it did not leave what it should: {error}") from error
 

@@ -21,8 +21,8 @@ case by case, with a 95 % bootstrap interval over the test cases. An organ that 
 predicted all the same, and else no score, but in differences the perfect one (Dice 1, HD95 0) where the other method or
 another seed predicts it: so they need not be those of the means. p is that of the two-sided Wilcoxon signed-rank test
 and not adjusted; p (Holm) is adjusted for the number of methods. Neither knows what other seeds or other labelled
-cases would change. A method is called better or worse than the reference where p (Holm) of its average Dice is below
-0.05. The cost, at the end of a row, is that of one pre-training."""
+cases would change. A method is called better or worse than the reference where, of its average Dice, p (Holm) is below
+0.05 and the interval leaves out 0. The cost, at the end of a row, is that of one pre-training."""
 
 _SIGNIFICANT = 0.05
 
@@ -30,27 +30,32 @@ _SIGNIFICANT = 0.05
 def verdicts(study: Study, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """For each share of labels, in a sentence, which methods differ from the reference and which cannot be told apart.
 
-    A method is better or worse where ``p_holm`` of its average Dice is below 0.05. That is about these networks; where
-    the sign is not the same in every seed, the sentence says so, since others of the same methods may differ otherwise.
+    A method is better or worse where, of its average Dice, ``p_holm`` is below 0.05 and the interval leaves out 0, as
+    ranks and mean may differ in sign. That is about these networks; where the sign is not the same in every seed, the
+    sentence says so, since others of the same methods may differ otherwise.
     """
+    compared = [row for row in rows if row["metric"] == "dice" and row["organ"] == AVERAGE and row["paired_seeds"]]
     groups: dict[float, dict[str, list[str]]] = {}
-    for row in rows:
-        if row["metric"] == "dice" and row["organ"] == AVERAGE and row["paired_seeds"]:
-            group = "not distinguishable from"
-            if row["p_holm"] < _SIGNIFICANT:
-                group = "worse than" if row["difference"] < 0 else "better than"
-                if row["agreeing_seeds"] < row["paired_seeds"]:
-                    group = f"{group}, but not in every seed,"
-            elif math.isnan(row["p_holm"]):
-                group = "on too few test cases to be told apart from"
-            text = f"{row['method']} ({_number(row['difference'], 3, '+')}, {_interval(row, 3)})"
-            groups.setdefault(row["labels"], {}).setdefault(group, []).append(text)
+    for row in compared:
+        methods = sum(other["labels"] == row["labels"] for other in compared)
+        text = f"{row['method']} ({_number(row['difference'], 3, '+')}, {_interval(row, 3)})"
+        groups.setdefault(row["labels"], {}).setdefault(_verdict(row, methods), []).append(text)
     return [
         f"{labels_text(labels)}, average Dice: "
         + "; ".join(f"{group} {study.reference}: {', '.join(texts)}" for group, texts in found.items())
         + "."
         for labels, found in groups.items()
     ]
+
+
+def _verdict(row: Mapping[str, Any], methods: int) -> str:
+    # The least p of n pairs, adjusted for as many methods.
+    if 2.0 ** (1 - row["paired_cases"]) * methods > _SIGNIFICANT:
+        return "on too few test cases to be told apart from"
+    if row["p_holm"] < _SIGNIFICANT and row["ci95_low"] * row["ci95_high"] > 0:
+        group = "worse than" if row["difference"] < 0 else "better than"
+        return group if row["agreeing_seeds"] == row["paired_seeds"] else f"{group}, but not in every seed,"
+    return "not distinguishable from"
 
 
 @dataclass
