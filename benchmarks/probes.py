@@ -1,4 +1,4 @@
-"""Which probe foretells fine-tuning? Rank correlation of probes' Dice with fine-tuned Dice over the methods of a study.
+"""Which probe predicts fine-tuning? Rank correlation of probes' Dice with fine-tuned Dice over the methods of a study.
 
 Every protocol (levels, standardisation, batch norm, strength) is run on the encoder of every finished fine-tuning of a
 study, on its labelled cases, and scored on its test cases, on the preprocessed grid. Results are added to probes.csv in

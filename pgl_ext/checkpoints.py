@@ -128,7 +128,9 @@ class CheckpointHandler:
         self.encoder_path = encoder_path
         self.decoder_path = decoder_path
         self.description = dict(description)
-        self.interval = at_least_one(interval, "checkpoint_interval", "one of more than max_epochs saves the end alone")
+        self.interval = at_least_one(
+            interval, "checkpoint_interval", "to save only at the end, set it above max_epochs"
+        )
         self.resume = as_bool(resume, "resume")
         self.overwrite = as_bool(overwrite, "overwrite")
         self.rank = rank
@@ -155,8 +157,8 @@ class CheckpointHandler:
             self._remove_others()
         elif self.folder.paths():
             raise FileExistsError(
-                f"{self.folder.folder} already holds checkpoints: go on with --resume true, or choose another "
-                "--output_dir."
+                f"{self.folder.folder} already holds checkpoints: continue with --resume true, begin anew with "
+                "--overwrite true, which removes them, or choose another --output_dir."
             )
 
     def _remove_others(self) -> None:
@@ -176,7 +178,7 @@ class CheckpointHandler:
     def _stop_if_agreed(self, engine: Engine) -> None:
         if engine.stop_agreed:
             self.save(engine)
-            logger.warning("stopped on request at step %d; go on with --resume true", engine.state.iteration)
+            logger.warning("stopped on request at step %d; continue with --resume true", engine.state.iteration)
             engine.terminate()
 
     def save(self, engine: Engine) -> None:
@@ -257,8 +259,6 @@ class CheckpointHandler:
         position = {key: content[key] for key in ("epoch_length", "max_epochs")}
         engine.load_state_dict({**position, "iteration": content["step"]})
         random_states = content["random"]
-        if isinstance(random_states, dict):
-            random_states = [random_states]  # an older checkpoint, which holds that of rank 0 alone
         if len(random_states) != rank_and_world_size()[1]:
             logger.warning(
                 "%s holds the random states of %d processes, this run has %d: it will draw other random numbers than "

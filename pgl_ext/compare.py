@@ -1,8 +1,8 @@
 """Whether one segmentation is better than another: paired differences of the scores that evaluations wrote.
 
-Of an organ that is in neither reference nor prediction :mod:`pgl_ext.metrics` gives no score (NaN), of one that is only
-predicted the worst. Where some runs of a comparison predict it and others do not, the latter are right: here they have
-the perfect score, Dice 1 and HD95 0 mm. Pairs without it would leave out just these errors. An organ that counts as not
+:mod:`pgl_ext.metrics` gives no score (NaN) where an organ is in neither reference nor prediction, and the worst one
+where it is only predicted. Where one run predicts an absent organ and another does not, leaving that case out would
+hide the error: so here the run that is right has the perfect score, Dice 1 and HD95 0 mm. An organ that was not
 annotated in a case, in one run or in all, has no part in a comparison.
 """
 

@@ -95,7 +95,7 @@ class StepTrainer(SupervisedTrainer):
         self.lr_scheduler = lr_scheduler
         self.batch_transform = batch_transform
         if micro_batch_size is not None:
-            at_least_one(micro_batch_size, "micro_batch_size", "batch_size itself takes the whole batch at once")
+            at_least_one(micro_batch_size, "micro_batch_size", "set it to batch_size for one pass per step")
         self.micro_batch_size = micro_batch_size
         amp = as_bool(amp, "amp")
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None

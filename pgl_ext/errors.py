@@ -12,10 +12,9 @@ _ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, ImportError)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What layers of other errors were wrapped around: an error about files, values or missing packages, else what all
-    began with.
+    """The error to show to the user: the outermost one about files, values or missing packages, else the original one.
 
-    Of several errors about these it is the outermost: it says what to do about those within.
+    MONAI wraps errors in others (``raise ... from``). Of several about files and such, the outermost has the remedy.
     """
     while error.__cause__ is not None and not isinstance(error, _ABOUT_THE_INPUT):
         error = error.__cause__
@@ -23,9 +22,9 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def report_root_cause() -> None:
-    """Have uncaught errors about files, values and missing packages end the program with their message alone.
+    """Let uncaught errors about files, values and missing packages end the program with only their message.
 
-    A bundle's config machinery wraps each error in a tower of its own, dozens of lines with the cause at the top.
+    A bundle's config machinery wraps each error in others, dozens of lines with the cause at the top.
     ``PGL_TRACEBACK=1`` shows it all; other errors always do.
     """
     sys.excepthook = _print_cause

@@ -262,7 +262,7 @@ class OverlayPictures:
         self.folder = Path(output_dir)
         self.task = task
         self.spacing = (1.0, 1.0, 1.0) if spacing is None else tuple(spacing)
-        remedy = "one of more than the run's validations draws the first and the last alone"
+        remedy = "to draw only the first and the last validation, set it above their number"
         self.interval = at_least_one(interval, "picture_interval", remedy)
         self._validations = 0
 

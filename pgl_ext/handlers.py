@@ -176,7 +176,7 @@ class MetricsLog:
         self.columns = ("step", "epoch", *columns)
         self.speed = speed
         self.interval = at_least_one(
-            interval, "log_interval", "one of more than the run's steps logs validations alone"
+            interval, "log_interval", "to log validations only, set it above the number of steps"
         )
         self.plot_arguments = plot_arguments
 
@@ -199,10 +199,10 @@ class MetricsLog:
         rows = []
         if step > 0 and self.path.is_file():
             # Steps that are done again would stand there twice.
-            with open(self.path, newline="") as file:
+            with open(self.path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
             rows = [row for row in rows if self._is_kept(row, step)]
-        with open(self.path, "w", newline="") as file:
+        with open(self.path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
@@ -237,7 +237,7 @@ class MetricsLog:
     def _write(self, engine: Engine, values: dict[str, float]) -> None:
         step = engine.state.iteration
         self._rows += 1
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             row = {"step": step, "epoch": engine.state.epoch, **{k: f"{v:.6g}" for k, v in values.items()}}
             csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
         for name, value in values.items():
@@ -322,7 +322,7 @@ class ViewPictures:
 
     def __init__(self, output_dir: str | os.PathLike, interval: int = 50) -> None:
         self.folder = Path(output_dir)
-        self.interval = at_least_one(interval, "picture_interval", "one of more than max_epochs draws the first alone")
+        self.interval = at_least_one(interval, "picture_interval", "to draw only once, set it above max_epochs")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._draw)

@@ -147,7 +147,7 @@ class DiceCrossEntropyLoss(nn.Module):
 
 
 class SegmentationLoss(nn.Module):
-    """Has a segmentation loss compare logits with a label map, in the organs that were annotated.
+    """A segmentation loss of logits and a label map, over the organs that were annotated.
 
     Where an organ was not annotated in a sample, neither its logits nor its labels count: absent from the label map
     does not mean absent from the patient. The loss is then ``1 / C * sum over c of loss(logits of c, targets of c)``,

@@ -117,12 +117,17 @@ def _read_run(name: str, folder: Path) -> _Run:
     for path, step in ((model, "run training"), (summary, "run evaluating --output_dir RUN/evaluation")):
         if not path.is_file():
             raise FileNotFoundError(f"run {name!r} has no {path}: finish '{step}' first.")
-    return _Run(name, folder, folder / "evaluation", json.loads(model.read_text()), json.loads(summary.read_text()))
+    return _Run(
+        name,
+        folder,
+        folder / "evaluation",
+        *(json.loads(path.read_text(encoding="utf-8")) for path in (model, summary)),
+    )
 
 
 def _encoder(pretraining: str | os.PathLike | None) -> dict[str, Any]:
     path = Path(pretraining or "") / "models" / "pgl_encoder.json"
-    return json.loads(path.read_text()) if pretraining is not None and path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if pretraining is not None and path.is_file() else {}
 
 
 def _read_comparison(folder: Path) -> dict[str, Any]:

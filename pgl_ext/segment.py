@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from pgl_ext.data.cache import resolve_bad
 from pgl_ext.data.checks import BadVolumesError
-from pgl_ext.data.datalist import NIFTI_SUFFIXES, file_suffix, is_dicom_file
+from pgl_ext.data.datalist import NIFTI_SUFFIXES, dicom_header, file_suffix, is_dicom_file
 from pgl_ext.dicom_seg import require_highdicom, write_dicom_seg
 from pgl_ext.evaluation import check_cases
 from pgl_ext.figures.overlays import plot_overlay, thinning
@@ -114,9 +114,7 @@ def _items(dataset_dir: Any, data_list_file_path: Any, data_list_key: str) -> li
 def _whole_series(path: str) -> dict:
     """The series that a DICOM file is a slice of; other files stand for themselves."""
     if is_dicom_file(path):
-        import pydicom
-
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "NumberOfFrames"])
+        header = dicom_header(path, ["SeriesInstanceUID", "NumberOfFrames"])
         folder, uid = os.path.dirname(path), str(header.get("SeriesInstanceUID", ""))
         if int(header.get("NumberOfFrames") or 1) == 1 and uid and len(series_files(folder, uid)) > 1:
             return {"image": folder, "series_uid": uid}

@@ -35,8 +35,8 @@ def task_config(
 ) -> dict[str, Any]:
     """``train.json`` of pgl_segmentation with overlays in it, and such that weights fit its network.
 
-    What is recorded beside a model comes before what overlays say: the task, the preprocessing and the network are then
-    those of the model; and the encoder's layout is that of the encoder file.
+    What is recorded beside a model overrides the overlays: task, preprocessing and network are then those of the model.
+    The encoder's layout is that of the encoder file.
 
     Args:
         configs: folder of ``train.json`` and of the overlays.

@@ -104,7 +104,7 @@ def _of_mlflow(handlers: Iterable) -> list[MLFlowHandler]:
 
 
 def _executed_config(handler: MLFlowHandler, output_dir: Path) -> Path | None:
-    """Where MONAI saved the config; the path that it tells its handler is spoilt by an --output_dir that is given."""
+    """Where MONAI saved the config: not where it tells its handler if --output_dir was given, but the newest there."""
     told = [Path(path) for path in handler.artifacts if path]
     if not told or told[0].is_file():
         return told[0] if told else None

@@ -75,6 +75,36 @@ def test_check_transform_names_the_file_and_changes_nothing():
         CheckVolumed("image")({"image": MetaTensor(torch.zeros(1, 2, 2, 2), meta=meta)})
 
 
+@pytest.mark.parametrize(
+    ("values", "is_label_map"),
+    [
+        (np.arange(14), True),
+        (np.arange(50), True),
+        (np.arange(51), False),
+        ([0, 255], True),
+        ([-1024, 0, 1], True),
+        (np.arange(14) / 2, False),  # a map of probabilities, say
+        (np.arange(-1024, 325), False),
+    ],
+)
+@pytest.mark.parametrize("voxels", [8000, 100])
+def test_label_maps_are_no_scans(values, is_label_map, voxels):
+    """Also where nearly all voxels have one value, as in masks of small organs and in scans that are padded."""
+    image = np.zeros((1, 64, 64, 40), dtype=np.float32)
+    image.reshape(-1)[50001 : 50001 + voxels] = np.resize(values[-voxels:], voxels)
+    image = MetaTensor(torch.from_numpy(image), meta={"filename_or_obj": "/data/liver.nii"})
+    assert CheckVolumed("image")({"image": image})["image"] is image
+    check = CheckVolumed("image", refuse_label_maps=True)
+    if is_label_map:
+        found = len(np.union1d(values, 0))
+        with pytest.raises(
+            BadVolumeError, match=rf"liver\.nii looks like a label map: .* only {found} different values"
+        ):
+            check({"image": image})
+    else:
+        assert check({"image": image})["image"] is image
+
+
 def test_all_bad_volumes_are_listed_and_survive_pickling():
     bad = {f"/data/{i}.nii": f"reason {i}" for i in range(30)}
     error = pickle.loads(pickle.dumps(BadVolumesError(bad, total=100)))

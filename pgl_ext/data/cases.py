@@ -183,7 +183,7 @@ def split_cases(
     drawn = [ordered[index] for index in np.random.RandomState(seed).permutation(len(ordered))]
     test, labelled, unused = drawn[:test_cases], drawn[test_cases:][:count], drawn[test_cases + count :]
     held_out = [_validation_count(n, validation_fraction) for n in range(count + 1)]
-    # A case is held out where one more labelled case means one more for validation: so the splits are nested.
+    # A case goes to validation where the rounded number of validation cases rises: smaller splits lie in larger ones.
     training = [case for n, case in enumerate(labelled) if held_out[n] == held_out[n + 1]]
     validation = [case for n, case in enumerate(labelled) if held_out[n] < held_out[n + 1]]
     if count == 1 and validation:

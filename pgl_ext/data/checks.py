@@ -18,6 +18,8 @@ __all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "
 
 # float16, as which label maps are cached, holds every whole number up to here.
 _LARGEST_LABEL = 2048
+_MOST_LABELS = 50
+_SAMPLE = 100_000  # voxels
 _GRID_TOLERANCE = 0.1  # voxels
 _LISTED_VALUES = 10
 
@@ -96,21 +98,40 @@ class CheckVolumed(MapTransform):
 
     Args:
         keys: keys of the volumes ``(C, X, Y, Z)``.
+        refuse_label_maps: refuse what looks like a label map, where scans are found by searching folders: only whole
+            numbers, and at most 50 different ones. Scans have hundreds.
         allow_missing_keys: don't raise if a key is absent.
 
     Raises:
-        BadVolumeError: see :func:`check_volume`.
+        BadVolumeError: see :func:`check_volume`; or a volume looks like a label map.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, refuse_label_maps: bool = False, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.refuse_label_maps = refuse_label_maps
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
             meta = getattr(out[key], "meta", {})
-            check_volume(out[key], str(meta.get("filename_or_obj", key)))
+            source = str(meta.get("filename_or_obj", key))
+            check_volume(out[key], source)
+            if self.refuse_label_maps:
+                _check_not_label_map(np.asarray(out[key]), source)
         return out
+
+
+def _check_not_label_map(voxels: np.ndarray, source: str) -> None:
+    flat = voxels.reshape(-1)
+    # Sorting all voxels takes seconds, and a sample of a scan's is enough to tell.
+    for sample in (flat[:: max(1, flat.size // _SAMPLE)], flat):
+        values = np.unique(sample)
+        if values.size > _MOST_LABELS or (values != np.rint(values)).any():
+            return
+    raise BadVolumeError(
+        f"{source} looks like a label map: its {flat.size} voxels have only {values.size} different values, all whole "
+        "numbers. Scans to train on are listed by --data_list_file_path, or lie in a folder without label maps"
+    )
 
 
 class CheckLabeld(MapTransform):

@@ -31,7 +31,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             self.rows = list(reader)
             self.columns = list(reader.fieldnames or [])

@@ -18,7 +18,7 @@ _PICTURE_SIZE = 256  # voxels per axis
 
 
 def thinning(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Every how many voxels of a volume (X, Y, Z) to draw: a picture shows no more of them than it has pixels."""
+    """Strides, as slices, that reduce each axis of a volume (X, Y, Z) to the 256 voxels that a picture can show."""
     return tuple(slice(None, None, -(-n // _PICTURE_SIZE)) for n in shape)
 
 
