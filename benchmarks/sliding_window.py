@@ -25,11 +25,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data.utils import affine_to_spacing
 from timing import interleaved_times
 
 from pgl_ext.data.phantom import generate_case
 from pgl_ext.inferers import FlipInferer, VolumeInferer
-from pgl_ext.metrics import spacing_of
 from pgl_ext.models import build_network, recorded_model
 from pgl_ext.task import SegmentationTask
 
@@ -88,7 +88,7 @@ def end_to_end(args: argparse.Namespace) -> None:
         image, _, affine = generate_case(0, tuple(args.volume))
         nib.save(nib.Nifti1Image(image, affine), scan)
         del image
-        stored = " x ".join(f"{length:.2f}" for length in spacing_of(affine))
+        stored = " x ".join(f"{length:.2f}" for length in affine_to_spacing(affine))
         torch.save(build_network(NO_FILE).state_dict(), model)
         settings = {
             "dataset_dir": scan,

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from pgl_ext import __version__
-from pgl_ext.data.cache import rank_and_world_size
+from pgl_ext.distributed import rank_and_world_size
 from pgl_ext.files import write_atomically
 from pgl_ext.flags import as_bool
 from pgl_ext.settings import at_least_one

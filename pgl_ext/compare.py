@@ -18,12 +18,13 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from pgl_ext.figures.scores import plot_differences
-from pgl_ext.summary import AVERAGE, confidence_interval, finite_mean, table, write_csv
+from pgl_ext.files import write_csv
+from pgl_ext.metrics import METRICS
+from pgl_ext.summary import AVERAGE, confidence_interval, finite_mean, table
 
 __all__ = ["Scores", "by_organ", "common_keys", "compare_runs", "paired_scores", "paired_statistics", "read_scores"]
 
-_METRICS = {"dice": "Dice", "hd95_mm": "HD95 mm"}
-_PERFECT = {"dice": 1.0, "iou": 1.0, "hd_mm": 0.0, "hd95_mm": 0.0}
+_COMPARED = ("dice", "hd95_mm")
 # Of fewer pairs even the clearest difference has p > 0.05.
 _LEAST_PAIRS = 6
 _LISTED = 10
@@ -35,7 +36,7 @@ Scores = dict[str, dict[tuple[str, str], float]]
 """By metric, and by case and organ."""
 
 
-def read_scores(folder: str | os.PathLike, metrics: Iterable[str] = tuple(_METRICS)) -> Scores:
+def read_scores(folder: str | os.PathLike, metrics: Iterable[str] = _COMPARED) -> Scores:
     """The scores that an evaluation wrote.
 
     Args:
@@ -205,7 +206,7 @@ def compare_runs(
     )
     keys = _annotated_keys(keys, [folder for some in folders for folder in some])
     paired = {name: paired_scores(repetitions[0], read, keys) for name, read in zip(names, repetitions, strict=True)}
-    pairs = {metric: {name: paired[name][metric] for name in names[1:]} for metric in _METRICS}
+    pairs = {metric: {name: paired[name][metric] for name in names[1:]} for metric in _COMPARED}
     rows = [
         {"metric": metric, "organ": organ, "run": name, "reference": names[0], **paired_statistics(*pair)}
         for metric, runs in pairs.items()
@@ -246,7 +247,7 @@ def _pairs(
     # (repetitions, organs, cases)
     arrays = [np.array([list(scores.values()) for scores in run]) for run in runs]
     scored = np.isfinite(np.concatenate(arrays)).any(0)
-    a, b = (np.where(scored & np.isnan(values), _PERFECT[metric], values).mean(0) for values in arrays)
+    a, b = (np.where(scored & np.isnan(values), METRICS[metric].perfect, values).mean(0) for values in arrays)
     average = tuple(np.array([finite_mean(case) for case in values.T]) for values in (a, b))
     return {**dict(zip(runs[0][0], zip(a, b, strict=True), strict=True)), AVERAGE: average}
 
@@ -265,10 +266,10 @@ def _plot(pairs: Mapping, rows: Sequence[Mapping], reference: str, path: Path) -
 
 def _text(rows: Sequence[Mapping], names: Sequence[str], cases: int) -> str:
     parts = [f"{cases} cases, paired; differences are to {names[0]}"]
-    for metric, title in _METRICS.items():
+    for metric in _COMPARED:
         for name in names[1:]:
             some = [row for row in rows if row["metric"] == metric and row["run"] == name]
-            head = (title, names[0], name, "difference", "95 % CI", "Wilcoxon p", "cases")
+            head = (METRICS[metric].title, names[0], name, "difference", "95 % CI", "Wilcoxon p", "cases")
             parts.append(table(head, [_text_row(row, 4 if metric == "dice" else 2) for row in some]))
     return "\n\n".join(parts)
 

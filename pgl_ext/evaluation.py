@@ -14,17 +14,20 @@ import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data.utils import affine_to_spacing
 from monai.transforms import Compose, Orientationd
+from monai.utils import convert_to_tensor
 
 from pgl_ext.data.cases import labelled_items
 from pgl_ext.data.checks import BadVolumesError
 from pgl_ext.data.datalist import item_name
+from pgl_ext.data.scans import unique_names
 from pgl_ext.errors import root_cause
 from pgl_ext.figures.overlays import plot_overlay, thinning
 from pgl_ext.figures.scores import plot_scores
-from pgl_ext.inference import unique_names
-from pgl_ext.metrics import METRICS, organ_scores, spacing_of
-from pgl_ext.summary import AVERAGE, case_means, summarise, summary_rows, summary_table, write_csv, write_text
+from pgl_ext.files import write_csv, write_text
+from pgl_ext.metrics import METRICS, organ_scores
+from pgl_ext.summary import AVERAGE, case_means, summarise, summary_rows, summary_table
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed
 
@@ -179,12 +182,12 @@ class EvaluationReport:
             The case's rows of ``cases.csv``.
         """
         affine = np.asarray(torch.as_tensor(masks.affine).cpu(), dtype=np.float64)
-        masks, labels = _plain(masks), _plain(labels)
+        masks, labels = (convert_to_tensor(tensor, device="cpu") for tensor in (masks, labels))
         annotated = self.task.channels_of(self.cases[name].get("annotated", self.task.names))
         rows = []
         for mask, (organ, task), known in zip(masks.numpy(), self._organs.items(), annotated, strict=True):
             reference = task.masks_of_labels(labels)[0].numpy()
-            scores = organ_scores(mask, reference, spacing_of(affine), known)
+            scores = organ_scores(mask, reference, affine_to_spacing(affine), known)
             rows.append({"case": name, "organ": organ, **scores})
         self._save_prediction(name, masks, affine)
         self.rows += rows
@@ -238,7 +241,7 @@ class EvaluationReport:
         keys = ["image", "label", "pred"]
         data = Compose([LoadVolumed(keys), Orientationd(keys, axcodes="RAS", labels=None)])(case)
         thinned = thinning(data["image"].shape[1:])
-        image, label, pred = (_plain(data[key])[(slice(None), *thinned)] for key in keys)
+        image, label, pred = (convert_to_tensor(data[key], device="cpu")[(slice(None), *thinned)] for key in keys)
         plot_overlay(
             image[0].numpy(),
             {
@@ -246,12 +249,7 @@ class EvaluationReport:
                 "prediction": self.task.masks_of_labels(pred).numpy(),
             },
             self.task.names,
-            np.multiply(spacing_of(data["image"].affine), [part.step for part in thinned]),
+            np.multiply(affine_to_spacing(data["image"].affine), [part.step for part in thinned]),
             path,
             title,
         )
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Without metadata, on the CPU."""
-    return torch.as_tensor(tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor).detach().cpu()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["write_atomically"]
+__all__ = ["write_atomically", "write_csv", "write_text"]
 
 
 def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -> None:
@@ -30,3 +33,24 @@ def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is complete or absent; its folder is made if missing."""
+    write_atomically(lambda file: file.write(text.encode("utf-8")), path)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with the first one's keys as header; NaN and None become empty cells."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    """Empty where there is no value."""
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else ""
+    return value

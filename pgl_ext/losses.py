@@ -189,11 +189,7 @@ class SegmentationLoss(nn.Module):
         target = self.task.targets(batch["label"])
         annotated = batch.get("annotated")
         if annotated is not None and not bool(annotated.all()):
-            if not self.task.multi_label:
-                raise ValueError(
-                    "an organ is not annotated in some of the cases, so that a multi-class task can not tell it from "
-                    "background: set multi_label to true, or leave that organ or those cases out."
-                )
+            self.task.check_annotated(annotated)
             # Connected to the network, so that there is a gradient, of zeros, where nothing was annotated.
             total = logits[:0].sum()
             for organ, known in enumerate(annotated.bool().T):

@@ -17,24 +17,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 from scipy.spatial import KDTree
 
-__all__ = ["METRICS", "STATUSES", "organ_scores", "spacing_of", "surface_voxels"]
+__all__ = ["METRICS", "STATUSES", "Metric", "organ_scores", "surface_voxels"]
 
-METRICS = ("dice", "iou", "hd_mm", "hd95_mm")
+
+class Metric(NamedTuple):
+    """How a metric is shown, and what of it is good.
+
+    Args:
+        title: with the unit.
+        digits: after the point.
+        perfect: value of a segmentation that is its reference.
+    """
+
+    title: str
+    digits: int
+    perfect: float
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.perfect > 0
+
+
+METRICS = {
+    "dice": Metric("Dice", 3, 1.0),
+    "iou": Metric("IoU", 3, 1.0),
+    "hd_mm": Metric("HD (mm)", 1, 0.0),
+    "hd95_mm": Metric("HD95 (mm)", 1, 0.0),
+}
+"""By column of ``cases.csv``."""
+
 STATUSES = ("ok", "missed", "spurious", "absent", "not annotated")
 
 # A search tree of surface voxels is quicker than a map of the distances in the volume and takes a thousandth of its
 # memory, but not for the ragged surfaces, of millions of voxels, that an untrained network predicts.
 _TREE_LIMIT = 300_000
-
-
-def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
-    """Distance in mm of neighbouring voxels along each voxel axis of an affine (4, 4), rotated or not."""
-    return tuple(float(length) for length in np.linalg.norm(np.asarray(affine, dtype=np.float64)[:3, :3], axis=0))
 
 
 def organ_scores(

@@ -12,8 +12,9 @@ import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pgl_ext.files import write_text
 from pgl_ext.metrics import METRICS
-from pgl_ext.summary import AVERAGE, write_text
+from pgl_ext.summary import AVERAGE
 from pgl_ext.weights import load_state, read_description
 
 __all__ = ["write_model_card"]

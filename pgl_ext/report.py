@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from pgl_ext import __version__
 from pgl_ext.files import write_atomically
+from pgl_ext.metrics import METRICS
 from pgl_ext.summary import AVERAGE
 
 __all__ = ["render_page", "write_report"]
@@ -154,7 +155,8 @@ def _best(runs: list[_Run], row: str, metric: str) -> str | None:
             means[run.name] = entry[metric]["mean"]
     if len(set(means.values())) < 2:
         return None
-    return max(means, key=means.__getitem__) if metric in ("dice", "iou") else min(means, key=means.__getitem__)
+    best = max if METRICS[metric].higher_is_better else min
+    return best(means, key=means.__getitem__)
 
 
 def _picture(path: Path) -> str | None:

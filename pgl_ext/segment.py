@@ -13,24 +13,23 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
 from monai.transforms import Compose, MapTransform, Orientationd
+from monai.utils import convert_to_numpy, convert_to_tensor
 from scipy import ndimage
 
 from pgl_ext.data.cache import resolve_bad
 from pgl_ext.data.checks import BadVolumesError
 from pgl_ext.data.datalist import NIFTI_SUFFIXES, dicom_header, file_suffix, is_dicom_file
+from pgl_ext.data.scans import inference_items, unique_names
 from pgl_ext.dicom_seg import require_highdicom, write_dicom_seg
 from pgl_ext.evaluation import check_cases
 from pgl_ext.figures.overlays import plot_overlay, thinning
-from pgl_ext.files import write_atomically
+from pgl_ext.files import write_atomically, write_csv
 from pgl_ext.flags import as_bool
-from pgl_ext.inference import inference_items, unique_names
-from pgl_ext.metrics import spacing_of
-from pgl_ext.summary import write_csv
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed, series_files
 
@@ -176,7 +175,7 @@ class KeepComponentsd(MapTransform):
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = masks = out[key].clone()
-            voxels = _array(masks)  # shares its memory
+            voxels = convert_to_numpy(masks)  # shares its memory
             for name, count in self.components.items():
                 _keep_largest(voxels[self.task.names.index(name)], count)
         return out
@@ -213,12 +212,10 @@ class LabelMapd(MapTransform):
         out = dict(data)
         for key in self.key_iterator(out):
             masks = out[self.masks_key] = out[key]
-            out[key] = MetaTensor(self.task.labels_of_masks(torch.as_tensor(_array(masks))), meta=dict(masks.meta))
+            out[key] = MetaTensor(
+                self.task.labels_of_masks(convert_to_tensor(masks, device="cpu")), meta=dict(masks.meta)
+            )
         return out
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor).cpu().numpy()
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -286,16 +283,16 @@ class SaveSegmentations:
             # What an earlier run wrote must not be taken for this one's.
             self._path(name, suffix).unlink(missing_ok=True)
         affine = np.asarray(labels.affine, dtype=np.float64)
-        _write_nifti(_array(labels)[0], affine, source["image"], self._path(name, _LABELS))
+        _write_nifti(convert_to_numpy(labels)[0], affine, source["image"], self._path(name, _LABELS))
         for suffix in (_PROBABILITIES, _UNCERTAINTY):
             extra = data.get(f"{self.pred_key}{suffix.removesuffix('.nii.gz')}")
             if extra is not None:
-                values = np.moveaxis(_array(extra), 0, -1)
+                values = np.moveaxis(convert_to_numpy(extra), 0, -1)
                 values = values[..., 0] if values.shape[-1] == 1 else values
                 _write_nifti(values, affine, source["image"], self._path(name, suffix))
-        self._add_volumes(name, _array(masks), affine)
+        self._add_volumes(name, convert_to_numpy(masks), affine)
         if self.dicom_seg and _is_dicom(source["image"]):
-            self._write_dicom(name, _array(masks), source)
+            self._write_dicom(name, convert_to_numpy(masks), source)
         if self.overlays:
             self._draw(name, masks, source)
         logger.info("%s: segmented, %s", source["image"], self._path(name, _LABELS))
@@ -329,10 +326,10 @@ class SaveSegmentations:
         data = Compose([Orientationd(["image", "masks"], axcodes="RAS", labels=None)])(data)
         thinned = thinning(data["image"].shape[1:])
         plot_overlay(
-            _array(data["image"])[0][thinned],
-            {"segmentation": _array(data["masks"])[(slice(None), *thinned)]},
+            convert_to_numpy(data["image"])[0][thinned],
+            {"segmentation": convert_to_numpy(data["masks"])[(slice(None), *thinned)]},
             self.task.names,
-            np.multiply(spacing_of(data["image"].affine), [part.step for part in thinned]),
+            np.multiply(affine_to_spacing(data["image"].affine), [part.step for part in thinned]),
             self._path(name, _OVERLAY),
             name,
         )

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
 
-from pgl_ext.files import write_atomically
 from pgl_ext.metrics import METRICS, STATUSES
 
 __all__ = [
@@ -24,8 +20,6 @@ __all__ = [
     "summary_rows",
     "summary_table",
     "table",
-    "write_csv",
-    "write_text",
 ]
 
 AVERAGE = "average"
@@ -154,24 +148,3 @@ def _table_row(name: str, entry: Mapping[str, Any]) -> list[str]:
         str(entry["missed"]),
         str(entry["spurious"]),
     ]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is complete or absent; its folder is made if missing."""
-    write_atomically(lambda file: file.write(text.encode("utf-8")), path)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV with the first one's keys as header; NaN and None become empty cells."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    write_text(path, text.getvalue())
-
-
-def _cell(value: Any) -> Any:
-    """Empty where there is no value."""
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else ""
-    return value

@@ -14,9 +14,9 @@ __all__ = ["SegmentationTask"]
 class SegmentationTask:
     """The organs of a task, and how label maps, network outputs and masks of organs turn into each other.
 
-    Of a multi-class task the output channels are the background and the organs, and each voxel has one class. Of a
-    multi-label task there is one channel per organ, each a binary decision of its own, so that organs may overlap:
-    a tumour within its organ.
+    The output channels of a multi-class task are the background and the organs, and each voxel has one class. A
+    multi-label task has one channel per organ, each a binary decision of its own, so that organs may overlap: a tumour
+    within its organ.
 
     Args:
         organs: label values in the label files, by name of the organ; the order is that of the channels. Several
@@ -64,6 +64,18 @@ class SegmentationTask:
         self.names: tuple[str, ...] = tuple(self.organs)
         self.out_channels = len(self.names) + (0 if self.multi_label else 1)
         self.values: tuple[int, ...] = tuple(sorted({*used, *self.background_values}))
+
+    def check_annotated(self, annotated: torch.Tensor) -> None:
+        """Refuse cases of which not all organs are annotated, bool (..., organs), where the task cannot do with them.
+
+        Raises:
+            ValueError: the task is not multi-label: the background then holds the other organs, unmarked.
+        """
+        if not self.multi_label and not bool(annotated.all()):
+            raise ValueError(
+                "an organ is not annotated in some of the cases, so that a multi-class task cannot tell it from "
+                "background: set multi_label to true, or leave that organ or those cases out."
+            )
 
     def masks_of_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Masks of the organs (..., organs, X, Y, Z) of a label map with the files' values (..., 1, X, Y, Z)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from pgl_ext.files import write_csv
 from pgl_ext.study.cells import Cell
 from pgl_ext.study.plan import Study, read_study
-from pgl_ext.summary import write_csv
 
 FINGERPRINT = {"code": {}, "versions": {}, "settings": {}, "data": {}, "encoder": None}
 

@@ -25,10 +25,11 @@ from monai.transforms import (
 )
 from monai.utils import GridSampleMode
 
-from pgl_ext.data.cache import VolumeCache, fingerprint, resolve_bad
+from pgl_ext.data.cache import VolumeCache, resolve_bad
 from pgl_ext.data.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed
 from pgl_ext.data.datalist import item_name
 from pgl_ext.data.phantom import LABELS, generate_case
+from pgl_ext.data.transform_digest import transform_digest
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed
 
@@ -239,7 +240,7 @@ def test_the_key_of_an_item_without_label_map_is_as_ever(tmp_path):
     path.write_bytes(b"x")
     cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
     state = [("a.nii", 1, path.stat().st_mtime_ns)]
-    parts = json.dumps([1, cache.fingerprint, str(path), "1.2", state])
+    parts = json.dumps([1, cache.digest, str(path), "1.2", state])
     item = {"image": str(path), "series_uid": "1.2"}
     assert cache.key(item) == hashlib.sha256(parts.encode()).hexdigest()
     assert cache.path(item).name.startswith(hashlib.sha256(f"{path}\x001.2".encode()).hexdigest()[:16] + "-")
@@ -518,7 +519,7 @@ def test_cache_works_after_pickling(tmp_path):
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
-from test_cache import VolumeCache, fingerprint, preprocessing
+from test_cache import VolumeCache, preprocessing, transform_digest
 cache = VolumeCache({folder!r}, preprocessing())
 items = [{{"image": path}} for path in {paths!r}]
 open(sys.argv[1], "w").close()
@@ -528,7 +529,7 @@ for _ in range(5):
     for item in items:
         cache._write(item)
         assert cache.open(item)[:].std() > 0.9
-print(cache.prepare(items), fingerprint(preprocessing()))
+print(cache.prepare(items), transform_digest(preprocessing()))
 """
 
 
@@ -549,7 +550,7 @@ def test_two_processes_with_different_hash_seeds_share_a_cache(tmp_path):
         for seed in (1, 2)
     ]
     outputs = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
-    assert outputs == [f"{{}} {fingerprint(preprocessing())}"] * 2
+    assert outputs == [f"{{}} {transform_digest(preprocessing())}"] * 2
     assert len(cached_files(tmp_path / "cache")) == 3
     cache = VolumeCache(tmp_path / "cache", preprocessing())
     for item in items:
@@ -572,24 +573,24 @@ def scaled_by(factor):
     return lambda x: x * factor
 
 
-def test_fingerprint_does_not_change_when_the_transform_is_used(tmp_path):
+def test_digest_does_not_change_when_the_transform_is_used(tmp_path):
     transform = preprocessing(pixdim=(2, 2, 2))
-    before = fingerprint(transform)
+    before = transform_digest(transform)
     transform(save(tmp_path / "a.nii"))
-    assert fingerprint(transform) == before
+    assert transform_digest(transform) == before
     transform.set_random_state(seed=1)
-    assert fingerprint(transform) == before
-    assert fingerprint(pickle.loads(pickle.dumps(transform))) == before
+    assert transform_digest(transform) == before
+    assert transform_digest(pickle.loads(pickle.dumps(transform))) == before
 
 
-def test_fingerprint_ignores_what_is_no_setting():
+def test_digest_ignores_what_is_no_setting():
     plain = Settings(size=3)
     state = Settings(size=3, R=np.random.RandomState(0), generator=torch.Generator(), _cache={1: 2})
-    assert fingerprint(plain) == fingerprint(state)
-    assert fingerprint(Settings(a=1, b={"x", "y", "z"})) == fingerprint(Settings(b={"z", "y", "x"}, a=1))
+    assert transform_digest(plain) == transform_digest(state)
+    assert transform_digest(Settings(a=1, b={"x", "y", "z"})) == transform_digest(Settings(b={"z", "y", "x"}, a=1))
     cyclic = Settings(size=3)
     cyclic.parent = cyclic
-    assert fingerprint(cyclic) != fingerprint(plain)
+    assert transform_digest(cyclic) != transform_digest(plain)
 
 
 @pytest.mark.parametrize(
@@ -616,6 +617,6 @@ def test_fingerprint_ignores_what_is_no_setting():
         (torch.nn.Conv3d(1, 1, 1), torch.nn.Conv3d(1, 1, 1, stride=2)),
     ],
 )
-def test_fingerprint_changes_with_every_setting(one, other):
-    assert fingerprint(one) == fingerprint(one)
-    assert fingerprint(one) != fingerprint(other)
+def test_digest_changes_with_every_setting(one, other):
+    assert transform_digest(one) == transform_digest(one)
+    assert transform_digest(one) != transform_digest(other)

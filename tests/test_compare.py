@@ -13,7 +13,8 @@ import pytest
 from pgl_ext.__main__ import main
 from pgl_ext.compare import compare_runs, paired_scores, paired_statistics
 from pgl_ext.figures.scores import plot_differences
-from pgl_ext.summary import AVERAGE, write_csv
+from pgl_ext.files import write_csv
+from pgl_ext.summary import AVERAGE
 
 RNG = np.random.default_rng(0)
 BASE = {"liver": RNG.uniform(0.6, 0.9, 8), "spleen": RNG.uniform(0.5, 0.8, 8)}

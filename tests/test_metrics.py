@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 from pgl_ext.data.phantom import generate_case
-from pgl_ext.metrics import organ_scores, spacing_of, surface_voxels
+from pgl_ext.metrics import organ_scores, surface_voxels
 
 SPACING = (0.7, 1.3, 3.1)
 SHAPE = (22, 18, 12)
@@ -142,15 +142,6 @@ def test_missing_is_never_better_than_any_attempt():
     tried, missed = organ_scores(attempt, reference, SPACING), organ_scores(EMPTY, reference, SPACING)
     assert missed["hd_mm"] > tried["hd_mm"]
     assert missed["dice"] <= tried["dice"]
-
-
-def test_spacing_of_a_rotated_affine():
-    angle = 0.4
-    rotation = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
-    affine = np.eye(4)
-    affine[:3, :3] = rotation @ np.diag([-0.7, 1.3, 3.1])
-    affine[:3, 3] = 100, -20, 5
-    assert spacing_of(affine) == pytest.approx(SPACING)
 
 
 def test_other_shapes_are_refused():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
+from pgl_ext.data.cache import VolumeCache, prepare_items
 from pgl_ext.data.datalist import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -20,6 +20,7 @@ from pgl_ext.data.datalist import (
     load_datalist,
     walk_folders,
 )
+from pgl_ext.distributed import rank_and_world_size
 from pgl_ext.files import write_atomically
 from pgl_ext.task import SegmentationTask
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from pgl_ext.data.cache import VolumeCache, prepare_items, rank_and_world_size
+from pgl_ext.data.cache import VolumeCache, prepare_items
 from pgl_ext.data.datalist import SOURCE_FIELDS, find_volumes, item_name, load_datalist, source_names, split_datalist
 from pgl_ext.data.memory import available_memory
+from pgl_ext.distributed import rank_and_world_size
 
 __all__ = ["EpochBatchSampler", "VolumeDataset", "outlive_sigterm", "prepare_volumes"]
 

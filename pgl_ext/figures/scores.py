@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pgl_ext.figures.base import BLUE, GREY, ORANGE, name_ticks, organ_colors, save_figure, tidy
+from pgl_ext.metrics import METRICS
 
 __all__ = ["plot_differences", "plot_scores"]
-
-_TITLES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD (mm)", "hd95_mm": "HD95 (mm)"}
 
 
 def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: str | Path | None = None) -> Figure:
@@ -35,8 +34,8 @@ def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: s
     panels = figure.subplots(len(scores), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (metric, values) in zip(panels, scores.items(), strict=True):
         _draw_boxes(axes, [_finite(values[organ]) for organ in organs], organ_colors(len(organs)))
-        axes.set_ylabel(_TITLES.get(metric, metric))
-        axes.set_ylim(*((-0.02, 1.02) if metric in ("dice", "iou") else (0, None)))
+        axes.set_ylabel(METRICS[metric].title)
+        axes.set_ylim(*((-0.02, 1.02) if METRICS[metric].higher_is_better else (0, None)))
     name_ticks(panels[-1], organs)
     if out_path is not None:
         save_figure(figure, out_path)
@@ -78,8 +77,8 @@ def plot_differences(
                 axes.plot([place + shift] * 2, [low, high], color=color, linewidth=2.2)
                 label = run if place == 0 else None
                 axes.plot(place + shift, mean, "D", color=color, markersize=5, markeredgecolor="white", label=label)
-        better = "higher" if metric in ("dice", "iou") else "lower"
-        axes.set_ylabel(f"{_TITLES.get(metric, metric)} minus {reference}\n({better} is better)", fontsize=9)
+        better = "higher" if METRICS[metric].higher_is_better else "lower"
+        axes.set_ylabel(f"{METRICS[metric].title} minus {reference}\n({better} is better)", fontsize=9)
         axes.set_xlim(-0.6, len(organs) - 0.4)
         tidy(axes)
     name_ticks(panels[-1], organs)

@@ -56,11 +56,7 @@ def sample_voxels(
         ValueError: an organ is not annotated and the task is not multi-label.
     """
     known = torch.ones(len(task.names), dtype=torch.bool) if annotated is None else annotated.bool()
-    if not task.multi_label and not bool(known.all()):
-        raise ValueError(
-            "an organ is not annotated in some of the cases, so that a multi-class task can not tell it from "
-            "background: set multi_label to true, or leave that organ or those cases out."
-        )
+    task.check_annotated(known)
     # Which organs a voxel is in is a matter of its label value, of which there are few.
     values, index = torch.unique(labels, return_inverse=True)
     masks = task.masks_of_labels(values.view(1, -1, 1, 1)).flatten(1) & known[:, None]

@@ -25,8 +25,8 @@ __all__ = ["check_cells", "code_digests", "differences", "fingerprint"]
 _PACKAGES = ("torch", "monai", "pytorch-ignite", "pytorch-optimizer", "numpy", "scipy")
 # What only draws, reports, or runs other programs.
 _NO_EFFECT_CODE = (
-    *("figures/", "probes/", "study/", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "packaging.py"),
-    *("report.py", "segment.py", "summary.py", "task_config.py", "tracking.py"),
+    *("figures/", "probes/", "study/", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "feature_maps.py"),
+    *("packaging.py", "point_similarity.py", "report.py", "segment.py", "summary.py", "task_config.py", "tracking.py"),
 )
 # Where things lie, and what changes speed or records alone. Data lists and encoders count by their content.
 _NO_EFFECT_SETTINGS = {

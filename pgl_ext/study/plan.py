@@ -15,10 +15,10 @@ from monai.bundle import ConfigParser
 import pgl_ext
 from pgl_ext.data.cases import labelled_items, split_cases
 from pgl_ext.data.datalist import find_volumes, item_name, load_datalist
+from pgl_ext.files import write_text
 from pgl_ext.study.cells import Cell, Stage
 from pgl_ext.study.configs import flat, merged_config
 from pgl_ext.study.study_file import read_study_file
-from pgl_ext.summary import write_text
 
 __all__ = ["Study", "read_study"]
 

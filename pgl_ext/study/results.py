@@ -14,10 +14,10 @@ from pgl_ext.study.cells import Cell, labels_text
 from pgl_ext.study.plan import Study
 from pgl_ext.summary import AVERAGE, finite_mean
 
-__all__ = ["METRICS", "Results", "comparison_rows", "holm", "organ_means", "pretraining_costs", "read_results"]
+__all__ = ["REPORTED", "Results", "comparison_rows", "holm", "organ_means", "pretraining_costs", "read_results"]
 
-METRICS = {"dice": ("Dice", 3), "iou": ("IoU", 3), "hd95_mm": ("HD95 (mm)", 1)}
-"""Name and digits of the metrics, by column."""
+REPORTED = ("dice", "iou", "hd95_mm")
+"""Columns of ``cases.csv`` that a study reports."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ def read_results(cells: Sequence[Cell]) -> Results:
     scores: dict[float, dict[str, dict[int, Scores]]] = {}
     for cell in cells:
         if cell.is_finished and not cell.is_pretraining:
-            found = read_scores(cell.folder / "evaluation", METRICS)
+            found = read_scores(cell.folder / "evaluation", REPORTED)
             scores.setdefault(cell.labels, {}).setdefault(cell.method, {})[cell.seed] = found
     finished = [(cell, cell.result()) for cell in cells if cell.is_finished]
     return Results(finished, scores, [cell for cell in cells if not cell.is_finished])
@@ -88,7 +88,7 @@ def comparison_rows(study: Study, results: Results) -> list[dict[str, Any]]:
     """
     rows, keys = [], results.keys if results.scores else []
     for labels, methods in sorted(results.scores.items()):
-        for metric in METRICS:
+        for metric in REPORTED:
             found = [
                 row
                 for method in study.methods

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pgl_ext.files import write_csv
 from pgl_ext.study.cells import Cell
 from pgl_ext.study.fingerprint import check_cells, code_digests, fingerprint
 from pgl_ext.study.plan import Study, read_study
@@ -16,7 +17,6 @@ from pgl_ext.study.report import draw_figures, write_study_report
 from pgl_ext.study.results import comparison_rows, read_results
 from pgl_ext.study.runner import Runner, default_jobs, time_left
 from pgl_ext.study.tables import verdicts, write_tables
-from pgl_ext.summary import write_csv
 
 __all__ = ["choose_rates", "run_study"]
 

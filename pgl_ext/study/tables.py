@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pgl_ext.files import write_csv, write_text
+from pgl_ext.metrics import METRICS
 from pgl_ext.study.cells import Cell, labels_text
 from pgl_ext.study.plan import Study
-from pgl_ext.study.results import METRICS, Results, organ_means, pretraining_costs
-from pgl_ext.summary import AVERAGE, write_csv, write_text
+from pgl_ext.study.results import REPORTED, Results, organ_means, pretraining_costs
+from pgl_ext.summary import AVERAGE
 
 __all__ = ["NOTES", "Block", "missing_text", "paper_tables", "verdicts", "write_tables"]
 
@@ -83,7 +85,8 @@ def paper_tables(study: Study, results: Results, rows: Sequence[Mapping[str, Any
     costs = pretraining_costs(results)
     unit = [next(unit for _, unit in costs.values())] if costs else []
     for labels in sorted(results.scores):
-        for metric, (name, digits) in METRICS.items():
+        for metric in REPORTED:
+            name, digits, _ = METRICS[metric]
             some = [row for row in rows if row["labels"] == labels and row["metric"] == metric]
             organs = [organ for organ in dict.fromkeys(row["organ"] for row in some) if organ != AVERAGE]
             head = ["method", AVERAGE, f"minus {study.reference}", "95 % interval", "p", "p (Holm)", *organs, *unit]
@@ -160,7 +163,7 @@ def _cell_row(cell: Cell, noted: Mapping[str, Any], results: Results, share: str
     row = {"cell": cell.name, "method": cell.method, share: cell.labels, "seed": cell.seed, "lr": cell.lr}
     scores = {} if cell.is_pretraining else results.scores[cell.labels][cell.method][cell.seed]
     means = {
-        metric: organ_means(scores[metric], list(scores[metric]))[AVERAGE] if scores else None for metric in METRICS
+        metric: organ_means(scores[metric], list(scores[metric]))[AVERAGE] if scores else None for metric in REPORTED
     }
     noted = {name: noted.get(name) for name in ("val_mean_dice", "steps", "pairs", "seconds", "cost", "unit")}
     return row | {f"mean_{metric}": value for metric, value in means.items()} | noted

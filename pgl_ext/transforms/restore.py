@@ -11,6 +11,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
+from monai.utils import convert_to_tensor
 
 from pgl_ext.flags import as_bool
 from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
@@ -69,7 +70,7 @@ class RestoreOrgansd(MapTransform):
         out = dict(data)
         image = out[self.image_key]
         for key in self.key_iterator(out):
-            for suffix, value in self._restore(_plain(out[key]), image).items():
+            for suffix, value in self._restore(convert_to_tensor(out[key]), image).items():
                 out[f"{key}{suffix}"] = _on_grid_of_file(value, image)
         return out
 
@@ -115,10 +116,6 @@ def predictive_entropy(probabilities: torch.Tensor, task: SegmentationTask) -> t
         binary = terms + torch.special.entr(1 - probabilities)
         return (binary.amax(-4, keepdim=True) / math.log(2)).clamp(0, 1)
     return (terms.sum(-4, keepdim=True) / math.log(task.out_channels)).clamp(0, 1)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.as_tensor() if isinstance(tensor, MetaTensor) else torch.as_tensor(tensor)
 
 
 def _affine_of(image: MetaTensor) -> np.ndarray:
@@ -233,6 +230,6 @@ def _free_sampler(
         shift[0, 3] = start
         target = torch.from_numpy(file_affine @ shift)
         with resample.trace_transform(False):
-            return _plain(resample(source, dst_affine=target, spatial_size=(stop - start, *shape[1:])))
+            return convert_to_tensor(resample(source, dst_affine=target, spatial_size=(stop - start, *shape[1:])))
 
     return slab_of

@@ -1,204 +1,27 @@
-"""Inference with a pre-trained encoder: which scans to run on, their feature maps as files, a point in other scans."""
+"""A point of one scan found again in others, by the features of a pre-trained encoder."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.utils import convert_to_numpy, convert_to_tensor
 
-from pgl_ext.data.datalist import file_suffix, find_volumes, item_name, load_datalist
 from pgl_ext.figures import plot_similarity
 from pgl_ext.geometry import linear_interpolation_matrix, resample_axes, upsample_features
-from pgl_ext.weights import read_description
 
-__all__ = ["PointSimilarity", "SaveFeatureMapd", "feature_at", "inference_items", "recorded_input", "unique_names"]
+__all__ = ["PointSimilarity", "feature_at"]
 
 logger = logging.getLogger(__name__)
-
-_SUFFIX = "_features.nii.gz"
-
-
-# --- what to run on -------------------------------------------------------------------------------------------------
-
-
-def recorded_input(path: str | os.PathLike) -> dict[str, Any]:
-    """How the input of a trained encoder was prepared, as recorded in the JSON beside its file.
-
-    Args:
-        path: encoder file; neither it nor the JSON need exist.
-
-    Returns:
-        ``hu_window``: (low, high) that intensities are clipped to, None: not clipped; ``spacing`` in mm, None: as
-        stored. What is not recorded has the paper's value: [-1024, 325] HU, and the stored spacing.
-    """
-    settings = {"hu_window": [-1024, 325], "spacing": None}
-    if Path(path).with_suffix(".json").is_file():
-        description = read_description(path)
-        settings["hu_window"] = description.get("normalization", {}).get("clip_hu", settings["hu_window"])
-        settings["spacing"] = description.get("spacing")
-    return settings
-
-
-def inference_items(
-    dataset_dir: str | os.PathLike | None = None,
-    data_list_file_path: str | os.PathLike | None = None,
-    data_list_key: str = "training",
-    query_volume: str | int | None = None,
-) -> list[dict]:
-    """The scans to run on, the query scan first.
-
-    Feature maps that an earlier run wrote below ``dataset_dir`` are passed over.
-
-    Args:
-        dataset_dir: folder of scans, or one file; with a data list the folder that its paths start from.
-        data_list_file_path: JSON data list to take the scans from instead.
-        data_list_key: which list of the file to take.
-        query_volume: the scan that holds the query point: its name (with or without ending or folder), or its place
-            in the order of the paths, from 0. None: the first.
-
-    Returns:
-        Items with ``"image"``, ``"name"`` (unique, usable as a file name) and ``"series_uid"`` for a DICOM series.
-
-    Raises:
-        ValueError: there is nothing to run on, or ``query_volume`` names none or several of the scans.
-    """
-    if data_list_file_path is not None:
-        items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
-    elif dataset_dir is None:
-        raise ValueError("dataset_dir is not set: give a folder of scans, or one file, with --dataset_dir PATH.")
-    elif os.path.isfile(dataset_dir):
-        items = [{"image": os.path.abspath(dataset_dir)}]
-    else:
-        items = [item for item in find_volumes(dataset_dir) if not item["image"].endswith(_SUFFIX)]
-    if not items:
-        raise ValueError(f"Dataset folder {dataset_dir} holds only feature maps: set it to a folder of scans.")
-    items = [{**item, "name": name} for item, name in zip(items, unique_names(items), strict=True)]
-    query = _find(items, query_volume)
-    return [items[query], *items[:query], *items[query + 1 :]]
-
-
-def _stem(path: str) -> str:
-    """The name of a file without its ending, or of a folder."""
-    name = Path(path).name
-    return name if os.path.isdir(path) else name[: len(name) - len(file_suffix(name))]
-
-
-def unique_names(items: Sequence[Mapping]) -> list[str]:
-    """File names for outputs: the scan's own where no other scan has it, else with its folders or series before it."""
-    names = [_stem(item["image"]) for item in items]
-    if len(set(names)) == len(names):
-        return names
-    root = os.path.commonpath([os.path.dirname(item["image"]) for item in items])
-    count = Counter(names)
-    for index, item in enumerate(items):
-        if count[names[index]] > 1:
-            folder = os.path.relpath(os.path.dirname(item["image"]), root)
-            parts = [*Path(folder).parts, names[index], *([item["series_uid"]] if "series_uid" in item else [])]
-            names[index] = "_".join(parts)
-    # Two formats of one scan in one folder.
-    count = Counter(names)
-    taken = {name for name in names if count[name] == 1}
-    for index, name in enumerate(names):
-        if count[name] > 1:
-            names[index] = next(new for n in itertools.count(index) if (new := f"{name}_{n}") not in taken)
-            taken.add(names[index])
-    return names
-
-
-def _find(items: Sequence[Mapping], query: str | int | None) -> int:
-    if query is None:
-        return 0
-    text = str(query)
-    found = [
-        index
-        for index, item in enumerate(items)
-        if text in (item["name"], item["image"], item_name(item), Path(item["image"]).name, item.get("series_uid"))
-    ]
-    if len(found) == 1:
-        return found[0]
-    if not found and isinstance(query, int) and 0 <= query < len(items):
-        return query
-    names = ", ".join(item["name"] for item in items[:8]) + (", ..." if len(items) > 8 else "")
-    raise ValueError(
-        f"query_volume {query!r} names {'none' if not found else 'several'} of the {len(items)} scans: give one of the "
-        f"names ({names}) or a number from 0 to {len(items) - 1}."
-    )
-
-
-# --- feature maps ---------------------------------------------------------------------------------------------------
-
-
-class SaveFeatureMapd(MapTransform):
-    """Write feature maps as compressed 4D NIfTI files that overlay their scans in a viewer.
-
-    Features lie along the fourth axis. Feature j of an axis is placed on voxel ``stride * j`` of the preprocessed
-    scan: the affine is the scan's times ``diag(stride)``. NIfTI has no float16; values are rounded to it, where they
-    are in its range, and stored as float32, which halves the size of the file. The item's map gets the affine too.
-
-    Args:
-        keys: keys of the feature maps (F, x, y, z).
-        output_dir: folder of ``NAME_features.nii.gz``; made if missing.
-        stride: output stride of the network per axis, in voxels.
-        image_key: key of the preprocessed scan (C, X, Y, Z), whose affine counts.
-        name_key: key of the name.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        output_dir: str | os.PathLike,
-        stride: Sequence[int],
-        image_key: str = "image",
-        name_key: str = "name",
-    ) -> None:
-        super().__init__(keys)
-        self.output_dir = Path(output_dir)
-        self.stride = tuple(stride)
-        self.image_key = image_key
-        self.name_key = name_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        out = dict(data)
-        affine = _affine(out[self.image_key]) @ np.diag([*self.stride, 1.0])
-        for key in self.key_iterator(out):
-            out[key] = MetaTensor(torch.as_tensor(_array(out[key])), affine=torch.from_numpy(affine))
-            self._write(_array(out[key]), affine, f"{out[self.name_key]}{_SUFFIX}")
-        return out
-
-    def _write(self, features: np.ndarray, affine: np.ndarray, name: str) -> None:
-        with np.errstate(over="ignore"):
-            rounded = features.astype(np.float16)
-        features = (rounded if np.isfinite(rounded).all() else features).astype(np.float32)
-        image = nib.Nifti1Image(np.moveaxis(features, 0, -1), affine)
-        image.header.set_xyzt_units("mm")
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        nib.save(image, self.output_dir / name)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return torch.as_tensor(tensor).detach().float().cpu().numpy()
-
-
-def _affine(image: MetaTensor) -> np.ndarray:
-    return np.asarray(image.affine, dtype=np.float64)
-
-
-# --- the same point in other scans ----------------------------------------------------------------------------------
 
 
 def feature_at(features: torch.Tensor, point: Sequence[float], stride: Sequence[int]) -> torch.Tensor:
@@ -240,6 +63,10 @@ class _Scan:
 
     def to_world(self, point: Sequence[float]) -> np.ndarray:
         return _map(self.affine, point)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return convert_to_tensor(tensor, dtype=torch.float32, device="cpu")
 
 
 def _map(affine: np.ndarray, point: Sequence[float]) -> np.ndarray:
@@ -312,18 +139,20 @@ class PointSimilarity:
         Args:
             data: ``image``, ``scan``, ``pred`` and ``name``.
         """
-        image, features = data[self.image_key], torch.as_tensor(_array(data[self.pred_key]))
+        image, features = data[self.image_key], _plain(data[self.pred_key])
         scan = _Scan(
             name=str(data.get("name", len(self._scans))),
             image=str(image.meta.get("filename_or_obj", "")),
             size=tuple(image.shape[1:]),
-            affine=_affine(image),
+            affine=convert_to_numpy(image.affine, dtype=np.float64),
             file_affine=np.asarray(image.meta.get("original_affine", image.affine), dtype=np.float64),
             similarity=np.zeros(0),
-            volume=_array(data[self.scan_key])[0] if len(self._scans) <= self.max_scans else None,
+            volume=_plain(data[self.scan_key])[0].numpy() if len(self._scans) <= self.max_scans else None,
         )
         if self._query is None:
-            self._point = self._default_point(_array(image)[0], scan) if self.query_point is None else self._given(scan)
+            self._point = (
+                self._default_point(_plain(image)[0].numpy(), scan) if self.query_point is None else self._given(scan)
+            )
             self._query = F.normalize(feature_at(features, self._point, self.stride), dim=0)
         scan.similarity = torch.einsum("f,fxyz->xyz", self._query, F.normalize(features, dim=0)).numpy()
         self._scans.append(scan)
