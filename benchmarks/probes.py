@@ -69,7 +69,9 @@ def probing_config(cell: Cell) -> ConfigParser:
     training, evaluation = cell.stages
     evaluating = merged_config(evaluation.layers)
     tests = {f"test_{name}": evaluating[name] for name in ("data_list_file_path", "data_list_key")}
-    return merged_config((*training.layers, PROBE, tests))
+    return merged_config(
+        (*training.layers, PROBE, {**tests, "evaluation#cases#dataset_dir": evaluating["dataset_dir"]})
+    )
 
 
 def test_cases(config: ConfigParser) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = "checkpoint_{:08d}.pt"
 _PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
-# Of a description: what a run started from, which no longer matters when it goes on.
+# Parts of a description that say what a run started from, which no longer matters when it is resumed.
 _START = ("pretrained_encoder", "pretrained_decoder")
 
 

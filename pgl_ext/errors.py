@@ -14,7 +14,7 @@ _ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, ImportError)
 def root_cause(error: BaseException) -> BaseException:
     """The error to show to the user: the outermost one about files, values or missing packages, else the original one.
 
-    MONAI wraps errors in others (``raise ... from``). Of several about files and such, the outermost has the remedy.
+    MONAI wraps errors in others (``raise ... from``). The outermost one about files and such has the remedy.
     """
     while error.__cause__ is not None and not isinstance(error, _ABOUT_THE_INPUT):
         error = error.__cause__

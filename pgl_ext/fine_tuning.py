@@ -132,7 +132,7 @@ class SegmentationMetricsLog(MetricsLog):
         super().__init__(output_dir, evaluator, patches_per_epoch, columns, "patches_per_s", interval, rank)
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
-        # Of an organ that no case of the validation has, or that none was annotated in, there is no score.
+        # There is no score of an organ that no validation case has, or that was annotated in none.
         per_organ = torch.nanmean(evaluator.state.metric_details["val_mean_dice"].float(), dim=0).tolist()
         scores = {name: score for name, score in zip(self.names, per_organ, strict=True) if not math.isnan(score)}
         return {"val_mean_dice": float(evaluator.state.metrics["val_mean_dice"]), **scores}

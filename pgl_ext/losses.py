@@ -157,7 +157,7 @@ class SegmentationLoss(nn.Module):
     Args:
         task: the organs; says how label maps become targets.
         loss: compares logits with targets of the same shape (B, channels, X, Y, Z), such as
-            :class:`DiceCrossEntropyLoss`. Of a multi-label task it is the mean over its channels, each by itself.
+            :class:`DiceCrossEntropyLoss`. For a multi-label task it is the mean over its channels, each by itself.
 
     Example:
         >>> task = SegmentationTask({"spleen": [1]}, multi_label=True)

@@ -139,7 +139,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = read(path)
     except Exception as error:
-        # Of an empty file the error has no message.
+        # The error about an empty file has no message.
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
             f"{path} can not be read as PyTorch weights ({reason}). It is damaged, incomplete, or not a weights file: "

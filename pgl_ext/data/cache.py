@@ -372,8 +372,8 @@ def _source_digest(item: Mapping) -> str:
 def _source_state(path: str) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file a volume may be read from.
 
-    Of a folder these are all its visible files, since telling which belong to a series means opening them. Of a
-    header with the voxels in a file of their own (.mhd, .nhdr) they are all files with the header's stem.
+    For a folder these are all its visible files, since telling which belong to a series means opening them. For
+    a header with the voxels in a file of their own (.mhd, .nhdr) they are all files with the header's stem.
     """
     if os.path.isdir(path):
         files = [entry for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith(".")]

@@ -57,7 +57,7 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
     """Raise if a volume holds nothing to learn from or would spoil training.
 
     Args:
-        image: voxels ``(C, X, Y, Z)``. Of a :class:`monai.data.MetaTensor` the affine is checked as well.
+        image: voxels ``(C, X, Y, Z)``. The affine of a :class:`monai.data.MetaTensor` is checked as well.
         source: what to call the volume in the message, usually its path.
 
     Raises:

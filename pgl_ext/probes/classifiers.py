@@ -97,7 +97,7 @@ class LinearClassifier:
 def _cross_entropy(logits: torch.Tensor, labelled: LabelledFeatures) -> torch.Tensor:
     if labelled.multi_label:
         losses = F.binary_cross_entropy_with_logits(logits, labelled.targets, labelled.weights, reduction="none")
-        # Of an organ that is annotated nowhere there is nothing to learn.
+        # There is nothing to learn about an organ that is annotated nowhere.
         return (losses.sum(0) / labelled.weights.sum(0).clamp_min(1e-12)).sum()
     weights = labelled.weights[:, 0]
     return (weights * F.cross_entropy(logits, labelled.targets, reduction="none")).sum() / weights.sum()

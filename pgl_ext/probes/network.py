@@ -108,7 +108,7 @@ def fit_probe(
             prediction, or over the labelled cases together (``"dataset"``).
         batch_norm: the encoder's ``"stored"`` statistics, or those ``"re-estimated"`` on the labelled cases.
         strength: l2 of the linear classifier, k of the nearest neighbours; None: its default; ``"chosen"``: by leaving
-            labelled cases out, see :func:`pgl_ext.probes.selection.choose`. Of a few cases that choice is chance.
+            labelled cases out, see :func:`pgl_ext.probes.selection.choose`. With few cases that choice is chance.
         voxels_per_organ: over all cases together.
         background_voxels: the same of the background.
         seed: of the choice of voxels.

@@ -57,7 +57,8 @@ def fit(
 def choose(cases: Sequence[LabelledCase], task: SegmentationTask, classifier: Classifier) -> Choice:
     """The strength of the best average precision on labelled cases that are left out of the fit.
 
-    One case at a time is left out, of more than five every fifth. Of a single case the classifier's default is taken.
+    One case at a time is left out, or every fifth where there are more than five. With a single case, the classifier's
+    default is taken.
     Unlike the Dice, average precision needs no threshold, which two or three cases are too few to find.
 
     Args:

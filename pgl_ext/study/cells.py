@@ -96,7 +96,7 @@ class Cell:
         return json.loads((self.folder / "cell.json").read_text(encoding="utf-8"))
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Of the code and settings that the cell was started with; None if it was not."""
+        """That of the code, settings and data that the cell was started with; None if it was not."""
         return self._record().get("fingerprint")
 
     def lock(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Of which code and settings a cell is the result, so that cells of different ones are never compared."""
+"""The code, settings and data that a cell is the result of, so that cells of different ones are never compared."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _input(cell: Cell) -> dict[str, dict[str, Any]]:
 def _data_digest(
     data_list: str | Sequence[str] | None, folder: str | None, key: str, used: tuple[str, ...]
 ) -> str | None:
-    """Of a data list's content and the sizes of what is used; without one, of names and sizes of a folder's files."""
+    """Digest of a data list and the sizes of what is used; without one, of the names and sizes of a folder's files."""
     if data_list is not None:
         paths = (data_list,) if isinstance(data_list, str) else tuple(data_list)
         content = _digest(b"".join(Path(path).read_bytes() for path in paths))

@@ -84,7 +84,7 @@ class Runner:
         self.jobs = jobs
         self.failures: dict[str, str] = {}
         self._gpus = _gpus()
-        # Of the cores that this process may use, which on a cluster are not all.
+        # A share of the cores that this process may use, which on a cluster are not all.
         self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // jobs))
         self._waiting = [cell for cell in self.cells if not cell.is_finished]
         self._running: list[_Run] = []

@@ -142,7 +142,7 @@ def write_tables(study: Study, results: Results, rows: Sequence[Mapping[str, Any
 
 
 def missing_text(results: Results) -> str:
-    """Which cells the tables lack."""
+    """In words, which cells the tables lack."""
     if not results.missing:
         return ""
     return f"Not finished, and missing here: {'; '.join(map(str, results.missing))}."

@@ -60,7 +60,7 @@ def _linear_matrix(size: int, new_size: int, flip: bool) -> torch.Tensor:
 
 
 def resize_crop_nearest(crop: torch.Tensor, new_size: Sequence[int], flip: Sequence[bool]) -> torch.Tensor:
-    """The same with the value of the nearest voxel, half-pixel as ``mode="nearest-exact"``: for label maps."""
+    """Resize and flip a crop (C, X, Y, Z) of a label map by nearest values, half-pixel as ``mode="nearest-exact"``."""
     for axis, (size, new, flipped) in enumerate(zip(crop.shape[1:], new_size, flip, strict=True), start=1):
         nearest = ((torch.arange(new, dtype=torch.float64) + 0.5) * size / new).floor().long()
         crop = crop.index_select(axis, nearest.flip(0) if flipped else nearest)

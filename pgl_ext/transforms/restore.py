@@ -100,8 +100,8 @@ class RestoreOrgansd(MapTransform):
 def predictive_entropy(probabilities: torch.Tensor, task: SegmentationTask) -> torch.Tensor:
     """How undecided a prediction is, per voxel: 0 where it is certain, 1 where all classes are equally probable.
 
-    Of a multi-class task the entropy of the classes over its greatest value, -sum_c p_c log p_c / log C; of a
-    multi-label task the largest entropy of an organ's binary decision, over log 2. Of the mean of several predictions,
+    For a multi-class task the entropy of the classes over its greatest value, -sum_c p_c log p_c / log C; for a
+    multi-label task the largest entropy of an organ's binary decision, over log 2. For the mean of several predictions,
     as of flipped scans, it holds both how undecided each is and how much they disagree.
 
     Args:
