@@ -332,7 +332,8 @@ class TestSaving:
         first = stopped(start(stop_at=1))
         before = {path: path.read_bytes() for path in first.folder.rglob("*.pt")}
         second = start()
-        with pytest.raises(FileExistsError, match="--resume true, begin anew with --overwrite true.*or choose another --output_dir"):
+        message = r"--resume true, begin anew with --overwrite true.* choose another --output_dir"
+        with pytest.raises(FileExistsError, match=message):
             second.trainer.run()
         assert second.losses == {}
         assert {path: path.read_bytes() for path in first.folder.rglob("*.pt")} == before
