@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from nibabel.orientations import aff2axcodes
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_volume"]
+
+logger = logging.getLogger(__name__)
 
 # float16, as which label maps are cached, holds every whole number up to here.
 _LARGEST_LABEL = 2048
@@ -94,21 +97,19 @@ class CheckVolumed(MapTransform):
     """Pass volumes through :func:`check_volume`; place it right after ``LoadVolumed``.
 
     There it sees the voxels as stored: normalising would turn a constant volume into zeros, and clipping would hide
-    infinite voxels.
+    infinite voxels. It warns of what looks like a label map: whole numbers only, and at most 50 different ones, where
+    scans have hundreds.
 
     Args:
         keys: keys of the volumes ``(C, X, Y, Z)``.
-        refuse_label_maps: refuse what looks like a label map, where scans are found by searching folders: only whole
-            numbers, and at most 50 different ones. Scans have hundreds.
         allow_missing_keys: don't raise if a key is absent.
 
     Raises:
-        BadVolumeError: see :func:`check_volume`; or a volume looks like a label map.
+        BadVolumeError: see :func:`check_volume`.
     """
 
-    def __init__(self, keys: KeysCollection, refuse_label_maps: bool = False, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.refuse_label_maps = refuse_label_maps
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         out = dict(data)
@@ -116,22 +117,26 @@ class CheckVolumed(MapTransform):
             meta = getattr(out[key], "meta", {})
             source = str(meta.get("filename_or_obj", key))
             check_volume(out[key], source)
-            if self.refuse_label_maps:
-                _check_not_label_map(np.asarray(out[key]), source)
+            values = _label_values(np.asarray(out[key]))
+            if values is not None:
+                logger.warning(
+                    "%s looks like a label map, but is taken for a scan: its voxels have only %d different values, all "
+                    "whole numbers. Keep label maps out of the folder, or list the scans with --data_list_file_path.",
+                    source,
+                    values.size,
+                )
         return out
 
 
-def _check_not_label_map(voxels: np.ndarray, source: str) -> None:
+def _label_values(voxels: np.ndarray) -> np.ndarray | None:
+    """The values of what looks like a label map; None of a scan."""
     flat = voxels.reshape(-1)
     # Sorting all voxels takes seconds, and a sample of a scan's is enough to tell.
     for sample in (flat[:: max(1, flat.size // _SAMPLE)], flat):
         values = np.unique(sample)
         if values.size > _MOST_LABELS or (values != np.rint(values)).any():
-            return
-    raise BadVolumeError(
-        f"{source} looks like a label map: its {flat.size} voxels have only {values.size} different values, all whole "
-        "numbers. Scans to train on are listed by --data_list_file_path, or lie in a folder without label maps"
-    )
+            return None
+    return values
 
 
 class CheckLabeld(MapTransform):
