@@ -5,6 +5,7 @@ study, on its labelled cases, and scored on its test cases, on the preprocessed 
 the folder of the study, and what is there is not computed again. Entries of the study file are overridden as there.
 
     python benchmarks/probes.py studies/openkbp_small.yaml RUNS
+    python benchmarks/probes.py studies/openkbp_small.yaml RUNS --step 192      # of the same probes
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from pgl_ext.data.case_dataset import CaseDataset
+from pgl_ext.figures.curves import MetricsFile
 from pgl_ext.probes import fit_probe
 from pgl_ext.probes.features import re_estimate_batch_norm
 from pgl_ext.study.cells import Cell, labels_text
@@ -169,7 +171,17 @@ def agreement(cells: Sequence[Cell], tuned: Mapping[str, float], probed: Mapping
     return [f"{overall:.2f}", f"{np.mean(within):.2f}", f"{lost:.3f}"]
 
 
-def report(cells: Sequence[Cell], probes: Mapping[Protocol, Mapping[str, float]]) -> str:
+def tuned_dice(cell: Cell, step: int | None) -> float:
+    """Dice of the test cases in the end, or of the validation cases after so many steps."""
+    if step is None:
+        return cell.result()["mean_dice"]
+    steps, values = MetricsFile(cell.folder / "metrics.csv")("val_mean_dice")
+    if step not in steps:
+        raise ValueError(f"{cell} was not validated after step {step}, but after {steps.astype(int).tolist()}.")
+    return float(values[list(steps).index(step)])
+
+
+def report(cells: Sequence[Cell], probes: Mapping[Protocol, Mapping[str, float]], step: int | None) -> str:
     """Tables per number of labels: fine-tuned Dice by method, and the protocols with their agreement."""
     parts = []
     for labels in sorted({cell.labels for cell in cells}):
@@ -179,7 +191,7 @@ def report(cells: Sequence[Cell], probes: Mapping[Protocol, Mapping[str, float]]
         some = [cell for cell in some if {other.method for other in some if other.seed == cell.seed} == methods]
         if len(methods) < 3 or not some:
             continue
-        tuned = {cell.name: cell.result()["mean_dice"] for cell in some}
+        tuned = {cell.name: tuned_dice(cell, step) for cell in some}
         rows = [["fine-tuned", "", "", "", *(f"{value:.3f}" for value in by_method(some, tuned).values())]]
         for protocol, dice in probes.items():
             if all(cell.name in dice for cell in some):
@@ -197,6 +209,7 @@ def main(
     standardisations: Sequence[str] = ("case", "dataset"),
     batch_norms: Sequence[str] = ("stored", "re-estimated"),
     strengths: Sequence[str] = ("0.01",),
+    step: int | None = None,
     **overrides: object,
 ) -> None:
     """Probe what is finished of a study.
@@ -208,6 +221,7 @@ def main(
         standardisations: case or dataset.
         batch_norms: stored or re-estimated.
         strengths: l2, or chosen.
+        step: predict the Dice of fine-tuning's validation cases after this step, not that of test cases in the end.
     """
     values = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in overrides.items()}
     planned = read_study(study, out, overrides=values)
@@ -223,7 +237,7 @@ def main(
         if missing:
             add_rows(path, measure(cell, missing))
             print(cell, flush=True)
-    print(report(cells, read_rows(path)))
+    print(report(cells, read_rows(path), step))
 
 
 if __name__ == "__main__":
