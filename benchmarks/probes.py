@@ -175,10 +175,10 @@ def tuned_dice(cell: Cell, step: int | None) -> float:
     """Dice of the test cases in the end, or of the validation cases after so many steps."""
     if step is None:
         return cell.result()["mean_dice"]
-    steps, values = MetricsFile(cell.folder / "metrics.csv")("val_mean_dice")
-    if step not in steps:
-        raise ValueError(f"{cell} was not validated after step {step}, but after {steps.astype(int).tolist()}.")
-    return float(values[list(steps).index(step)])
+    dice = dict(zip(*MetricsFile(cell.folder / "metrics.csv")("val_mean_dice"), strict=True))
+    if step not in dice:
+        raise ValueError(f"{cell} was not validated after step {step}, but after {list(map(int, dice))}.")
+    return float(dice[step])
 
 
 def report(cells: Sequence[Cell], probes: Mapping[Protocol, Mapping[str, float]], step: int | None) -> str:

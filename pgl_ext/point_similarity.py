@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
+from monai.data.utils import affine_to_spacing
 from monai.utils import convert_to_numpy, convert_to_tensor
 
 from pgl_ext.figures import plot_similarity
@@ -56,7 +57,7 @@ class _Scan:
 
     @property
     def spacing(self) -> np.ndarray:
-        return np.linalg.norm(self.affine[:3, :3], axis=0)
+        return affine_to_spacing(self.affine)
 
     def to_file(self, point: Sequence[float]) -> np.ndarray:
         return _map(np.linalg.inv(self.file_affine) @ self.affine, point)

@@ -159,6 +159,12 @@ def test_scans_prepared_differently_are_told(tmp_path):
     )
 
 
+def test_what_a_study_writes_is_not_pre_trained_on(tmp_path):
+    scans = {"configs": ["train.json"], "settings": {"dataset_dir": str(tmp_path)}}
+    with pytest.raises(ValueError, match=r"runs lies within the scans to pre-train on.*give an --out elsewhere"):
+        make_study(tmp_path, pretraining=scans)
+
+
 def test_labelled_cases_are_not_tested_on(tmp_path):
     with pytest.raises(ValueError, match=r"10 test cases are among the labelled ones, such as .*case_0\.nii\.gz"):
         make_study(tmp_path, {"test#settings#data_list_key": "training"})

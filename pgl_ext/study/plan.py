@@ -236,8 +236,9 @@ def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path)
             own = _stage(entry, f"method {name!r}", "training", configs)
             stage = Stage("training", base.layers + own.layers)
             _check_shared(name, base, stage)
-            _check_outside(stage, folder)
             stages[name] = _with_cache(stage, folder / "cache" / "pretraining")
+    if stages:  # all have the scans of the base
+        _check_outside(base, folder)
     return stages
 
 
