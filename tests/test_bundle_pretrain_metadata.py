@@ -62,7 +62,7 @@ def test_inference_has_the_keys_that_the_model_zoo_asks_for():
 def test_inference_prepares_volumes_as_training_does():
     inference = json.loads(INFERENCE.read_text())["preprocessing"]["transforms"]
     training = json.loads((BUNDLE / "configs" / "train.json").read_text())["volume_preprocessing"]["transforms"]
-    assert [t["_target_"] for t in inference if t["_target_"] != "CopyItemsd"] == [t["_target_"] for t in training]
+    assert [step for step in inference if step["_target_"] != "CopyItemsd"] == training
 
 
 def test_nothing_of_a_custom_package_is_imported_at_initialization():

@@ -195,14 +195,18 @@ class TestWorkflow:
             assert "pgl_ext" not in json.dumps([config.get("imports"), config.get("initialize")]), path.name
 
     def test_inference_prepares_images_as_training_does(self):
-        def steps(transforms: list) -> list[str]:
-            # In MONAI Label, items hold more than volumes, which the same resampling has to leave alone.
-            names = [t["_target_"] for t in transforms if isinstance(t, dict)]
-            return ["Spacingd" if name == "pgl_ext.transforms.VolumeSpacingd" else name for name in names]
+        def steps(transforms: list) -> list[dict]:
+            """Of images alone. In MONAI Label, items hold more than volumes, which resampling has to leave alone."""
+            found = [dict(step) for step in transforms if isinstance(step, dict)]
+            for step in found:
+                step["_target_"] = step["_target_"].replace("pgl_ext.transforms.VolumeSpacingd", "Spacingd")
+                step["keys"] = "image" if "image" in step["keys"] else step["keys"]
+                step["mode"] = step["mode"][0] if isinstance(step.get("mode"), list) else step.get("mode")
+            return found
 
         inference = json.loads(INFERENCE.read_text())
         training = json.loads(TRAIN.read_text())["case_preprocessing"]["transforms"]
-        expected = [name for name in steps(training) if not name.endswith(("CheckLabeld", "ConcatItemsd"))]
+        expected = [step for step in steps(training) if not step["_target_"].endswith(("CheckLabeld", "ConcatItemsd"))]
         assert steps(inference["loading"]["transforms"]) + steps(inference["preprocessing"]["transforms"]) == expected
 
 

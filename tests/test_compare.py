@@ -103,6 +103,20 @@ def test_table_of_two_runs(runs, tmp_path):
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
 
 
+def test_the_picture_shows_the_differences_of_the_table(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("pgl_ext.compare.plot_differences", lambda *args: drawn.append(args))
+    compare_runs(runs, out=tmp_path / "out")
+    ((differences, intervals, path, reference),) = drawn
+    assert (path.name, reference) == ("compare.png", "random")
+    for organ in (*BASE, AVERAGE):
+        assert differences["dice"]["pgl"][organ] == pytest.approx(GAIN, abs=1e-5)
+        assert differences["hd95_mm"]["pgl"][organ] == pytest.approx(-10 * GAIN, abs=1e-5)
+        mean, low, high = intervals["dice"]["pgl"][organ]
+        assert mean == pytest.approx(GAIN.mean(), abs=1e-5)
+        assert low < mean < high
+
+
 NAN = math.nan
 
 

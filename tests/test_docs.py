@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -72,3 +73,39 @@ def test_pages_of_the_site_exist():
 
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert [page for page in pages(site["nav"]) if not (ROOT / page).is_file()] == []
+
+
+def documented(bundle: str, column: int) -> dict[str, object]:
+    """Defaults of the options of training in a bundle's README, by option; text where it is no plain value."""
+
+    def value(text: str) -> object:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    page = (ROOT / "bundles" / bundle / "docs" / "README.md").read_text()
+    table = page.split("| option | meaning | default | `small.yaml` |\n")[1].split("\n\n")[0]
+    found = {}
+    for line in table.splitlines()[1:]:
+        cells = line.split("|")[1:-1]
+        values = re.findall(r"\[.*?\]|[^\s,|]+", cells[column])
+        found |= dict(zip(re.findall(r"--(\w+)", cells[0]), map(value, values), strict=False))
+    return found
+
+
+@pytest.mark.parametrize(("bundle", "least"), [("pgl_pretrain", 24), ("pgl_segmentation", 24)])
+def test_documented_defaults_are_those_of_the_configs(bundle, least):
+    defaults = json.loads((ROOT / "bundles" / bundle / "configs" / "train.json").read_text())
+    plain = (bool, int, float, list)
+    shown = {name: value for name, value in documented(bundle, 2).items() if isinstance(defaults.get(name), plain)}
+    assert len(shown) >= least
+    assert shown == {name: defaults[name] for name in shown}
+
+
+@pytest.mark.parametrize(("bundle", "least"), [("pgl_pretrain", 14), ("pgl_segmentation", 6)])
+def test_documented_values_of_the_small_preset_are_its_own(bundle, least):
+    preset = yaml.safe_load((ROOT / "bundles" / bundle / "configs" / "small.yaml").read_text())
+    shown = documented(bundle, 3)
+    assert len(shown) >= least
+    assert shown == {name: preset.get(name, "not in small.yaml") for name in shown}

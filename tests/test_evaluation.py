@@ -135,6 +135,29 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
     assert all((out / name).stat().st_size > 5000 for name in pictures)
 
 
+def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatch):
+    """All, two thirds and one third of the voxels that are found to be muscle are so in the reference."""
+    titles = {}
+    monkeypatch.setattr("pgl_ext.evaluation.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
+    content = json.loads(data_list.read_text())
+    for number, entry in enumerate(content["validation"]):
+        path = data_list.parent / entry["label"]
+        label = nib.load(path)
+        values = np.asarray(label.dataobj).copy()
+        muscle = np.flatnonzero(values == 7)
+        values.flat[muscle[np.arange(len(muscle)) % 3 < number]] = 0
+        nib.save(nib.Nifti1Image(values, label.affine), path)
+    evaluator(tmp_path, data_list).run()
+    rows = read_csv(tmp_path / "out" / "cases.csv")
+    means = case_means([{**row, "dice": float(row["dice"])} for row in rows], "dice")
+    assert means["patient 2_scan"] < means["patient 1_scan"] < means["patient 0_scan"]
+    for title, number in (("best", 0), ("median", 1), ("worst", 2)):
+        name = f"patient {number}_scan"
+        assert titles[title] == f"{title}: {name}, mean Dice {means[name]:.3f}"
+    (row,) = (row for row in read_csv(tmp_path / "out" / "summary.csv") if row["organ"] == AVERAGE)
+    assert min(means.values()) <= float(row["dice_ci95_low"]) < float(row["dice_mean"]) < float(row["dice_ci95_high"])
+
+
 def test_both_names_of_the_workflow_run_the_evaluator():
     config = ConfigParser.load_config_file(CONFIG)
     assert config["run"] == "%evaluating"

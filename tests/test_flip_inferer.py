@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.inferers import SimpleInferer
+from monai.inferers import SimpleInferer, SlidingWindowInferer
 
 from pgl_ext.inferers import FlipInferer, VolumeInferer
 from pgl_ext.task import SegmentationTask
@@ -85,6 +85,18 @@ def test_windows_of_a_voxelwise_network_agree_with_the_whole(size):
         stitched = VolumeInferer((16, 16, 8), sw_batch_size=3)(MetaTensor(volume), network)
         torch.testing.assert_close(stitched, network(volume), atol=1e-5, rtol=0)
     assert type(stitched) is torch.Tensor
+
+
+def test_windows_that_disagree_are_weighted_as_monai_does():
+    """By Gaussians; a network that sees its neighbours, and so the edges of its windows, tells weightings apart."""
+    torch.manual_seed(0)
+    network, volume = torch.nn.Conv3d(1, 2, 7, padding=3), torch.randn(1, 1, 40, 33, 21)
+    stock = {mode: SlidingWindowInferer((16, 16, 8), 2, 0.25, mode) for mode in ("gaussian", "constant")}
+    with torch.no_grad():
+        expected, other = (inferer(volume, network) for inferer in stock.values())
+        found = VolumeInferer((16, 16, 8), sw_batch_size=2, overlap=0.25)(volume, network)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found - other).abs().max() > 0.01
 
 
 def test_small_volumes_are_padded_with_their_minimum():

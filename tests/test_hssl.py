@@ -84,9 +84,11 @@ class TestLoss:
             expected.append(cross_entropy(logits, batch[name].tolist()))
         assert losses(method, batch)[f"{name}_loss"] == pytest.approx(np.mean(expected), rel=1e-4)
 
-    @pytest.mark.parametrize("output_size", [None, (3, 2, 4)])
-    def test_voxel_level_contrasts_aligned_cells_of_the_decoder(self, make_hssl, make_sourced_batch, output_size):
-        method, batch = make_hssl(output_size=output_size).eval(), make_sourced_batch(2)
+    @pytest.mark.parametrize(("output_size", "temperature"), [(None, 0.1), ((3, 2, 4), 0.5)])
+    def test_voxel_level_contrasts_aligned_cells_of_the_decoder(
+        self, make_hssl, make_sourced_batch, output_size, temperature
+    ):
+        method, batch = make_hssl(output_size=output_size, temperature=temperature).eval(), make_sourced_batch(2)
         decoded = []
         with torch.no_grad():
             for views in batch["views"].unbind(1):
@@ -97,7 +99,7 @@ class TestLoss:
         size = output_size or (2, 2, 2)
         aligned = PriorGuidedAligner(size)(decoded, batch["affines"], (32, 32, 16))
         cells = aligned.permute(1, 0, 3, 4, 5, 2).reshape(2, 2 * math.prod(size), 6)
-        assert losses(method, batch)["voxel_loss"] == pytest.approx(nt_xent(*cells, 0.1), rel=1e-4)
+        assert losses(method, batch)["voxel_loss"] == pytest.approx(nt_xent(*cells, temperature), rel=1e-4)
 
     def test_does_not_depend_on_the_order_of_the_views(self, make_hssl, make_sourced_batch):
         method, batch = make_hssl().eval(), make_sourced_batch()

@@ -265,6 +265,27 @@ def test_default_point_is_in_the_body_next_to_the_middle(tmp_path):
     assert handler._point.tolist() == [20, 15, 7]
 
 
+def test_the_middle_is_measured_in_mm(tmp_path):
+    """3 voxels off the middle along x are 3 mm, 2 along z are 10 mm."""
+    image = torch.full((1, 33, 33, 17), -1000.0)
+    image[:, 19, 16, 8] = image[:, 16, 16, 10] = 0
+    tensor = MetaTensor(image, affine=np.diag([1.0, 1, 5, 1]))
+    handler = PointSimilarity(tmp_path, STRIDE)
+    handler.add({"name": "x", "image": tensor, "scan": image, "pred": torch.rand(4, 3, 3, 3)})
+    assert handler._point.tolist() == [19, 16, 8]
+
+
+def test_a_single_scan_is_searched_itself(scans, tmp_path):
+    features = torch.randn(32, 4, 4, 4)
+    handler = PointSimilarity(tmp_path, STRIDE, query_point=[63 - 16, 63 - 32, 24])
+    handler.add(similarity_item(scans / "case_1.nii.gz", "case_1", features))
+    handler._save()
+    report = json.loads((tmp_path / "similarity.json").read_text())
+    (match,) = report["matches"]
+    assert match["voxel"] == report["query"]["voxel"] == [47, 31, 24]
+    assert match["similarity"] == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("point", [[64, 0, 0], [0, -1, 0], [10, 10, 500]])
 def test_point_outside_the_scan(scans, tmp_path, point):
     handler = PointSimilarity(tmp_path, STRIDE, query_point=[p - 1 if p < 0 else p + 1 for p in point])

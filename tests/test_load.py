@@ -18,10 +18,12 @@ def voxels(shape=SHAPE) -> np.ndarray:
     return np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
 
 
-def oblique(axes=(0, 1, 2), flips=(1, 1, 1)) -> np.ndarray:
-    """Affine to RAS mm of a scan turned by about 11 degrees, its axes permuted and flipped."""
+def oblique(axes=(0, 1, 2), flips=(1, 1, 1), tilt=0.0) -> np.ndarray:
+    """Affine to RAS mm of a scan turned by about 11 degrees, its axes permuted and flipped; tilt about x in radians."""
     c, s = np.cos(0.2), np.sin(0.2)
     rotation = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    c, s = np.cos(tilt), np.sin(tilt)
+    rotation = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ rotation
     matrix = np.eye(4)
     matrix[:3, :3] = (rotation @ np.diag(flips))[:, list(axes)] @ np.diag([1.5, 2.0, 2.5])
     matrix[:3, 3] = [10, -20, 30]
@@ -133,9 +135,11 @@ def test_nrrd_spaces(tmp_path, space, signs):
     assert_volume(load(tmp_path / "a.nrrd"), voxels(), expected)
 
 
-def test_dicom_series(tmp_path):
+@pytest.mark.parametrize("tilt", [0.0, 0.4])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0), (2, 0, 1)], ids=["axial", "sagittal", "coronal"])
+def test_dicom_series(tmp_path, axes, tilt):
     pytest.importorskip("itk")
-    affine = oblique(flips=(-1, -1, 1))
+    affine = oblique(axes, flips=(-1, -1, 1), tilt=tilt)
     folder = save_dicom_series(tmp_path / "case", voxels(), affine, "1.2.3")
     image = load(folder)
     assert_volume(image, voxels(), affine, 1e-4)
@@ -157,6 +161,7 @@ def moved(folder: Path, move) -> Path:
 
 UNEVEN = [
     (lambda n, p, o: (np.subtract(p, [0, 0, 4.0 * (n > 2)]), o), r"slices lie 4 to 8 mm apart: complete the series"),
+    (lambda n, p, o: (np.subtract(p, [0, 0, 0.6 * (n > 2)]), o), r"slices lie 4 to 4.6 mm apart: complete the series"),
     (lambda n, p, o: (np.subtract(p, [0, 0, 4.0 * (n == 2)]), o), r"several slices lie at one place"),
     (
         lambda n, p, o: (np.add(p, [0, 1.5 * n, 0]), o),
@@ -183,6 +188,15 @@ def test_positions_that_were_rounded(tmp_path):
     pytest.importorskip("pydicom")
     folder = save_dicom_series(tmp_path / "case", voxels(), np.diag([-1.0, -1, 0.625, 1]), "1.2.3")
     assert load(moved(folder, lambda n, p, o: (np.round(p, 1), o))).shape[1:] == voxels().shape
+
+
+def test_steps_that_hardly_differ(tmp_path):
+    """4 and 4.3 mm: less than a tenth."""
+    pytest.importorskip("itk")
+    pytest.importorskip("pydicom")
+    folder = save_dicom_series(tmp_path / "case", voxels(), np.diag([-2.0, -2, 4, 1]), "1.2.3")
+    folder = moved(folder, lambda n, p, o: (np.subtract(p, [0, 0, 0.3 * (n > 2)]), o))
+    assert load(folder).shape[1:] == voxels().shape
 
 
 def test_two_dicom_series_in_one_folder(tmp_path):

@@ -282,6 +282,17 @@ class TestGradients:
         assert not batch["views"].grad[:, 1].any()
         assert batch["views"].grad[:, 0].any()
 
+    def test_both_views_teach_the_predictors_alike(self, make_method):
+        """S is symmetric, and predictors take no part in restoration: which view comes first does not matter."""
+        gradients = []
+        for order in ([0, 1], [1, 0]):
+            method, batch = make_method().eval(), make_batch(2)
+            method({**batch, "views": batch["views"][:, order]})["loss"].backward()
+            gradients.append([p.grad for p in method.predictors.parameters()])
+        assert all(gradient.abs().max() > 1e-6 for gradient in gradients[0])
+        for first, second in zip(*gradients, strict=True):
+            torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
+
     def test_nothing_follows_by_momentum(self, make_method):
         assert list(make_method().momentum_pairs()) == []
 

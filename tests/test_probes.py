@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.metrics import compute_dice
 from torch import nn
 
 from pgl_ext.probes import fit_probe
 from pgl_ext.probes.classifiers import LinearClassifier
-from pgl_ext.probes.selection import LabelledCase, choose
-from pgl_ext.probes.voxels import LabelledVoxels
+from pgl_ext.probes.selection import LabelledCase, choose, fit
+from pgl_ext.probes.voxels import LabelledVoxels, sample_voxels
 from pgl_ext.task import SegmentationTask
 
 TASK = SegmentationTask({"low": [1], "high": [2]})
@@ -56,6 +57,34 @@ def test_organs_that_features_tell_apart_are_found(classifier, cases):
     found = torch.stack([dice(probe, case(seed), TASK) for seed in (10, 11)])
     # Every volume has nearly as many voxels of an organ as the others.
     assert float(found.min()) > 0.9
+
+
+def test_a_coarse_map_lies_where_its_stride_says():
+    """Every second voxel describes these smooth volumes: organs are found as well as from the volume itself."""
+
+    def smooth(seed: int) -> dict:
+        coarse = torch.randn(1, 1, 4, 4, 3, generator=torch.Generator().manual_seed(seed))
+        image = F.interpolate(coarse, SIZE, mode="trilinear", align_corners=True)[0]
+        return {"image": image, "label": torch.where(image < -0.5, 1.0, torch.where(image > 0.5, 2.0, 0.0))}
+
+    cases = [smooth(seed) for seed in range(3)]
+    fine, coarse = (fit_probe(Intensities(), cases, TASK, levels=(level,), **FEW) for level in (0, 2))
+    for seed in (10, 11):
+        expected = dice(fine, smooth(seed), TASK)
+        assert float(expected.min()) > 0.6
+        torch.testing.assert_close(dice(coarse, smooth(seed), TASK), expected, atol=0.15, rtol=0)
+
+
+def test_voxels_are_those_of_all_cases_together(monkeypatch):
+    asked = []
+
+    def spy(label, task, per_organ, background, *args):
+        asked.append((per_organ, background))
+        return sample_voxels(label, task, per_organ, background, *args)
+
+    monkeypatch.setattr("pgl_ext.probes.network.sample_voxels", spy)
+    fit_probe(Intensities(), [case(seed) for seed in range(3)], TASK, levels=0, **FEW)
+    assert asked == [(100, 200)] * 3
 
 
 @pytest.mark.parametrize("classifier", ["linear", "knn"])
@@ -213,3 +242,20 @@ def test_the_strength_of_the_best_average_precision_is_taken():
 def test_of_a_single_case_the_defaults_are_taken():
     choice = choose([labelled_case(0)], TASK, LinearClassifier)
     assert (choice.strength, choice.average_precision) == (LinearClassifier.default, None)
+
+
+# --- the fit --------------------------------------------------------------------------------------------------------
+
+
+def test_organs_and_background_weigh_the_same_however_large():
+    """Of organs of 6 % and 25 % of the voxels, drawn one by one and in different numbers."""
+    fitted = []
+    image = volume(0)
+    label = torch.where(image < -1.5, 1.0, torch.where(image > 0.7, 2.0, 0.0))
+    drawn = sample_voxels(label, TASK, 150, 1500, torch.Generator().manual_seed(0), None)
+    features = torch.zeros(len(drawn.targets), 1)
+    fit([LabelledCase(drawn, features)], TASK, lambda labelled, strength: fitted.append(labelled), 1)
+    (labelled,) = fitted
+    # (strata, channels); without overlaps each channel is a stratum
+    weights = labelled.targets.T @ labelled.weights
+    torch.testing.assert_close(weights, weights[:1, :1].expand_as(weights))

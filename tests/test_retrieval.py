@@ -63,3 +63,13 @@ def test_the_length_of_features_does_not_matter(make_batch):
 def test_half_precision_features_are_accepted(make_batch):
     affines = make_batch(2)["affines"]
     assert torch.isfinite(correspondence_retrieval(coordinate_features(affines).bfloat16(), affines, VIEW_SIZE)).all()
+
+
+def test_cells_of_the_first_view_are_looked_up_in_the_second():
+    """Both of the first view's are most like the first of the second view; the other way round, each finds its own."""
+    first = torch.tensor([[1.0, 0], [0.5, 0.5]]).T
+    second = torch.eye(2)
+    affines = torch.eye(4).expand(1, 2, 4, 4)
+    for views, expected in (((first, second), 0.5), ((second, first), 1.0)):
+        features = torch.stack(views)[None, ..., None, None]
+        assert correspondence_retrieval(features, affines, (4, 2, 2)).tolist() == [expected]

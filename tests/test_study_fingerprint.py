@@ -8,6 +8,7 @@ import pytest
 from made_studies import make_study, write_study
 from programs import ROOT
 
+import pgl_ext
 from pgl_ext.study.fingerprint import _sizes_digest, check_cells, code_digests, differences, fingerprint
 from pgl_ext.study.plan import read_study
 
@@ -68,7 +69,33 @@ def test_what_only_draws_or_reports_does_not_count(package):
 def test_of_this_package():
     digests = code_digests()
     assert {"losses.py", "metrics.py", "methods/pgl.py", "data/cases.py", "evaluation.py"} <= set(digests)
-    assert not any(name.startswith(("figures/", "study/")) for name in digests)
+    folder = Path(pgl_ext.__file__).parent
+    others = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} - set(digests)
+    assert {name.split("/")[0] for name in others} == {
+        *("figures", "probes", "study", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "feature_maps.py"),
+        *("packaging.py", "point_similarity.py", "report.py", "segment.py", "summary.py", "task_config.py"),
+        "tracking.py",
+    }
+
+
+def test_versions_that_count(tmp_path):
+    study = make_study(tmp_path, labelled_cases=[3], seeds=[0])
+    (versions,) = {tuple(entry["versions"]) for entry in prints_of(study).values()}
+    packages = {"torch", "monai", "pytorch-ignite", "pytorch-optimizer", "numpy", "scipy"}
+    assert set(versions) == {"python", "device", *packages}
+
+
+def test_whether_a_decoder_is_handed_over_counts(tmp_path):
+    method = {"configs": ["methods/models_genesis.yaml"]}
+    prints = [
+        prints_of(make_study(tmp_path, methods={"random": {"encoder": None}, "MG": {**method, "decoder": decoder}}))
+        for decoder in (False, True)
+    ]
+    assert changes(*prints) == {
+        f"fine_tuning/MG/{cases}_cases/seed_{seed}": ["training with decoder: False -> True"]
+        for cases in (3, 5)
+        for seed in (0, 1)
+    }
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

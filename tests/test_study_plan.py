@@ -253,6 +253,22 @@ def test_one_budget_for_all_methods(tmp_path, name, value):
             make_study(tmp_path, methods=methods)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("view_size", [48, 48, 48]),
+        ("data_list_file_path", "other.json"),
+        ("dataset_dir", "elsewhere"),
+        ("volumes#dataset_dir", "elsewhere"),
+        ("train#trainer#max_epochs", 20),
+    ],
+)
+def test_one_input_and_length_for_all_methods(tmp_path, name, value):
+    methods = {"random": {"encoder": None}, "greedy": {"settings": {name: value}}}
+    with pytest.raises(ValueError, match=f"method 'greedy' changes {name}"):
+        make_study(tmp_path, methods=methods)
+
+
 def test_a_method_may_not_add_to_the_encoder(tmp_path):
     encoder = merged_config((str(CONFIGS / "train.json"), str(CONFIGS / "small.yaml"), {}))["encoder"]
     (tmp_path / "more.yaml").write_text(json.dumps({"encoder": {**encoder, "bias_downsample": True}}))

@@ -194,6 +194,49 @@ def test_words_say_what_cannot_be_told_apart(study):
     assert "; not distinguishable from A: C (" in verdict
 
 
+def test_pictures_show_the_gains_of_the_table(study, monkeypatch):
+    finish_all(study)
+    drawn = {}
+    monkeypatch.setattr("pgl_ext.study.report.plot_gains", lambda gains, *args: drawn.update(gains))
+    results = read_results(study.cells({}))
+    draw_figures(study, results, comparison_rows(study, results))
+    averages = {m: np.mean([[DICE[m, seed][o] for o in BASE] for seed in (0, 1, 2)]) for m in SHIFTS}
+    assert set(drawn) == {"B", "C"}
+    for method, ((gain, low, high),) in drawn.items():
+        assert gain == pytest.approx(averages[method] - averages["A"], abs=1e-6)
+        assert low < gain < high
+
+
+def test_a_loss_is_called_worse(study):
+    for cell in study.cells({}):
+        scores = {} if cell.is_pretraining else DICE["A" if cell.method == "B" else "B", cell.seed]
+        finish(cell, scores or None)
+    (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+    assert verdict.startswith("3 labelled cases, average Dice: worse than A: B (-0.0")
+
+
+def test_values_stand_under_their_heads(study):
+    """By formulas on the scores themselves; p by SciPy, Holm's is twice the smaller of two."""
+    finish_all(study)
+    results = read_results(study.cells({}))
+    block = next(b for b in paper_tables(study, results, comparison_rows(study, results)) if b.title.startswith("Dice"))
+    found = {row["method"]: row for row in (dict(zip(block.head, line, strict=True)) for line in block.rows)}
+    by_seed = {method: np.array([[DICE[method, seed][o] for o in BASE] for seed in (0, 1, 2)]) for method in SHIFTS}
+    for method, scores in by_seed.items():
+        means = {"average": scores.mean((1, 2)), **dict(zip(BASE, scores.mean(2).T, strict=True))}
+        for name, values in means.items():
+            assert found[method][name] == f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+    averages = {method: scores.mean((0, 1)) for method, scores in by_seed.items()}
+    p = {method: wilcoxon(averages[method] - averages["A"]).pvalue for method in "BC"}
+    assert p["B"] < p["C"]
+    for method, adjusted in (("B", 2 * p["B"]), ("C", max(p["C"], 2 * p["B"]))):
+        assert found[method]["minus A"] == f"{(averages[method] - averages['A']).mean():+.3f}"
+        assert (found[method]["p"], found[method]["p (Holm)"]) == (f"{p[method]:.3g}", f"{adjusted:.3g}")
+        low, high = map(float, found[method]["95 % interval"].split(" to "))
+        assert low < (averages[method] - averages["A"]).mean() < high
+        assert found[method]["CPU-core-hours"] == "0.5"
+
+
 def test_a_seed_that_says_otherwise_is_mentioned(study):
     for cell in study.cells({}):
         gain = {0: 0.1, 1: 0.1, 2: -0.03}[cell.seed] if cell.method == "B" else 0.0

@@ -130,6 +130,16 @@ class TestRandomness:
         for axis in range(3):
             assert seen.any(tuple(a for a in range(3) if a != axis)).all()
 
+    def test_the_second_crop_lies_on_either_side_of_the_first(self):
+        transform = RandOverlappingViewsd("image", (16, 16, 8), scale_range=(1.0, 1.0)).set_random_state(0)
+        shifts = []
+        for _ in range(300):
+            transform({"image": FakeVolume((200, 200, 150))})
+            shifts.append(transform.crop_start[1] - transform.crop_start[0])
+        # Binomial: three standard deviations of 300 draws are 0.087.
+        np.testing.assert_allclose((np.array(shifts) > 0).mean(0), 0.5, atol=0.1)
+        np.testing.assert_allclose((np.array(shifts) < 0).mean(0), 0.5, atol=0.1)
+
     def test_flip_frequency(self):
         transform = RandOverlappingViewsd("image", (8, 8, 8)).set_random_state(0)
         flips = np.stack(
