@@ -15,7 +15,7 @@ FINE_TUNE = $(RUN) -m monai.bundle run training \
 
 install: $(VENV)/.installed
 
-# torch first and pinned: other packages would pull a newest build with gigabytes of CUDA.
+# torch first and by itself: other packages would pull another version.
 $(VENV)/.installed: requirements.txt pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)

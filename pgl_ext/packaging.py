@@ -36,8 +36,6 @@ _SEGMENTATION = "pgl_segmentation"
 
 # A dotted name such as pgl_ext.losses, or the command; not what is in scripts already, and no path.
 _NAME = re.compile(r"(?<![\w./])pgl_ext(?=\.[a-z])|(?<=python -m )pgl_ext\b")
-_CONFIG_OPTION = re.compile(r"(?<=--config_file )(\"[^\"]*\"|\S+)")
-_CONFIG_NAME = re.compile(r"[\w/]+\.(?:json|yaml)")
 
 # MONAI puts a bundle's folder on the path no sooner than it runs it, but components are wanted without a run too; and
 # where another bundle's `scripts` has been imported, the code is found in that one only if told where else to look.
@@ -177,13 +175,8 @@ def _bundle_files(folder: Path) -> dict[str, bytes]:
     files = {"scripts/__init__.py": b""}
     for path in _files_in(_PACKAGE):
         files[f"scripts/pgl_ext/{path}"] = _rewritten(_PACKAGE / path, path)
-    configs = set(_files_in(folder / "configs"))
-    for path in (path for path in _files_in(folder) if path.split("/")[0] in _SHARED):
-        content = _rewritten(folder / path, path)
-        if path.endswith((".yaml", ".md")):
-            content = _from_the_bundles_folder(content.decode(), configs).encode()
-        files[path] = content
-    return files
+    shared = (path for path in _files_in(folder) if path.split("/")[0] in _SHARED)
+    return files | {path: _rewritten(folder / path, path) for path in shared}
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -200,15 +193,6 @@ def _rewritten(file: Path, path: str) -> bytes:
     if file.suffix == ".py":
         return rewrite_module(text, path).encode()
     return (rewrite_config(text) if file.suffix == ".json" else rewrite_text(text)).encode()
-
-
-def _from_the_bundles_folder(text: str, configs: set[str]) -> str:
-    """Commands with paths from the bundle's folder, where ``python -m scripts.pgl_ext`` runs too."""
-
-    def with_folder(name: re.Match) -> str:
-        return f"configs/{name[0]}" if name[0] in configs else name[0]
-
-    return _CONFIG_OPTION.sub(lambda option: _CONFIG_NAME.sub(with_folder, option[0]), text)
 
 
 def _check_version(path: Path) -> None:

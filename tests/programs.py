@@ -15,6 +15,8 @@ from warm_processes import WarmProcess
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "bundles" / "pgl_pretrain" / "configs"
 SEGMENTATION_CONFIGS = ROOT / "bundles" / "pgl_segmentation" / "configs"
+# Public data sets and MONAI's metadata schema, where there are any.
+TEST_DATA = Path(os.environ.get("PGL_TEST_DATA", ROOT.parent / "shared"))
 
 # A network and a schedule that take seconds; everything else is as in small.yaml.
 TINY = {

@@ -90,7 +90,7 @@ def documented(bundle: str, column: int) -> dict[str, object]:
     for line in table.splitlines()[1:]:
         cells = line.split("|")[1:-1]
         values = re.findall(r"\[.*?\]|[^\s,|]+", cells[column])
-        found |= dict(zip(re.findall(r"--(\w+)", cells[0]), map(value, values), strict=False))
+        found |= dict(zip(re.findall(r"--([\w#]+)", cells[0]), map(value, values), strict=False))
     return found
 
 

@@ -69,6 +69,8 @@ def test_a_coarse_map_lies_where_its_stride_says():
 
     cases = [smooth(seed) for seed in range(3)]
     fine, coarse = (fit_probe(Intensities(), cases, TASK, levels=(level,), **FEW) for level in (0, 2))
+    # Where voxels were given the features of other places, intensity would hardly seem to matter.
+    torch.testing.assert_close(coarse.classifier.weight, fine.classifier.weight, atol=0.1, rtol=0.2)
     for seed in (10, 11):
         expected = dice(fine, smooth(seed), TASK)
         assert float(expected.min()) > 0.6
@@ -237,6 +239,25 @@ def test_the_strength_of_the_best_average_precision_is_taken():
     choice = choose([labelled_case(number) for number in range(3)], TASK, Known)
     assert choice.strength == 2.0
     assert choice.average_precision == pytest.approx(1)
+
+
+def test_average_precision_counts_the_voxels_that_each_stands_for():
+    """Two organ voxels that score first and last, five background voxels between: precisions of 1 and 2 / 7."""
+
+    class Known(LinearClassifier):
+        strengths = (1.0,)
+
+        def __init__(self, labelled, strength):
+            pass
+
+        def logits(self, features):
+            return torch.stack([torch.zeros(3), features[:, 0], torch.full((3,), -100.0)], dim=1)
+
+    organ, counts = torch.tensor([True, False, True]), torch.tensor([1.0, 5, 1])
+    targets = torch.stack([~organ, organ, torch.zeros(3).bool()], dim=1).float()
+    drawn = LabelledVoxels(torch.zeros(3, 3, dtype=torch.long), targets, counts, torch.ones(3), torch.ones(3).bool())
+    cases = [LabelledCase(drawn, torch.tensor([[3.0], [2], [1]]))] * 2
+    assert choose(cases, TASK, Known).average_precision == pytest.approx((1 + 2 / 7) / 2)
 
 
 def test_of_a_single_case_the_defaults_are_taken():

@@ -394,11 +394,11 @@ def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
     monkeypatch.setattr("pgl_ext.study.report.plot_learning_curves", lambda *args: drawn.append(args))
     results = read_results(study.cells({}))
     draw_figures(study, results, comparison_rows(study, results))
-    ((panels, colors, path),) = drawn
-    (axes,) = plot_learning_curves(panels, colors, path).axes
+    ((panels, colors, reference, path),) = drawn
+    (axes,) = plot_learning_curves(panels, colors, reference, path).axes
     assert axes.get_title(loc="left") == "3 labelled cases"
     means = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
-    assert set(means) == {"A", "B"}
+    assert {name: line.get_linestyle() for name, line in means.items()} == {"A": "--", "B": "-"}
     assert means["B"].get_xydata().tolist() == [[40, pytest.approx(0.4)]]
     assert [len(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_")] == [2, 2, 1, 2, 2, 1]
     assert path == study.folder / "learning_curves.png"

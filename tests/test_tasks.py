@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from programs import SEGMENTATION_CONFIGS, TEST_DATA
 
 from pgl_ext.data.cases import labelled_items, prepare_cases, split_cases
 from pgl_ext.data.phantom import LABELS, write_dataset
 from pgl_ext.errors import root_cause
 from pgl_ext.task import SegmentationTask
 
-CONFIGS = Path(__file__).parents[1] / "bundles" / "pgl_segmentation" / "configs"
-TASKS = sorted(path.stem for path in (CONFIGS / "tasks").glob("*.yaml"))
-DATA = Path(__file__).parents[2] / "shared" / "data"
+TASKS = sorted(path.stem for path in (SEGMENTATION_CONFIGS / "tasks").glob("*.yaml"))
+DATA = TEST_DATA / "data"
 
 
 def config_of(name: str) -> ConfigParser:
-    files = [CONFIGS / "train.json", CONFIGS / "tasks" / f"{name}.yaml"]
+    files = [SEGMENTATION_CONFIGS / "train.json", SEGMENTATION_CONFIGS / "tasks" / f"{name}.yaml"]
     parser = ConfigParser()
     parser.read_config(files)
     return parser
@@ -61,14 +61,14 @@ def test_overlay_gives_a_valid_task(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_overlay_sets_only_what_the_configs_know(name):
-    known = set(ConfigParser.load_config_file(CONFIGS / "train.json"))
-    assert set(ConfigParser.load_config_file(CONFIGS / "tasks" / f"{name}.yaml")) <= known
+    known = set(ConfigParser.load_config_file(SEGMENTATION_CONFIGS / "train.json"))
+    assert set(ConfigParser.load_config_file(SEGMENTATION_CONFIGS / "tasks" / f"{name}.yaml")) <= known
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_overlay_says_how_it_is_run(name):
-    text = (CONFIGS / "tasks" / f"{name}.yaml").read_text()
-    assert f"--config_file \"['train.json','tasks/{name}.yaml'" in text
+    text = (SEGMENTATION_CONFIGS / "tasks" / f"{name}.yaml").read_text()
+    assert f"--config_file \"['configs/train.json','configs/tasks/{name}.yaml'" in text
     assert text.startswith("# ")
 
 
@@ -100,8 +100,8 @@ def test_a_tumour_is_part_of_its_organ(name):
 
 
 def test_bcv_is_what_the_configs_are_set_to():
-    alone = ConfigParser.load_config_file(CONFIGS / "train.json")
-    overlay = ConfigParser.load_config_file(CONFIGS / "tasks" / "bcv.yaml")
+    alone = ConfigParser.load_config_file(SEGMENTATION_CONFIGS / "train.json")
+    overlay = ConfigParser.load_config_file(SEGMENTATION_CONFIGS / "tasks" / "bcv.yaml")
     assert {key: value for key, value in overlay.items() if value != alone[key]} == {"test_cases": 15}
     assert list(overlay["organs"].values()) == list(range(1, 14))
 
@@ -197,7 +197,7 @@ class TestDownload:
     @staticmethod
     def parser(**settings: str) -> ConfigParser:
         parser = ConfigParser()
-        parser.read_config(CONFIGS / "download_msd.yaml")
+        parser.read_config(SEGMENTATION_CONFIGS / "download_msd.yaml")
         parser.update(settings)
         return parser
 

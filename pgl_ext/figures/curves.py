@@ -140,7 +140,7 @@ def _add_legend(axes: Axes) -> None:
     count = len(axes.get_legend_handles_labels()[1])
     # Many organs would cover the curves.
     beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if count > 4 else {}
-    axes.legend(frameon=False, fontsize="x-small" if count > 8 else "small", **beside)
+    axes.legend(framealpha=0.8, edgecolor="none", fontsize="x-small" if count > 8 else "small", **beside)
 
 
 def plot_metrics(csv_path: str | Path, out_path: str | Path, healthy_std: float | None = None) -> Figure:

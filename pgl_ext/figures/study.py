@@ -107,6 +107,7 @@ def plot_bars(
 def plot_learning_curves(
     panels: Mapping[str, Mapping[str, Sequence[Curve]]],
     colors: Mapping[str, object],
+    reference: str,
     out_path: str | Path | None = None,
 ) -> Figure:
     """Dice of validation cases while methods are fine-tuned: the mean over the seeds, which are drawn faint.
@@ -114,6 +115,7 @@ def plot_learning_curves(
     Args:
         panels: by title of the panel and method the curve of each seed.
         colors: by method.
+        reference: method that the others are compared with: dashed, on top of them.
         out_path: picture to write; None: only return the figure.
 
     Returns:
@@ -125,7 +127,16 @@ def plot_learning_curves(
         for method, curves in methods.items():
             for steps, values in curves if len(curves) > 1 else []:
                 axes.plot(steps, values, color=colors[method], alpha=0.25, linewidth=0.7)
-            axes.plot(*_mean_curve(curves), "o-", color=colors[method], markersize=3.5, linewidth=1.6, label=method)
+            style = {"linestyle": "--", "zorder": 3} if method == reference else {"linestyle": "-"}
+            axes.plot(
+                *_mean_curve(curves),
+                marker="o",
+                color=colors[method],
+                markersize=3.5,
+                linewidth=1.6,
+                label=method,
+                **style,
+            )
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step")
         tidy(axes)

@@ -49,7 +49,7 @@ def draw_figures(study: Study, results: Results, rows: Rows) -> None:
         plot_bars({"": ablations}, names, colors, title, study.folder / "ablations.png")
     curves = _learning_curves(study, results)
     if curves:
-        plot_learning_curves(curves, colors, study.folder / "learning_curves.png")
+        plot_learning_curves(curves, colors, study.reference, study.folder / "learning_curves.png")
 
 
 def _learning_curves(study: Study, results: Results) -> dict[str, dict[str, list[Curve]]]:
