@@ -17,6 +17,7 @@ CONFIGS = ROOT / "bundles" / "pgl_pretrain" / "configs"
 SEGMENTATION_CONFIGS = ROOT / "bundles" / "pgl_segmentation" / "configs"
 # Public data sets and MONAI's metadata schema, where there are any.
 TEST_DATA = Path(os.environ.get("PGL_TEST_DATA", ROOT.parent / "shared"))
+SCHEMA = TEST_DATA / "schemas" / "meta_schema_20240725.json"
 
 # A network and a schedule that take seconds; everything else is as in small.yaml.
 TINY = {

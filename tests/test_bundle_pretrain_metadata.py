@@ -8,12 +8,11 @@ import jsonschema
 import pytest
 import torch
 from monai.bundle import ConfigParser, verify_metadata, verify_net_in_out
-from programs import ROOT, TEST_DATA
+from programs import ROOT, SCHEMA
 
 BUNDLE = ROOT / "bundles" / "pgl_pretrain"
 METADATA = BUNDLE / "configs" / "metadata.json"
 INFERENCE = BUNDLE / "configs" / "inference.json"
-SCHEMA = TEST_DATA / "schemas" / "meta_schema_20240725.json"
 
 needs_schema = pytest.mark.skipif(not SCHEMA.is_file(), reason=f"the bundle schema {SCHEMA} is not there")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
-from programs import ROOT, TEST_DATA
+from programs import ROOT, SCHEMA
 
 from pgl_ext.losses import DiceCrossEntropyLoss
 from pgl_ext.models import recorded_model
@@ -23,7 +23,6 @@ BUNDLE = ROOT / "bundles" / "pgl_segmentation"
 METADATA = BUNDLE / "configs" / "metadata.json"
 TRAIN = BUNDLE / "configs" / "train.json"
 INFERENCE = BUNDLE / "configs" / "inference.json"
-SCHEMA = TEST_DATA / "schemas" / "meta_schema_20240725.json"
 
 needs_schema = pytest.mark.skipif(not SCHEMA.is_file(), reason=f"the bundle schema {SCHEMA} is not there")
 

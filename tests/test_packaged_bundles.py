@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from programs import TEST_DATA, TINY, TINY_SEGMENTATION, run
+from programs import SCHEMA, TINY, TINY_SEGMENTATION, run
 
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.packaging import package_bundles
@@ -21,7 +21,6 @@ from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import save_encoder, save_weights
 
 CHECKS = Path(__file__).with_name("packaged_checks.py")
-SCHEMA = TEST_DATA / "schemas" / "meta_schema_20240725.json"
 NAMES = ("pgl_pretrain", "pgl_segmentation")
 TINY_ENCODER = {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.125}
 

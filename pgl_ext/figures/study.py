@@ -127,15 +127,10 @@ def plot_learning_curves(
         for method, curves in methods.items():
             for steps, values in curves if len(curves) > 1 else []:
                 axes.plot(steps, values, color=colors[method], alpha=0.25, linewidth=0.7)
-            style = {"linestyle": "--", "zorder": 3} if method == reference else {"linestyle": "-"}
+            line, zorder = ("o--", 3) if method == reference else ("o-", 2)
+            steps, values = _mean_curve(curves)
             axes.plot(
-                *_mean_curve(curves),
-                marker="o",
-                color=colors[method],
-                markersize=3.5,
-                linewidth=1.6,
-                label=method,
-                **style,
+                steps, values, line, color=colors[method], markersize=3.5, linewidth=1.6, zorder=zorder, label=method
             )
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step")
