@@ -21,7 +21,7 @@ from monai.bundle import ckpt_export, onnx_export
 from timing import interleaved_times
 from torch import nn
 
-from pgl_ext.models import build_network
+from pgl_ext.weights import build_network
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.weights import save_weights
 

@@ -27,22 +27,22 @@ from monai.utils import set_determinism
 from scipy.stats import spearmanr
 from torch import nn
 
-from pgl_ext.data.case_dataset import CaseDataset
+from pgl_ext.data.dataset import CaseDataset
 from pgl_ext.figures.curves import MetricsFile
-from pgl_ext.probes import fit_probe
-from pgl_ext.probes.features import re_estimate_batch_norm
-from pgl_ext.study.cells import Cell, labels_text
-from pgl_ext.study.configs import merged_config
-from pgl_ext.study.plan import read_study
-from pgl_ext.study.run import choose_rates
-from pgl_ext.summary import table
+from pgl_ext.evaluation.probes import fit_probe
+from pgl_ext.evaluation.probes.features import re_estimate_batch_norm
+from pgl_ext.tools.study.cells import Cell, labels_text
+from pgl_ext.tools.study.configs import merged_config
+from pgl_ext.tools.study.plan import read_study
+from pgl_ext.tools.study.run import choose_rates
+from pgl_ext.evaluation.summary import table
 from pgl_ext.task import SegmentationTask
 
 PROBE = str(Path(__file__).resolve().parents[1] / "bundles" / "pgl_segmentation" / "configs" / "probe.yaml")
 
 
 class Protocol(NamedTuple):
-    """Settings of a linear probe, as :func:`pgl_ext.probes.fit_probe` describes them."""
+    """Settings of a linear probe, as :func:`pgl_ext.evaluation.probes.fit_probe` describes them."""
 
     batch_norm: str
     levels: str

@@ -28,9 +28,9 @@ import torch
 from monai.data.utils import affine_to_spacing
 from timing import interleaved_times
 
-from pgl_ext.data.phantom import generate_case
-from pgl_ext.inferers import FlipInferer, VolumeInferer
-from pgl_ext.models import build_network, recorded_model
+from pgl_ext.tools.phantom import generate_case
+from pgl_ext.segmentation.inferers import FlipInferer, VolumeInferer
+from pgl_ext.weights import build_network, recorded_model
 from pgl_ext.task import SegmentationTask
 
 CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "pgl_segmentation" / "configs" / "inference.json"

@@ -21,8 +21,8 @@ from ignite.engine import Engine, Events
 from pgl_ext import __version__
 from pgl_ext.distributed import rank_and_world_size
 from pgl_ext.files import write_atomically
-from pgl_ext.flags import as_bool
-from pgl_ext.settings import at_least_one
+from pgl_ext.settings import parse_bool
+from pgl_ext.settings import check_positive
 from pgl_ext.weights import load_state, save_decoder, save_encoder
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
@@ -128,11 +128,11 @@ class CheckpointHandler:
         self.encoder_path = encoder_path
         self.decoder_path = decoder_path
         self.description = dict(description)
-        self.interval = at_least_one(
+        self.interval = check_positive(
             interval, "checkpoint_interval", "to save only at the end, set it above max_epochs"
         )
-        self.resume = as_bool(resume, "resume")
-        self.overwrite = as_bool(overwrite, "overwrite")
+        self.resume = parse_bool(resume, "resume")
+        self.overwrite = parse_bool(overwrite, "overwrite")
         self.rank = rank
         self._saved_step = -1
 

@@ -17,9 +17,9 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer, Trainer
 from monai.inferers import Inferer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pgl_ext.flags import as_bool
+from pgl_ext.settings import parse_bool
 from pgl_ext.retrieval import correspondence_retrieval
-from pgl_ext.settings import at_least_one
+from pgl_ext.settings import check_positive
 
 __all__ = [
     "PretrainEvaluator",
@@ -95,9 +95,9 @@ class StepTrainer(SupervisedTrainer):
         self.lr_scheduler = lr_scheduler
         self.batch_transform = batch_transform
         if micro_batch_size is not None:
-            at_least_one(micro_batch_size, "micro_batch_size", "set it to batch_size for one pass per step")
+            check_positive(micro_batch_size, "micro_batch_size", "set it to batch_size for one pass per step")
         self.micro_batch_size = micro_batch_size
-        amp = as_bool(amp, "amp")
+        amp = parse_bool(amp, "amp")
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
         self.seed = seed
         self.max_non_finite = max_non_finite
@@ -292,7 +292,7 @@ class PretrainEvaluator(SupervisedEvaluator):
         inferer: Inferer | None = None,
         **kwargs: Any,
     ) -> None:
-        amp = as_bool(amp, "amp")
+        amp = parse_bool(amp, "amp")
         self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
         super().__init__(
             device=device,
@@ -340,12 +340,12 @@ def prepare_network(
     Returns:
         the same method.
     """
-    if as_bool(sync_batch_norm, "sync_batch_norm"):
+    if parse_bool(sync_batch_norm, "sync_batch_norm"):
         method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
     method.to(device)
-    if as_bool(channels_last, "channels_last"):
+    if parse_bool(channels_last, "channels_last"):
         method.to(memory_format=torch.channels_last_3d)
-    if as_bool(compile, "compile"):
+    if parse_bool(compile, "compile"):
         for child in method.children():
             if any(True for _ in child.parameters()):
                 child.compile()

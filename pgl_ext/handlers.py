@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pgl_ext.engines import TrainerEvents
 from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
-from pgl_ext.settings import at_least_one
+from pgl_ext.settings import check_positive
 
 __all__ = [
     "CollapseWarning",
@@ -175,7 +175,7 @@ class MetricsLog:
         self.samples_per_epoch = samples_per_epoch
         self.columns = ("step", "epoch", *columns)
         self.speed = speed
-        self.interval = at_least_one(
+        self.interval = check_positive(
             interval, "log_interval", "to log validations only, set it above the number of steps"
         )
         self.plot_arguments = plot_arguments
@@ -322,7 +322,7 @@ class ViewPictures:
 
     def __init__(self, output_dir: str | os.PathLike, interval: int = 50) -> None:
         self.folder = Path(output_dir)
-        self.interval = at_least_one(interval, "picture_interval", "to draw only once, set it above max_epochs")
+        self.interval = check_positive(interval, "picture_interval", "to draw only once, set it above max_epochs")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._draw)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 from torch import nn
 
-from pgl_ext.flags import as_bool
+from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["DiceCrossEntropyLoss", "LocalConsistencyLoss", "NTXentLoss", "SegmentationLoss", "VoxelContrastLoss"]
@@ -137,7 +137,7 @@ class DiceCrossEntropyLoss(nn.Module):
 
     def __init__(self, multi_label: bool, **kwargs: Any) -> None:
         super().__init__()
-        self.multi_label = multi_label = as_bool(multi_label, "multi_label")
+        self.multi_label = multi_label = parse_bool(multi_label, "multi_label")
         self.dice = DiceLoss(sigmoid=multi_label, softmax=not multi_label, include_background=multi_label, **kwargs)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from pgl_ext.flags import as_bool
+from pgl_ext.settings import parse_bool
 
 __all__ = ["SegmentationTask"]
 
@@ -49,7 +49,7 @@ class SegmentationTask:
             raise ValueError(f"organs must give label values by name, such as {{'spleen': [1]}}, got {organs!r}.")
         self.organs = {str(name): _values(values, name) for name, values in organs.items()}
         self.background_values = _values(background_values, "background")
-        self.multi_label = as_bool(multi_label, "multi_label")
+        self.multi_label = parse_bool(multi_label, "multi_label")
         if not self.organs:
             raise ValueError("the task has no organs: give the label values of each, such as organs = {'spleen': [1]}.")
         used = [value for values in self.organs.values() for value in values]

@@ -10,7 +10,7 @@ import torch
 from monai.transforms import Compose, NormalizeIntensityd
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.phantom import generate_case
+from pgl_ext.tools.phantom import generate_case
 from pgl_ext.methods import PGL
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.transforms import LoadVolumed, RandOverlappingViewsd

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from pgl_ext.files import write_csv
-from pgl_ext.study.cells import Cell
-from pgl_ext.study.plan import Study, read_study
+from pgl_ext.tools.study.cells import Cell
+from pgl_ext.tools.study.plan import Study, read_study
 
 FINGERPRINT = {"code": {}, "versions": {}, "settings": {}, "data": {}, "encoder": None}
 

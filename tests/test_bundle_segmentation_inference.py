@@ -16,8 +16,8 @@ from programs import SEGMENTATION_CONFIGS, run
 from test_load import oblique, save_dicom_series
 from test_restore import oblique_affine
 
-from pgl_ext.data.checks import BadVolumesError
-from pgl_ext.data.phantom import generate_case
+from pgl_ext.transforms.checks import BadVolumesError
+from pgl_ext.tools.phantom import generate_case
 from pgl_ext.errors import root_cause
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.task import SegmentationTask

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from programs import ROOT, SCHEMA
 
 from pgl_ext.losses import DiceCrossEntropyLoss
-from pgl_ext.models import recorded_model
+from pgl_ext.weights import recorded_model
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import save_weights

@@ -9,7 +9,7 @@ from programs import CONFIGS, run, training_arguments
 from test_pgl import distance, online_parameters, swapped, target_parameters
 from torch import nn
 
-from pgl_ext.data.phantom import write_dataset
+from pgl_ext.tools.phantom import write_dataset
 from pgl_ext.methods import BYOL
 from pgl_ext.networks.heads import MLPHead
 

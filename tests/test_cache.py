@@ -26,9 +26,9 @@ from monai.transforms import (
 from monai.utils import GridSampleMode
 
 from pgl_ext.data.cache import VolumeCache, resolve_bad
-from pgl_ext.data.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed
+from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed
 from pgl_ext.data.datalist import item_name
-from pgl_ext.data.phantom import LABELS, generate_case
+from pgl_ext.tools.phantom import LABELS, generate_case
 from pgl_ext.data.transform_digest import transform_digest
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed

@@ -6,7 +6,7 @@ from monai.transforms import Compose, ConcatItemsd
 from torch.utils.data import DataLoader
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.case_dataset import CaseDataset
+from pgl_ext.data.dataset import CaseDataset
 from pgl_ext.data.dataset import EpochBatchSampler
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed, RandOrganPatchd, SplitCased
@@ -119,7 +119,7 @@ class TestOrganPoints:
                 assert found.shape == (len(expected), 3)
 
     def test_of_large_organs_some_from_all_over(self, tmp_path, make, monkeypatch):
-        monkeypatch.setattr("pgl_ext.data.case_dataset._POINTS_PER_ORGAN", 500)
+        monkeypatch.setattr("pgl_ext.data.dataset._POINTS_PER_ORGAN", 500)
         points = make(Keep())[0]["organ_points"]
         liver = points[0]
         assert len(liver) == len(np.unique(liver, axis=0)) == 500

@@ -13,7 +13,7 @@ from monai.transforms import Compose, ConcatItemsd
 from pgl_ext.data import cache as cache_module
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.cases import find_cases, labelled_items, prepare_cases, split_cases
-from pgl_ext.data.checks import BadVolumesError
+from pgl_ext.transforms.checks import BadVolumesError
 from pgl_ext.data.datalist import item_name
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed

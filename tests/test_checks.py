@@ -7,8 +7,8 @@ import torch
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from pgl_ext.data.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed, check_volume
-from pgl_ext.data.phantom import LABELS, ORIENTATIONS, generate_case
+from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed, check_volume
+from pgl_ext.tools.phantom import LABELS, ORIENTATIONS, generate_case
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed
 

@@ -11,7 +11,7 @@ from monai.transforms import Compose, SelectItemsd
 from torch.utils.data import DataLoader
 
 from pgl_ext.data import dataset as module
-from pgl_ext.data.checks import BadVolumesError
+from pgl_ext.transforms.checks import BadVolumesError
 from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset, prepare_volumes
 from pgl_ext.transforms import NameToIndexd, RandOverlappingViewsd
 

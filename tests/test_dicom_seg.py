@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from test_load import oblique, save_dicom_series
 
-from pgl_ext.dicom_seg import organ_codes, require_highdicom, write_dicom_seg
+from pgl_ext.segmentation.dicom_seg import organ_codes, require_highdicom, write_dicom_seg
 from pgl_ext.transforms.load import LoadVolumed, series_files
 
 SHAPE = (9, 7, 6)

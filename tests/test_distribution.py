@@ -103,6 +103,6 @@ def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
 
-    where = python("-c", "import pgl_ext.methods, pgl_ext.report; print(pgl_ext.report.__file__)").strip()
+    where = python("-c", "import pgl_ext.methods, pgl_ext.tools.report; print(pgl_ext.tools.report.__file__)").strip()
     assert Path(where).is_relative_to(target)
     assert "export_encoder" in python("-m", "pgl_ext", "--help")

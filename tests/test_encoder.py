@@ -4,7 +4,7 @@ from monai.networks.nets import resnet50
 from monai.networks.nets.resnet import ResNet, get_inplanes
 from torch import nn
 
-from pgl_ext.networks.encoder import ResNetEncoder
+from pgl_ext.networks.resnet import ResNetEncoder
 from pgl_ext.networks.heads import ConvHead
 
 SMALL = {"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.0625}

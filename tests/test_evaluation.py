@@ -12,11 +12,11 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from pgl_ext.data.checks import BadVolumesError
-from pgl_ext.evaluation import CASE_COLUMNS, EvaluationReport, evaluation_cases
-from pgl_ext.figures.scores import plot_scores
-from pgl_ext.metrics import organ_scores
-from pgl_ext.summary import AVERAGE, case_means, confidence_interval, summarise
+from pgl_ext.transforms.checks import BadVolumesError
+from pgl_ext.evaluation.handler import CASE_COLUMNS, EvaluationReport, evaluation_cases
+from pgl_ext.evaluation.figures import plot_scores
+from pgl_ext.evaluation.metrics import organ_scores
+from pgl_ext.evaluation.summary import AVERAGE, case_means, confidence_interval, summarise
 from pgl_ext.task import SegmentationTask
 
 CONFIG = Path(__file__).parents[1] / "bundles" / "pgl_segmentation" / "configs" / "evaluate.json"
@@ -138,7 +138,7 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
 def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatch):
     """All, two thirds and one third of the voxels that are found to be muscle are so in the reference."""
     titles = {}
-    monkeypatch.setattr("pgl_ext.evaluation.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
+    monkeypatch.setattr("pgl_ext.evaluation.handler.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
     content = json.loads(data_list.read_text())
     for number, entry in enumerate(content["validation"]):
         path = data_list.parent / entry["label"]

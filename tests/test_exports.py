@@ -15,7 +15,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export
 
-from pgl_ext.models import build_network, load_model
+from pgl_ext.weights import build_network, load_model
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import save_weights

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pgl_ext import __version__
 from pgl_ext.engines import SegmentationTrainer
-from pgl_ext.fine_tuning import (
+from pgl_ext.segmentation.handlers import (
     BestModel,
     OrganMasksd,
     OverlayPictures,
@@ -24,10 +24,10 @@ from pgl_ext.fine_tuning import (
     fine_tuning_schedule,
 )
 from pgl_ext.losses import DiceCrossEntropyLoss, SegmentationLoss
-from pgl_ext.metrics import organ_scores
-from pgl_ext.models import build_network, load_model, recorded_model
+from pgl_ext.evaluation.metrics import organ_scores
+from pgl_ext.weights import build_network, load_model, recorded_model
 from pgl_ext.networks import SegmentationNet
-from pgl_ext.summary import case_means
+from pgl_ext.evaluation.summary import case_means
 from pgl_ext.task import SegmentationTask
 
 TASK = SegmentationTask({"liver": [1], "kidneys": [2, 3]})

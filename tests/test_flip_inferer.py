@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
-from pgl_ext.inferers import FlipInferer, VolumeInferer
+from pgl_ext.segmentation.inferers import FlipInferer, VolumeInferer
 from pgl_ext.task import SegmentationTask
 
 ORGANS = SegmentationTask({"left kidney": [1], "right kidney": [2]})

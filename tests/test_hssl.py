@@ -14,7 +14,7 @@ from test_losses import nt_xent
 from test_pgl import swapped
 
 from pgl_ext.aligner import PriorGuidedAligner
-from pgl_ext.data.phantom import write_dataset
+from pgl_ext.tools.phantom import write_dataset
 from pgl_ext.methods import HSSL
 from pgl_ext.networks import SegmentationNet
 

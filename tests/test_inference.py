@@ -13,11 +13,11 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 
-from pgl_ext.data.phantom import generate_case
-from pgl_ext.data.scans import inference_items, unique_names
-from pgl_ext.feature_maps import SaveFeatureMapd, recorded_input
+from pgl_ext.tools.phantom import generate_case
+from pgl_ext.data.datalist import inference_items, unique_names
+from pgl_ext.evaluation.feature_maps import SaveFeatureMapd, recorded_input
 from pgl_ext.geometry import upsample_features
-from pgl_ext.inferers import FeatureMapInferer
+from pgl_ext.segmentation.inferers import FeatureMapInferer
 from pgl_ext.networks.dense import DenseFeatures, build_encoder, load_weights
 from pgl_ext.point_similarity import PointSimilarity, feature_at
 from pgl_ext.transforms import LoadVolumed

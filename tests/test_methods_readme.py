@@ -6,7 +6,7 @@ import pytest
 import torch
 from programs import CONFIGS, run, training_arguments
 
-from pgl_ext.data.phantom import write_dataset
+from pgl_ext.tools.phantom import write_dataset
 
 README = CONFIGS / "methods" / "README.md"
 

@@ -19,8 +19,8 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
-from pgl_ext.data.phantom import generate_case
-from pgl_ext.metrics import organ_scores, surface_voxels
+from pgl_ext.tools.phantom import generate_case
+from pgl_ext.evaluation.metrics import organ_scores, surface_voxels
 
 SPACING = (0.7, 1.3, 3.1)
 SHAPE = (22, 18, 12)
@@ -78,7 +78,7 @@ def test_overlap_and_hausdorff_of_simpleitk(prediction, reference):
 @pytest.mark.parametrize(("prediction", "reference"), MASKS)
 def test_hausdorff_distances_by_brute_force(prediction, reference, ragged, monkeypatch):
     if ragged:  # as if the surfaces had millions of voxels
-        monkeypatch.setattr("pgl_ext.metrics._TREE_LIMIT", 0)
+        monkeypatch.setattr("pgl_ext.evaluation.metrics._TREE_LIMIT", 0)
     distances = cdist(brute_surface(prediction), brute_surface(reference))
     directed = distances.min(0), distances.min(1)
     scores = organ_scores(prediction, reference, SPACING)

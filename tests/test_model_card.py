@@ -8,7 +8,7 @@ import yaml
 
 from pgl_ext.model_card import write_model_card
 from pgl_ext.networks import SegmentationNet
-from pgl_ext.summary import summarise
+from pgl_ext.evaluation.summary import summarise
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import save_encoder, save_weights
 

@@ -8,7 +8,7 @@ from monai.handlers import CheckpointLoader
 from monai.networks.nets import ResNet
 from torch import nn
 
-from pgl_ext.models import build_network, load_model, recorded_model, start_network
+from pgl_ext.weights import build_network, load_model, recorded_model, start_network
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import load_encoder, save_decoder, save_encoder, save_weights

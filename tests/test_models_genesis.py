@@ -8,7 +8,7 @@ from monai.bundle import ConfigParser
 from programs import CONFIGS, fine_tuning_arguments, run, training_arguments
 from torch import nn
 
-from pgl_ext.data.phantom import generate_case, write_dataset
+from pgl_ext.tools.phantom import generate_case, write_dataset
 from pgl_ext.engines import PretrainEvaluator
 from pgl_ext.methods import ModelsGenesis
 from pgl_ext.networks import ResNetEncoder, SegmentationNet

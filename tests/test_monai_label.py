@@ -10,7 +10,7 @@ import yaml
 from monai.bundle import ConfigParser
 from programs import ROOT, SEGMENTATION_CONFIGS, TINY_SEGMENTATION
 
-from pgl_ext.data.phantom import write_dataset
+from pgl_ext.tools.phantom import write_dataset
 from pgl_ext.weights import save_encoder
 
 sys.path.append(str(ROOT / "benchmarks"))

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from pgl_ext.data.phantom import LABELS, generate_case
+from pgl_ext.tools.phantom import LABELS, generate_case
 from pgl_ext.figures import figure_to_array, plot_overlay
 from pgl_ext.figures.base import organ_colors
 

@@ -20,7 +20,7 @@ import yaml
 
 import pgl_ext.__main__
 from pgl_ext import packaging
-from pgl_ext.packaging import package_bundles, rewrite_config, rewrite_module, rewrite_text
+from pgl_ext.tools.packaging import package_bundles, rewrite_config, rewrite_module, rewrite_text
 
 ROOT = Path(__file__).parents[1]
 BUNDLES = [ROOT / "bundles" / name for name in ("pgl_pretrain", "pgl_segmentation")]
@@ -62,7 +62,7 @@ class TestModules:
         [
             ("a.py", "from pgl_ext.losses import X\n", "from .losses import X\n"),
             ("data/a.py", "from pgl_ext.data.cache import X\n", "from ..data.cache import X\n"),
-            ("data/__init__.py", "from pgl_ext.flags import x\n", "from ..flags import x\n"),
+            ("data/__init__.py", "from pgl_ext.settings import x\n", "from ..flags import x\n"),
             ("a.py", "from pgl_ext import __version__\n", "from . import __version__\n"),
             ("data/a.py", "import pgl_ext\n", "from ... import pgl_ext\n"),
             ("a.py", "def f():\n    from pgl_ext.b import (\n        c,\n    )\n", None),

@@ -15,7 +15,7 @@ from programs import CONFIGS, run, start, tail, training_arguments, wait_for
 from test_training import assert_same_weights, checkpoints
 from torch import nn
 
-from pgl_ext.data.phantom import generate_case, write_dataset
+from pgl_ext.tools.phantom import generate_case, write_dataset
 from pgl_ext.handlers import TrainingProgress
 from pgl_ext.methods import PCRLv2
 from pgl_ext.networks import SegmentationNet

@@ -8,7 +8,7 @@ import pytest
 from monai.data import load_decathlon_datalist
 from monai.transforms import LoadImage
 
-from pgl_ext.data.phantom import LABELS, ORIENTATIONS, generate_case, write_dataset
+from pgl_ext.tools.phantom import LABELS, ORIENTATIONS, generate_case, write_dataset
 
 SMALL = (64, 64, 32)
 # Limits of an organ's mean HU over all contrast phases, partial volume at the coarse test resolution included.

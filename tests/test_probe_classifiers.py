@@ -4,8 +4,8 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import log_expit, log_softmax
 
-from pgl_ext.probes.classifiers import LabelledFeatures, LinearClassifier, NearestNeighbours
-from pgl_ext.probes.features import features_at
+from pgl_ext.evaluation.probes.classifiers import LabelledFeatures, LinearClassifier, NearestNeighbours
+from pgl_ext.evaluation.probes.features import features_at
 
 N, F = 120, 6
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.special import logit, softmax
 
-from pgl_ext.probes.decisions import decide, organ_log_odds
-from pgl_ext.probes.selection import average_precision
+from pgl_ext.evaluation.probes.decisions import decide, organ_log_odds
+from pgl_ext.evaluation.probes.selection import average_precision
 from pgl_ext.task import SegmentationTask
 
 ORGANS = SegmentationTask({"liver": [1], "spleen": [2]})

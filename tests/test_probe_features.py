@@ -4,7 +4,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from pgl_ext.geometry import upsample_features
-from pgl_ext.probes.features import Statistics, features_at, re_estimate_batch_norm
+from pgl_ext.evaluation.probes.features import Statistics, features_at, re_estimate_batch_norm
 
 
 def random_map(channels: int, size: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pgl_ext.probes.voxels import sample_voxels
+from pgl_ext.evaluation.probes.voxels import sample_voxels
 from pgl_ext.task import SegmentationTask
 
 ORGANS = SegmentationTask({"liver": [1], "spleen": [2, 3]})

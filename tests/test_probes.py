@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from monai.metrics import compute_dice
 from torch import nn
 
-from pgl_ext.probes import fit_probe
-from pgl_ext.probes.classifiers import LinearClassifier
-from pgl_ext.probes.selection import LabelledCase, choose, fit
-from pgl_ext.probes.voxels import LabelledVoxels, sample_voxels
+from pgl_ext.evaluation.probes import fit_probe
+from pgl_ext.evaluation.probes.classifiers import LinearClassifier
+from pgl_ext.evaluation.probes.selection import LabelledCase, choose, fit
+from pgl_ext.evaluation.probes.voxels import LabelledVoxels, sample_voxels
 from pgl_ext.task import SegmentationTask
 
 TASK = SegmentationTask({"low": [1], "high": [2]})
@@ -84,7 +84,7 @@ def test_voxels_are_those_of_all_cases_together(monkeypatch):
         asked.append((per_organ, background))
         return sample_voxels(label, task, per_organ, background, *args)
 
-    monkeypatch.setattr("pgl_ext.probes.network.sample_voxels", spy)
+    monkeypatch.setattr("pgl_ext.evaluation.probes.network.sample_voxels", spy)
     fit_probe(Intensities(), [case(seed) for seed in range(3)], TASK, levels=0, **FEW)
     assert asked == [(100, 200)] * 3
 

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from matplotlib.figure import Figure
 
-from pgl_ext.report import write_report
-from pgl_ext.summary import summarise
+from pgl_ext.tools.report import write_report
+from pgl_ext.evaluation.summary import summarise
 from pgl_ext.task import SegmentationTask
 
 TASK = SegmentationTask({"liver": 1, "spleen <left>": 2})

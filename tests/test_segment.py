@@ -16,8 +16,8 @@ from monai.transforms import Compose
 from test_load import oblique, save_dicom_series
 from test_restore import oblique_affine
 
-from pgl_ext.data.checks import BadVolumesError, CheckVolumed
-from pgl_ext.segment import KeepComponentsd, LabelMapd, SaveSegmentations, scans_to_segment
+from pgl_ext.transforms.checks import BadVolumesError, CheckVolumed
+from pgl_ext.segmentation.inference import KeepComponentsd, LabelMapd, SaveSegmentations, scans_to_segment
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed
 
@@ -250,7 +250,7 @@ def test_headers_that_do_not_allow_a_seg_lose_nothing_else(tmp_path, monkeypatch
     def refuse(*arguments):
         raise AttributeError("no attribute 'ImageType'")
 
-    monkeypatch.setattr("pgl_ext.segment.write_dicom_seg", refuse)
+    monkeypatch.setattr("pgl_ext.segmentation.inference.write_dicom_seg", refuse)
     voxels = np.random.default_rng(0).integers(0, 9, SHAPE).astype(np.int16)
     folder = save_dicom_series(tmp_path / "case", voxels, oblique(flips=(-1, -1, 1)), "1.2.3")
     SaveSegmentations(tmp_path / "out", TASK).save(result(folder, masks_of(), series_uid="1.2.3"))

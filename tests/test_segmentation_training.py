@@ -16,8 +16,8 @@ import torch
 from monai.bundle import ConfigWorkflow
 from programs import SEGMENTATION_CONFIGS, TINY_SEGMENTATION, fine_tuning_arguments, run, start, tail, wait_for
 
-from pgl_ext.data.phantom import write_dataset
-from pgl_ext.models import build_network, load_model, recorded_model
+from pgl_ext.tools.phantom import write_dataset
+from pgl_ext.weights import build_network, load_model, recorded_model
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import save_encoder

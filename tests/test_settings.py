@@ -5,9 +5,9 @@ from torch import nn
 
 from pgl_ext.checkpoints import CheckpointHandler
 from pgl_ext.engines import PretrainTrainer
-from pgl_ext.fine_tuning import OverlayPictures, SegmentationMetricsLog
+from pgl_ext.segmentation.handlers import OverlayPictures, SegmentationMetricsLog
 from pgl_ext.handlers import PretrainMetricsLog, ViewPictures
-from pgl_ext.settings import at_least_one
+from pgl_ext.settings import check_positive
 from pgl_ext.task import SegmentationTask
 
 TASK = SegmentationTask({"liver": 1})
@@ -45,4 +45,4 @@ def test_a_setting_that_counts_is_refused_at_once(setting, value):
 @pytest.mark.parametrize("setting", MADE_WITH)
 def test_one_is_enough(setting):
     MADE_WITH[setting](1)
-    assert at_least_one(1, "n", "") == 1
+    assert check_positive(1, "n", "") == 1

@@ -9,8 +9,8 @@ from made_studies import make_study, write_study
 from programs import ROOT
 
 import pgl_ext
-from pgl_ext.study.fingerprint import _sizes_digest, check_cells, code_digests, differences, fingerprint
-from pgl_ext.study.plan import read_study
+from pgl_ext.tools.study.fingerprint import _sizes_digest, check_cells, code_digests, differences, fingerprint
+from pgl_ext.tools.study.plan import read_study
 
 MODULE = '''
 """About the module."""

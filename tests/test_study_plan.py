@@ -8,9 +8,9 @@ from made_studies import make_study, write_list, write_study
 from programs import CONFIGS, ROOT
 
 from pgl_ext.__main__ import main
-from pgl_ext.study.configs import flat, merged_config
-from pgl_ext.study.plan import read_study
-from pgl_ext.study.study_file import read_study_file
+from pgl_ext.tools.study.configs import flat, merged_config
+from pgl_ext.tools.study.plan import read_study
+from pgl_ext.tools.study.study_file import read_study_file
 
 
 def config_of(cell, section="training"):
@@ -354,7 +354,7 @@ def test_files_that_come_with_the_project(path, tmp_path):
 
 def test_command_line(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("pgl_ext.study.run.run_study", lambda *args: calls.append(args) or "done")
+    monkeypatch.setattr("pgl_ext.tools.study.run.run_study", lambda *args: calls.append(args) or "done")
     options = ["--pretraining#settings#spacing", "[4, 4, 3]", "--methods#PGL w/o F#settings#amp", "false"]
     options += ["--fine_tuning#settings#hu_window", "null", "--title", "Mine", "--jobs", "2", "--dry_run", "false"]
     monkeypatch.setattr("sys.argv", ["pgl_ext", "study", "study.yaml", "--out", "runs", *options])

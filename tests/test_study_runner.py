@@ -15,10 +15,10 @@ import torch
 from made_studies import FINGERPRINT, finish, make_study, write_study
 from programs import SEGMENTATION_CONFIGS, TINY, TINY_SEGMENTATION, run
 
-from pgl_ext.data.phantom import write_dataset
-from pgl_ext.study.cells import Cell, bundle_command
-from pgl_ext.study.run import run_study
-from pgl_ext.study.runner import Runner, default_jobs, time_left
+from pgl_ext.tools.phantom import write_dataset
+from pgl_ext.tools.study.cells import Cell, bundle_command
+from pgl_ext.tools.study.run import run_study
+from pgl_ext.tools.study.runner import Runner, default_jobs, time_left
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
@@ -31,10 +31,10 @@ def stand_in(cell, stage) -> list[str]:
 @pytest.fixture
 def fast(monkeypatch):
     """Cells of milliseconds, and nothing that other tests are about."""
-    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", stand_in)
+    monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", stand_in)
     for module in ("run", "runner"):
-        monkeypatch.setattr(f"pgl_ext.study.{module}.code_digests", dict)
-    monkeypatch.setattr("pgl_ext.study.run.draw_figures", lambda *_: None)  # the page takes no time, pictures do
+        monkeypatch.setattr(f"pgl_ext.tools.study.{module}.code_digests", dict)
+    monkeypatch.setattr("pgl_ext.tools.study.run.draw_figures", lambda *_: None)  # the page takes no time, pictures do
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_failed_cell_does_not_stop_the_others(fast, path, tmp_path):
 
 
 def test_a_command_that_leaves_nothing_has_failed(fast, path, tmp_path, monkeypatch):
-    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", lambda *_: [sys.executable, "-c", ""])
     with pytest.raises(ChildProcessError, match=r"it did not leave what it should: .*pgl_encoder\.json"):
         run_study(path, tmp_path / "out", overrides={"seeds": [0]})
 
@@ -175,7 +175,7 @@ def test_a_command_that_leaves_nothing_has_failed(fast, path, tmp_path, monkeypa
     ],
 )
 def test_the_last_error_is_told(fast, path, tmp_path, monkeypatch, output, reason):
-    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", lambda *_: [sys.executable, "-c", output])
+    monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", lambda *_: [sys.executable, "-c", output])
     with pytest.raises(ChildProcessError) as caught:
         run_study(path, tmp_path / "out", overrides={"seeds": [0]})
     assert reason in str(caught.value)
@@ -261,7 +261,7 @@ def test_cells_of_other_settings_are_refused(fast, path, tmp_path, capsys):
 
 def test_a_change_while_the_study_runs_is_noticed(fast, path, tmp_path, monkeypatch):
     for module, digest in (("run", "old"), ("runner", "changed")):
-        monkeypatch.setattr(f"pgl_ext.study.{module}.code_digests", lambda digest=digest: {"losses.py": digest})
+        monkeypatch.setattr(f"pgl_ext.tools.study.{module}.code_digests", lambda digest=digest: {"losses.py": digest})
     with pytest.raises(ChildProcessError, match=r"there was a change: \['code of losses.py'\]"):
         run_study(path, tmp_path / "out")
     assert not list(tmp_path.rglob("started.json"))
@@ -274,8 +274,8 @@ def test_a_change_while_a_cell_runs_is_noticed(fast, path, tmp_path, monkeypatch
         looks.append(None)
         return {"metrics.py": "old" if len(looks) == 1 else "changed"}
 
-    monkeypatch.setattr("pgl_ext.study.run.code_digests", lambda: {"metrics.py": "old"})
-    monkeypatch.setattr("pgl_ext.study.runner.code_digests", changed_after_a_training)
+    monkeypatch.setattr("pgl_ext.tools.study.run.code_digests", lambda: {"metrics.py": "old"})
+    monkeypatch.setattr("pgl_ext.tools.study.runner.code_digests", changed_after_a_training)
     overrides = {"methods": {"random": {"encoder": None}}, "seeds": [0]}
     with pytest.raises(ChildProcessError, match=r"there was a change: \['code of metrics.py'\]"):
         run_study(path, tmp_path / "out", overrides=overrides)
@@ -320,7 +320,7 @@ def test_each_job_has_a_gpu_and_its_share_of_the_cores(
     assert default_jobs() == max(1, gpus)
     names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
     code = f"import os, time; time.sleep(0.5); print('found', [os.environ.get(name) for name in {names}])"
-    monkeypatch.setattr("pgl_ext.study.runner.bundle_command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", lambda *_: [sys.executable, "-c", code])
     with pytest.raises(ChildProcessError):
         run_study(path, tmp_path / "out", jobs=jobs, overrides={"methods": {"random": {"encoder": None}}})
     found = [eval(log.read_text().split("found ")[-1]) for log in tmp_path.rglob("log.txt")]

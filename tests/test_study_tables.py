@@ -10,12 +10,12 @@ import pytest
 from made_studies import finish, make_study
 from scipy.stats import bootstrap, wilcoxon
 
-from pgl_ext.figures.study import method_colors, plot_bars, plot_gains, plot_learning_curves
-from pgl_ext.study.report import draw_figures, write_study_report
-from pgl_ext.study.results import comparison_rows, holm, read_results
-from pgl_ext.study.run import choose_rates, run_study
-from pgl_ext.study.tables import paper_tables, verdicts, write_tables
-from pgl_ext.summary import AVERAGE
+from pgl_ext.tools.study.figures import method_colors, plot_bars, plot_gains, plot_learning_curves
+from pgl_ext.tools.study.report import draw_figures, write_study_report
+from pgl_ext.tools.study.results import comparison_rows, holm, read_results
+from pgl_ext.tools.study.run import choose_rates, run_study
+from pgl_ext.tools.study.tables import paper_tables, verdicts, write_tables
+from pgl_ext.evaluation.summary import AVERAGE
 
 RNG = np.random.default_rng(0)
 CASES = 8
@@ -197,7 +197,7 @@ def test_words_say_what_cannot_be_told_apart(study):
 def test_pictures_show_the_gains_of_the_table(study, monkeypatch):
     finish_all(study)
     drawn = {}
-    monkeypatch.setattr("pgl_ext.study.report.plot_gains", lambda gains, *args: drawn.update(gains))
+    monkeypatch.setattr("pgl_ext.tools.study.report.plot_gains", lambda gains, *args: drawn.update(gains))
     results = read_results(study.cells({}))
     draw_figures(study, results, comparison_rows(study, results))
     averages = {m: np.mean([[DICE[m, seed][o] for o in BASE] for seed in (0, 1, 2)]) for m in SHIFTS}
@@ -391,7 +391,7 @@ def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
             rows = [f"{step},{dice}" for step, dice in curves[cell.seed].items()]
             (cell.folder / "metrics.csv").write_text("\n".join(["step,val_mean_dice", "10,", *rows]) + "\n")
     drawn = []
-    monkeypatch.setattr("pgl_ext.study.report.plot_learning_curves", lambda *args: drawn.append(args))
+    monkeypatch.setattr("pgl_ext.tools.study.report.plot_learning_curves", lambda *args: drawn.append(args))
     results = read_results(study.cells({}))
     draw_figures(study, results, comparison_rows(study, results))
     ((panels, colors, reference, path),) = drawn
@@ -414,7 +414,7 @@ def test_many_methods_have_colours_of_their_own():
 
 
 def test_dry_run_lists_and_estimates(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("pgl_ext.study.run.check_cells", lambda *_: None)  # made-up cells have made-up fingerprints
+    monkeypatch.setattr("pgl_ext.tools.study.run.check_cells", lambda *_: None)  # made-up cells have made-up fingerprints
     finish(study.fine_tuning("A", 3, 0), seconds=120)
     text = run_study(tmp_path / "study.yaml", study.folder, jobs=1, dry_run=True)
     assert "  02:00  fine_tuning/A/3_cases/seed_0\n" in text

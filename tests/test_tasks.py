@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from programs import SEGMENTATION_CONFIGS, TEST_DATA
 
 from pgl_ext.data.cases import labelled_items, prepare_cases, split_cases
-from pgl_ext.data.phantom import LABELS, write_dataset
+from pgl_ext.tools.phantom import LABELS, write_dataset
 from pgl_ext.errors import root_cause
 from pgl_ext.task import SegmentationTask
 

@@ -20,7 +20,7 @@ from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
 from programs import SEGMENTATION_CONFIGS, fine_tuning_arguments, run, start, training_arguments, wait_for
 
-from pgl_ext.data.phantom import write_dataset
+from pgl_ext.tools.phantom import write_dataset
 from pgl_ext.tracking import complete_mlflow
 
 

@@ -17,7 +17,7 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import ResNet
 from programs import CONFIGS, TINY, run, start, tail, training_arguments, wait_for
 
-from pgl_ext.data.phantom import write_dataset
+from pgl_ext.tools.phantom import write_dataset
 
 pytestmark = pytest.mark.slow
 

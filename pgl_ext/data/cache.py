@@ -23,12 +23,12 @@ import torch.distributed as dist
 from monai.transforms import Compose, RandomizableTrait
 from tqdm import tqdm
 
-from pgl_ext.data.checks import BadVolumeError, BadVolumesError, check_volume
+from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError, check_volume
 from pgl_ext.data.datalist import item_name
 from pgl_ext.data.transform_digest import transform_digest
 from pgl_ext.distributed import rank_and_world_size
 from pgl_ext.files import write_atomically
-from pgl_ext.flags import as_bool
+from pgl_ext.settings import parse_bool
 
 __all__ = ["VolumeCache", "prepare_items", "resolve_bad"]
 
@@ -315,7 +315,7 @@ def resolve_bad(
     good = [dict(item) for item in items if item_name(item) not in bad]
     if not bad:
         return good
-    if not as_bool(skip_bad_files, "skip_bad_files") or not good:
+    if not parse_bool(skip_bad_files, "skip_bad_files") or not good:
         raise BadVolumesError(bad, len(items))
     logger.warning("Left out %d of %d volumes that cannot be used.", len(bad), len(items))
     if report_path is not None:

@@ -29,35 +29,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-DICOM_SUFFIXES = (".dcm", ".ima")
-SUPPORTED_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES
-"""File endings that can be read, in lower case; a folder is read as a DICOM series."""
-
 SOURCE_FIELDS = ("task", "group")
 """Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
 
 _LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "imagests"}
 _PATH_KEYS = ("image", "label")
 _KEPT_KEYS = ("image", "series_uid", *SOURCE_FIELDS)
-_SUPPORTED = f"supported are {', '.join(SUPPORTED_SUFFIXES)} and folders that hold a DICOM series"
-
-
-def file_suffix(path: str | os.PathLike) -> str:
-    """The supported ending of ``path`` in lower case (``".nii.gz"``), else its last suffix (``".png"``, ``""``)."""
-    name = Path(path).name.lower()
-    matches = [s for s in SUPPORTED_SUFFIXES if name.endswith(s)]
-    return max(matches, key=len) if matches else Path(name).suffix
-
-
-def is_dicom_file(path: str | os.PathLike) -> bool:
-    """Whether ``path`` starts with the DICOM preamble: 128 free bytes, then ``DICM``."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def item_name(item: Mapping) -> str:
@@ -88,7 +65,7 @@ def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
         ImportError: there are DICOM files and ``pydicom`` is not installed.
     """
     root = os.path.abspath(dataset_dir)
-    remedy = f"Set it to a folder of volumes; {_SUPPORTED}."
+    remedy = f"Set it to a folder of volumes; {SUPPORTED}."
     if not os.path.exists(root):
         raise ValueError(f"Dataset folder {root} does not exist. {remedy}")
     if not os.path.isdir(root):
@@ -161,28 +138,6 @@ def _series_and_slices(path: str) -> tuple[str, int]:
     return (str(header.get("SeriesInstanceUID", "")), int(header.get("NumberOfFrames") or 1)) if is_scan else ("", 0)
 
 
-def dicom_header(path: str, tags: Sequence[str]) -> Any:
-    """The ``pydicom.Dataset`` of some elements of a DICOM file.
-
-    Args:
-        path: the file.
-        tags: keywords of the elements.
-
-    Raises:
-        ImportError: ``pydicom`` is not installed.
-        OSError: the file cannot be read, or is not DICOM.
-    """
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError(f"Reading the DICOM file {path} needs the package 'pydicom': pip install pydicom") from error
-
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
-    except pydicom.errors.InvalidDicomError as error:
-        raise OSError(str(error)) from error
-
-
 def load_datalist(
     data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
     dataset_dir: str | os.PathLike | None = None,
@@ -232,7 +187,7 @@ def _read_list(path: Path, dataset_dir: str | os.PathLike | None, key: str, keep
     if unsupported:
         raise ValueError(
             f"Data list {path} names {len(unsupported)} files of an unsupported type: {_few(unsupported)}. Convert or "
-            f"remove them; {_SUPPORTED}."
+            f"remove them; {SUPPORTED}."
         )
     # Single files that are missing are left to the start-up scan, which lists every bad file at once.
     if not any(os.path.exists(item["image"]) for item in items):

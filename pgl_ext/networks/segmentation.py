@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgl_ext.networks.encoder import ResNetEncoder, initialise_convolutions
+from pgl_ext.networks.resnet import ResNetEncoder, initialise_convolutions
 
 __all__ = ["ASPP", "Decoder", "PlainDecoder", "SegmentationNet"]
 
@@ -31,7 +31,7 @@ class SegmentationNet(nn.Module):
         decoder_channels: channels of the decoder's three levels, coarse to fine.
 
     Attributes:
-        architecture: the arguments that build this network again, as plain values.
+        arguments: what builds this network again, as plain values.
 
     Raises:
         ValueError: the encoder takes another number of channels than ``in_channels``, or its levels do not follow each
@@ -42,6 +42,8 @@ class SegmentationNet(nn.Module):
         >>> network(torch.rand(1, 1, 33, 50, 21)).shape
         torch.Size([1, 3, 33, 50, 21])
     """
+
+    family = "resnet"
 
     def __init__(
         self,
@@ -62,10 +64,10 @@ class SegmentationNet(nn.Module):
         self.aspp = ASPP(deepest, aspp_channels)
         self.dropout = nn.Dropout3d(dropout)
         self.decoder = Decoder(aspp_channels, (stage2, stage1, stem), decoder_channels, out_channels, dropout)
-        self.architecture = {
+        self.arguments = {
             "in_channels": in_channels,
             "out_channels": out_channels,
-            "encoder": getattr(self.encoder, "architecture", None),
+            "encoder": getattr(self.encoder, "arguments", None),
             "dropout": dropout,
             "aspp_channels": aspp_channels,
             "decoder_channels": list(decoder_channels),

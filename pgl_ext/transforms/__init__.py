@@ -1,4 +1,4 @@
-"""Transforms: loading, two overlapping views, patches with labels, intensity augmentations of whole batches."""
+"""Transforms: preparing scans, overlapping views, patches with labels, intensity augmentations of whole batches."""
 
 from pgl_ext.transforms.deformations import RandBezierIntensity, RandDeformedCopyd, RandLocalShuffle, RandPaint
 from pgl_ext.transforms.intensity import (
@@ -11,10 +11,10 @@ from pgl_ext.transforms.intensity import (
 )
 from pgl_ext.transforms.load import LoadVolumed
 from pgl_ext.transforms.local_views import RandGlobalLocalViewsd
-from pgl_ext.transforms.names import NameToIndexd
-from pgl_ext.transforms.patches import RandOrganPatchd, SplitCased
-from pgl_ext.transforms.spacing import VolumeSpacingd
+from pgl_ext.transforms.masks import NameToIndexd, SplitCased
+from pgl_ext.transforms.patches import RandOrganPatchd
 from pgl_ext.transforms.views import RandOverlappingViewsd
+from pgl_ext.transforms.volumes import VolumeSpacingd, loading, preprocessing
 
 __all__ = [
     "BatchIntensityd",
@@ -34,4 +34,6 @@ __all__ = [
     "RandPaint",
     "SplitCased",
     "VolumeSpacingd",
+    "loading",
+    "preprocessing",
 ]

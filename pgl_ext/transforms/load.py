@@ -10,10 +10,16 @@ from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 
-from pgl_ext.data.datalist import NIFTI_SUFFIXES, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
-from pgl_ext.data.dicom_series import problem_of_series
+from pgl_ext.transforms.formats import (
+    NIFTI_SUFFIXES,
+    SUPPORTED,
+    SUPPORTED_SUFFIXES,
+    file_suffix,
+    is_dicom_file,
+    problem_of_series,
+)
 
-__all__ = ["SUPPORTED_SUFFIXES", "LoadVolumed", "series_files"]
+__all__ = ["LoadVolumed", "series_files"]
 
 
 class LoadVolumed(MapTransform):
@@ -98,8 +104,7 @@ def _reader_for(path: str, series_uid: str | None) -> ImageReader:
             return NibabelReader()
         if suffix not in SUPPORTED_SUFFIXES and not is_dicom_file(path):
             raise ValueError(
-                f"{path} is of an unsupported type {suffix!r}: supported are {', '.join(SUPPORTED_SUFFIXES)} and "
-                "folders that hold a DICOM series. Convert the file or remove it from the data."
+                f"{path} is of an unsupported type {suffix!r}: {SUPPORTED}. Convert the file or remove it from the data."
             )
     try:
         import itk  # noqa: F401

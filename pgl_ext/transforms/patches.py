@@ -11,7 +11,7 @@ from monai.utils import ensure_tuple_rep
 
 from pgl_ext.transforms.crops import pad_crop, read_crop, resize_crop, resize_crop_nearest
 
-__all__ = ["RandOrganPatchd", "SplitCased"]
+__all__ = ["RandOrganPatchd"]
 
 
 class RandOrganPatchd(RandomizableTransform, MapTransform):
@@ -90,20 +90,4 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
             image, label = crop[:1], crop[1:]
             d[key] = resize_crop(pad_crop(image, margins, float(image.min())), self.patch_size, self.flip)
             d["label"] = resize_crop_nearest(pad_crop(label, margins, 0), self.patch_size, self.flip)
-        return d
-
-
-class SplitCased(MapTransform):
-    """Split a case (2, X, Y, Z) into its image (1, X, Y, Z) and ``label`` (1, X, Y, Z), both float32 and whole.
-
-    Args:
-        keys: key of the case, which becomes the image.
-    """
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        d.pop("organ_points", None)
-        for key in self.key_iterator(d):
-            case, _ = read_crop(d[key], (0, 0, 0), d[key].shape[1:])
-            d[key], d["label"] = case[:1], case[1:]
         return d

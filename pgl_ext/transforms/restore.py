@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
 
-from pgl_ext.flags import as_bool
+from pgl_ext.settings import parse_bool
 from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
 from pgl_ext.task import SegmentationTask
 
@@ -63,8 +63,8 @@ class RestoreOrgansd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.task = task
         self.image_key = image_key
-        self.probabilities = as_bool(probabilities, "probabilities")
-        self.uncertainty = as_bool(uncertainty, "uncertainty")
+        self.probabilities = parse_bool(probabilities, "probabilities")
+        self.uncertainty = parse_bool(uncertainty, "uncertainty")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)

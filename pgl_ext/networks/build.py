@@ -1,0 +1,89 @@
+"""Networks from recorded architectures, and networks made ready to train.
+
+A record is data: its family is looked up in a closed registry and its arguments are checked against the constructor's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgl_ext.networks.resnet import ResNetEncoder
+from pgl_ext.networks.segmentation import SegmentationNet
+from pgl_ext.settings import parse_bool
+
+__all__ = ["ENCODERS", "NETWORKS", "architecture_of", "build", "prepare_network"]
+
+ENCODERS: dict[str, type[nn.Module]] = {"resnet": ResNetEncoder}
+"""Classes of encoders by family."""
+
+NETWORKS: dict[str, type[nn.Module]] = {"resnet": SegmentationNet}
+"""Classes of segmentation networks by the family of their encoder."""
+
+
+def architecture_of(network: nn.Module) -> dict[str, Any]:
+    """The family and arguments of an encoder or segmentation network, as plain values for a record."""
+    return {"family": network.family, "arguments": network.arguments}
+
+
+def build(classes: Mapping[str, type[nn.Module]], architecture: Mapping[str, Any], source: Any) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        classes: :data:`ENCODERS` or :data:`NETWORKS`.
+        architecture: ``family`` and ``arguments``, as a record has them.
+        source: the file that they are recorded for, for messages.
+
+    Raises:
+        ValueError: the family is unknown, or an argument is not one of its constructor's.
+    """
+    family, arguments = architecture.get("family"), architecture.get("arguments")
+    if family not in classes or not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"The architecture {dict(architecture)} of {source} is not known, the families are {', '.join(classes)}: "
+            "install the version of pgl_ext that wrote the file."
+        )
+    network = classes[family]
+    try:
+        inspect.signature(network).bind(**arguments)
+        return network(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"The architecture {dict(arguments)} of {source} is not one of {network.__name__}: {error}. Install the "
+            "version of pgl_ext that wrote the file."
+        ) from error
+
+
+def prepare_network(
+    network: nn.Module,
+    device: torch.device | str,
+    channels_last: bool = False,
+    compile: bool = False,
+    sync_batch_norm: bool = False,
+) -> nn.Module:
+    """Make a method or segmentation network ready to train, in place; its parameter names stay as they are.
+
+    Args:
+        network: what is trained.
+        device: where to train.
+        channels_last: memory layout ``channels_last_3d``, which tensor cores like.
+        compile: ``torch.compile`` the network's parts (not the aligner, whose checks look at values).
+        sync_batch_norm: batch-norm statistics over all processes, of online and target networks.
+
+    Returns:
+        the same network.
+    """
+    if parse_bool(sync_batch_norm, "sync_batch_norm"):
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(device)
+    if parse_bool(channels_last, "channels_last"):
+        network.to(memory_format=torch.channels_last_3d)
+    if parse_bool(compile, "compile"):
+        for child in network.children():
+            if any(True for _ in child.parameters()):
+                child.compile()
+    return network

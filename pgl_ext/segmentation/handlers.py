@@ -1,0 +1,246 @@
+"""What fine-tuning adds to a trainer: its learning-rate schedule, the best model, early stopping, logs and pictures."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import IgniteMetricHandler
+from monai.metrics import DiceMetric
+from monai.transforms import MapTransform
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.tensorboard import SummaryWriter
+
+from pgl_ext import __version__
+from pgl_ext.figures import figure_to_array
+from pgl_ext.figures.overlays import plot_overlay
+from pgl_ext.handlers import MetricsLog
+from pgl_ext.settings import check_positive
+from pgl_ext.task import SegmentationTask
+from pgl_ext.weights import save_weights
+
+__all__ = [
+    "BestModel",
+    "OrganMasksd",
+    "OverlayPictures",
+    "SegmentationMetricsLog",
+    "ValidationDice",
+    "fine_tuning_schedule",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationDice(IgniteMetricHandler):
+    """Dice of the validation cases as :mod:`pgl_ext.evaluation.metrics` defines it: the mean over organs, and of these over cases.
+
+    An organ that is in the prediction alone has Dice 0; one that is in neither, or is not annotated, takes no part.
+    MONAI's ``MeanDice`` would leave out the former, and count the last.
+
+    The evaluator's outputs are masks ``pred`` and ``label`` (organs, X, Y, Z), see :class:`OrganMasksd`. Its batch may
+    have ``annotated`` (organs,). Details: (cases, organs), NaN for what takes no part.
+    """
+
+    def __init__(self) -> None:
+        # It collects the cases of all processes, and averages them.
+        super().__init__(DiceMetric())
+
+    def iteration_completed(self, engine: Engine) -> None:
+        for sample, output in zip(engine.state.batch, engine.state.output, strict=True):
+            prediction, reference = output["pred"], output["label"]
+            common, predicted, expected = (m.sum((1, 2, 3)) for m in (prediction & reference, prediction, reference))
+            dice = 2 * common / (predicted + expected)
+            if "annotated" in sample:
+                dice = dice.masked_fill(~sample["annotated"].to(dice.device), math.nan)
+            # Masks of a large volume are on the CPU, those of others are not.
+            self.metric_fn.append(dice.to(engine.state.device))
+
+
+class SegmentationMetricsLog(MetricsLog):
+    """The log of a fine-tuning run: loss and learning rate, and of each validation the Dice of every organ.
+
+    Args:
+        output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
+        evaluator: has the metric ``val_mean_dice`` with its details (cases, organs).
+        patches_per_epoch: over all processes.
+        task: the organs.
+        interval: optimiser steps between rows.
+        rank: this process; only rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        evaluator: Engine,
+        patches_per_epoch: int,
+        task: SegmentationTask,
+        interval: int = 10,
+        rank: int = 0,
+    ) -> None:
+        self.names = tuple(f"val_dice_{name}" for name in task.names)
+        columns = ("loss", "lr", "patches_per_s", "read_errors", "val_mean_dice", *self.names)
+        super().__init__(output_dir, evaluator, patches_per_epoch, columns, "patches_per_s", interval, rank)
+
+    def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
+        # There is no score of an organ that no validation case has, or that was annotated in none.
+        per_organ = torch.nanmean(evaluator.state.metric_details["val_mean_dice"].float(), dim=0).tolist()
+        scores = {name: score for name, score in zip(self.names, per_organ, strict=True) if not math.isnan(score)}
+        return {"val_mean_dice": float(evaluator.state.metrics["val_mean_dice"]), **scores}
+
+
+class BestModel:
+    """Writes the model that is best on validation, and stops training where it has not become better for long.
+
+    Of a run that was never validated it writes the model as it is in the end.
+
+    Args:
+        evaluator: validates at the end of epochs; has the metric.
+        network: the segmentation network itself, not its distributed wrapper.
+        path: model file (``.pt``), a plain state dict; a JSON beside it says how to build the network and use it.
+        description: for the JSON: ``task``, ``network``, ``normalization``, ``spacing``, ``patch_size`` and others.
+        patience: epochs without a better score after which training stops; None: never.
+        metric: name of the score, larger is better.
+        rank: this process; only rank 0 writes.
+
+    Raises:
+        ValueError: where ``patience`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        evaluator: Engine,
+        network: torch.nn.Module,
+        path: str | os.PathLike,
+        description: Mapping[str, Any],
+        patience: int | None = None,
+        metric: str = "val_mean_dice",
+        rank: int = 0,
+    ) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(
+                f'patience must be at least 1 epoch, got {patience}: set --patience "\\$None" never to stop early.'
+            )
+        self.evaluator = evaluator
+        self.network = network
+        self.path = Path(path)
+        self.description = dict(description)
+        self.patience = patience
+        self.metric = metric
+        self.rank = rank
+        self.best_score = -math.inf
+        self.best_epoch = 0
+        self.last_epoch = 0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._stop_if_patience_is_over)
+        self.evaluator.add_event_handler(Events.COMPLETED, self._validated, engine)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _validated(self, evaluator: Engine, engine: Engine) -> None:
+        score = float(evaluator.state.metrics[self.metric])
+        self.last_epoch = engine.state.epoch
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, engine.state.epoch
+            self._save(engine)
+        self._stop_if_patience_is_over(engine)
+
+    def _save(self, engine: Engine) -> None:
+        if self.rank > 0:
+            return
+        description = {
+            "version": __version__,
+            **self.description,
+            "steps": engine.state.iteration,
+            "epoch": engine.state.epoch,
+        }
+        if self.best_epoch:
+            description[self.metric] = self.best_score
+        save_weights(self.network.state_dict(), self.path, description)
+
+    def _stop_if_patience_is_over(self, engine: Engine) -> None:
+        if self.patience is not None and self.last_epoch - self.best_epoch >= self.patience:
+            logger.info(
+                "early stopping at epoch %d: the best %s, %.4f, was that of epoch %d",
+                self.last_epoch,
+                self.metric,
+                self.best_score,
+                self.best_epoch,
+            )
+            engine.terminate()
+
+    def _finish(self, engine: Engine) -> None:
+        if self.rank > 0:
+            return
+        if self.best_epoch:
+            logger.info("best model, %s %.4f of epoch %d: %s", self.metric, self.best_score, self.best_epoch, self.path)
+        elif engine.state.iteration >= engine.state.max_epochs * engine.state.epoch_length:
+            logger.warning("there was no validation to find the best model by: %s is the last one", self.path)
+            self._save(engine)
+
+    def state_dict(self) -> dict[str, float | int]:
+        return {"best_score": self.best_score, "best_epoch": self.best_epoch, "last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        self.best_score = state["best_score"]
+        self.best_epoch = state["best_epoch"]
+        self.last_epoch = state["last_epoch"]
+
+
+class OverlayPictures:
+    """Draws reference and prediction of the last validation case, to TensorBoard and to ``overlay.png``.
+
+    Args:
+        evaluator: its batch has ``image``, its output masks ``pred`` and ``label`` (organs, X, Y, Z).
+        output_dir: folder of ``overlay.png`` and ``tensorboard/``.
+        task: the organs.
+        spacing: of the volumes, in mm; None: taken as equal on all axes.
+        interval: validations between pictures.
+
+    Raises:
+        ValueError: where ``interval`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        evaluator: Engine,
+        output_dir: str | os.PathLike,
+        task: SegmentationTask,
+        spacing: Sequence[float] | None = None,
+        interval: int = 5,
+    ) -> None:
+        self.evaluator = evaluator
+        self.folder = Path(output_dir)
+        self.task = task
+        self.spacing = (1.0, 1.0, 1.0) if spacing is None else tuple(spacing)
+        remedy = "to draw only the first and the last validation, set it above their number"
+        self.interval = check_positive(interval, "picture_interval", remedy)
+        self._validations = 0
+
+    def attach(self, engine: Engine) -> None:
+        self.evaluator.add_event_handler(Events.COMPLETED, self._validated, engine)
+        engine.add_event_handler(Events.COMPLETED, self._draw)
+
+    def _validated(self, evaluator: Engine, engine: Engine) -> None:
+        self._validations += 1
+        if self._validations % self.interval == 1 or self.interval == 1:
+            self._draw(engine)
+
+    def _draw(self, engine: Engine) -> None:
+        if not self.evaluator.state.output:
+            return
+        output = self.evaluator.state.output[-1]
+        image = torch.as_tensor(self.evaluator.state.batch[-1]["image"])[0].float().cpu().numpy()
+        masks = {
+            title: torch.as_tensor(output[key]).cpu().numpy()
+            for title, key in (("reference", "label"), ("prediction", "pred"))
+        }
+        title = f"step {engine.state.iteration}"
+        figure = plot_overlay(image, masks, self.task.names, self.spacing, self.folder / "overlay.png", title)
+        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
+            writer.add_image("overlay", figure_to_array(figure), engine.state.iteration, dataformats="HWC")

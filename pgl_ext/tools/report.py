@@ -1,0 +1,174 @@
+"""One self-contained HTML file of a study: pre-training, fine-tuning runs, scores, comparison and pictures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from pgl_ext import __version__
+from pgl_ext.files import write_atomically
+from pgl_ext.evaluation.metrics import METRICS
+from pgl_ext.evaluation.summary import AVERAGE
+
+__all__ = ["render_page", "write_report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass
+class _Run:
+    """What one fine-tuning run and its evaluation left behind."""
+
+    name: str
+    training: Path
+    evaluation: Path
+    model: dict[str, Any]
+    summary: dict[str, Any]
+
+    @property
+    def start(self) -> str:
+        encoder = self.model.get("pretrained_encoder")
+        return f"encoder {Path(encoder).name}" if encoder else "random weights"
+
+
+def write_report(
+    out: str | os.PathLike,
+    runs: Mapping[str, str | os.PathLike],
+    pretraining: str | os.PathLike | None = None,
+    comparison: str | os.PathLike | None = None,
+    title: str = "Few-label segmentation",
+    note: str = "",
+) -> Path:
+    """Write the report; pictures are embedded, so that it opens anywhere, offline.
+
+    Args:
+        out: HTML file to write.
+        runs: output folder of each fine-tuning run by its name; its evaluation lies in ``evaluation`` below.
+        pretraining: output folder of the pre-training.
+        comparison: folder that ``pgl_ext compare`` wrote.
+        title: of the page.
+        note: a remark in the page's first lines, such as what the data are.
+
+    Returns:
+        the file.
+
+    Raises:
+        FileNotFoundError: a run has no model or no finished evaluation, or a comparison is not there.
+        ValueError: the runs were evaluated on different organs.
+    """
+    found = [_read_run(name, Path(folder)) for name, folder in runs.items()]
+    organs = list(found[0].summary["organs"])
+    for run in found[1:]:
+        if list(run.summary["organs"]) != organs:
+            raise ValueError(
+                f"run {run.name!r} has the organs {list(run.summary['organs'])}, run {found[0].name!r} has {organs}: "
+                "report only runs of one task together."
+            )
+    return render_page(
+        "report.html",
+        out,
+        title=title,
+        note=note,
+        runs=found,
+        rows=[*organs, AVERAGE],
+        scores=lambda run, row: run.summary[AVERAGE] if row == AVERAGE else run.summary["organs"][row],
+        best=lambda row, metric: _best(found, row, metric),
+        pretraining=None if pretraining is None else Path(pretraining),
+        encoder=_encoder(pretraining),
+        comparison=None if comparison is None else _read_comparison(Path(comparison)),
+    )
+
+
+def render_page(template: str, out: str | os.PathLike, **content: Any) -> Path:
+    """Write a page of ``templates/``.
+
+    Args:
+        template: its file.
+        out: HTML file to write.
+        content: what the template shows; ``title`` and ``note`` are the head of every page.
+
+    Returns:
+        the file.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(picture=_picture, score=_score, interval=_interval)
+    page = environment.get_template(template).render(version=__version__, today=date.today().isoformat(), **content)
+    out = Path(out)
+    write_atomically(lambda file: file.write(page.encode()), out)
+    return out
+
+
+def _read_run(name: str, folder: Path) -> _Run:
+    model, summary = folder / "models" / "model.json", folder / "evaluation" / "summary.json"
+    for path, step in ((model, "run training"), (summary, "run evaluating --output_dir RUN/evaluation")):
+        if not path.is_file():
+            raise FileNotFoundError(f"run {name!r} has no {path}: finish '{step}' first.")
+    return _Run(
+        name,
+        folder,
+        folder / "evaluation",
+        *(json.loads(path.read_text(encoding="utf-8")) for path in (model, summary)),
+    )
+
+
+def _encoder(pretraining: str | os.PathLike | None) -> dict[str, Any]:
+    path = Path(pretraining or "") / "models" / "pgl_encoder.json"
+    return json.loads(path.read_text(encoding="utf-8")) if pretraining is not None and path.is_file() else {}
+
+
+def _read_comparison(folder: Path) -> dict[str, Any]:
+    table = folder / "compare.csv"
+    if not table.is_file():
+        raise FileNotFoundError(f"{table} does not exist: run 'python -m pgl_ext compare ... --out {folder}'.")
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        numbers = {name: float(row[name]) if row[name] else None for name in ("difference", "p")}
+        numbers["ci95"] = [float(row["ci95_low"]), float(row["ci95_high"])] if row["ci95_low"] else None
+        organs = pairs.setdefault((row["run"], row["reference"]), {})
+        organs.setdefault(row["organ"], {"n": row["n"]})[row["metric"]] = numbers
+    return {"pairs": pairs, "picture": folder / "compare.png"}
+
+
+def _best(runs: list[_Run], row: str, metric: str) -> str | None:
+    """Name of the run with the best mean of a metric."""
+    means = {}
+    for run in runs:
+        entry = run.summary[AVERAGE] if row == AVERAGE else run.summary["organs"][row]
+        if entry[metric]["mean"] is not None:
+            means[run.name] = entry[metric]["mean"]
+    if len(set(means.values())) < 2:
+        return None
+    best = max if METRICS[metric].higher_is_better else min
+    return best(means, key=means.__getitem__)
+
+
+def _picture(path: Path) -> str | None:
+    """A PNG file as a data URL; None where it is missing."""
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _score(value: float | None, digits: int = 3) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(ends: list[float] | None, digits: int = 3) -> str:
+    return "" if ends is None else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"

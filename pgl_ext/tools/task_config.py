@@ -1,0 +1,119 @@
+"""The ``train.json`` of a bundle for one task, and the model that its training would start from.
+
+Programs that take a bundle as it is, such as MONAI Label, read ``train.json`` and no overlays, and need a model file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from pgl_ext import __version__
+from pgl_ext.weights import recorded_model
+from pgl_ext.networks.segmentation import SegmentationNet
+from pgl_ext.tools.study.configs import merged_config
+from pgl_ext.task import SegmentationTask
+from pgl_ext.weights import load_encoder, read_description, save_weights
+
+__all__ = ["task_config", "write_start_model"]
+
+# What of a model's JSON is an entry of train.json of the same name, and which of the network's arguments are.
+_RECORDED = ("hu_window", "spacing", "patch_size")
+_NETWORK = ("in_channels", "aspp_channels", "decoder_channels")
+
+
+def task_config(
+    configs: str | os.PathLike,
+    overlays: Sequence[str] = (),
+    model: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """``train.json`` of pgl_segmentation with overlays in it, and such that weights fit its network.
+
+    What is recorded beside a model overrides the overlays: task, preprocessing and network are then those of the model.
+    The encoder's layout is that of the encoder file.
+
+    Args:
+        configs: folder of ``train.json`` and of the overlays.
+        overlays: names of overlays in that folder, such as ``tasks/openkbp.yaml``, or paths of others.
+        model: model file of fine-tuning, its JSON beside it.
+        encoder: encoder file of pre-training, its JSON beside it.
+
+    Returns:
+        the config, not evaluated.
+
+    Raises:
+        FileNotFoundError: an overlay or a JSON does not exist.
+        ValueError: model and encoder are of different layouts, or a file does not describe what it should.
+    """
+    config = merged_config([str(Path(configs) / "train.json"), *(_overlay(configs, name) for name in overlays)]).get()
+    if encoder is not None:
+        config["encoder"] = _layout(encoder)
+    if model is not None:
+        read_description(model)  # raises; a model without its JSON would pass for one of the default task
+        recorded = recorded_model(model)
+        layout = recorded["network"]["encoder"]
+        if encoder is not None and layout != config["encoder"]:
+            raise ValueError(
+                f"{encoder} does not fit {model}: the one is an encoder of {config['encoder']}, the other has one of "
+                f"{layout}. Package them one by one, or choose those that belong together."
+            )
+        config |= {**recorded["task"], **{name: recorded[name] for name in _RECORDED}, "encoder": layout}
+        config["network_def"] |= {name: recorded["network"][name] for name in _NETWORK}
+    return config
+
+
+def _overlay(configs: str | os.PathLike, name: str) -> str:
+    found = [path for path in (Path(configs) / name, Path(name)) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(f"overlay {name} does not exist, neither in {configs} nor here: correct its name.")
+    return str(found[0])
+
+
+def _layout(encoder: str | os.PathLike) -> dict[str, Any]:
+    description = read_description(encoder)
+    if "architecture" not in description:
+        raise ValueError(
+            f"{Path(encoder).with_suffix('.json')} does not describe an encoder, it lacks 'architecture': give the "
+            "pgl_encoder.pt that pre-training wrote, with its JSON beside it."
+        )
+    return description["architecture"]
+
+
+def write_start_model(
+    config: dict[str, Any], path: str | os.PathLike, encoder: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """Write the network that training with a config would start from as a model file, its JSON beside it.
+
+    Args:
+        config: from :func:`task_config`.
+        path: file to write, ending in ``.pt``.
+        encoder: encoder file whose weights the network has; everything else is random, the same each time.
+
+    Returns:
+        what the JSON says.
+    """
+    parser = ConfigParser(config)
+    task = SegmentationTask(**{name: config[name] for name in ("organs", "background_values", "multi_label")})
+    arguments = {name: config["network_def"][name] for name in _NETWORK}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SegmentationNet(out_channels=task.out_channels, encoder=config["encoder"], **arguments)
+    if encoder is not None:
+        load_encoder(network, encoder)
+    description = {
+        "version": __version__,
+        "task": task.description(),
+        "network": network.architecture,
+        **{name: parser.get_parsed_content(f"description#{name}") for name in ("normalization", "orientation")},
+        **{name: config[name] for name in ("spacing", "patch_size")},
+        "pretrained_encoder": None if encoder is None else Path(encoder).name,
+        "steps": 0,
+    }
+    save_weights(network.state_dict(), path, description)
+    return description

@@ -1,0 +1,105 @@
+"""Label maps, masks of organs and names, turned into each other."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
+
+from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms.crops import read_crop
+
+__all__ = ["LabelMapd", "NameToIndexd", "OrganMasksd", "SplitCased"]
+
+
+class OrganMasksd(MapTransform):
+    """Turn logits and label map into masks of the organs (organs, X, Y, Z), for metrics.
+
+    Args:
+        task: the organs.
+        pred_key: logits (out_channels, X, Y, Z).
+        label_key: label map (1, X, Y, Z) with the files' values.
+    """
+
+    def __init__(self, task: SegmentationTask, pred_key: str = "pred", label_key: str = "label") -> None:
+        super().__init__((pred_key, label_key))
+        self.task = task
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        pred_key, label_key = self.keys
+        # Logits of a large volume are put together on the CPU.
+        labels = data[label_key].to(data[pred_key].device)
+        masks = {pred_key: self.task.masks(data[pred_key]), label_key: self.task.masks_of_labels(labels)}
+        return {**data, **masks}
+
+
+class LabelMapd(MapTransform):
+    """Turn masks of organs (organs, X, Y, Z) into a label map (1, X, Y, Z) with the values of the task's files.
+
+    Args:
+        keys: keys of the masks.
+        task: knows the values.
+        masks_key: key under which the masks stay available.
+    """
+
+    def __init__(self, keys: KeysCollection, task: SegmentationTask, masks_key: str = "organs") -> None:
+        super().__init__(keys)
+        self.task = task
+        self.masks_key = masks_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            masks = out[self.masks_key] = out[key]
+            out[key] = MetaTensor(
+                self.task.labels_of_masks(convert_to_tensor(masks, device="cpu")), meta=dict(masks.meta)
+            )
+        return out
+
+
+class SplitCased(MapTransform):
+    """Split a case (2, X, Y, Z) into its image (1, X, Y, Z) and ``label`` (1, X, Y, Z), both float32 and whole.
+
+    Args:
+        keys: key of the case, which becomes the image.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        d.pop("organ_points", None)
+        for key in self.key_iterator(d):
+            case, _ = read_crop(d[key], (0, 0, 0), d[key].shape[1:])
+            d[key], d["label"] = case[:1], case[1:]
+        return d
+
+
+class NameToIndexd(MapTransform):
+    """Replace a name by its place in a list of names; a batch then holds (B,) int64.
+
+    Args:
+        keys: keys of the names.
+        names: all names that may occur, in the order that numbers them from 0.
+
+    Raises:
+        ValueError: from a call, where a name is not in the list.
+
+    Example:
+        >>> NameToIndexd("task", ["colon", "liver"])({"task": "liver"})
+        {'task': 1}
+    """
+
+    def __init__(self, keys: KeysCollection, names: Sequence[str]) -> None:
+        super().__init__(keys)
+        self.numbers = {str(name): number for number, name in enumerate(names)}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.keys:
+            if str(d[key]) not in self.numbers:
+                raise ValueError(f"{key} {d[key]!r} is not among the names {list(self.numbers)}: add it to them.")
+            d[key] = self.numbers[str(d[key])]
+        return d

@@ -1,0 +1,37 @@
+"""Files of weights with the records beside them: writing, loading with a report, exporting, and building networks."""
+
+from pgl_ext.weights.export import export_decoder, export_encoder
+from pgl_ext.weights.files import load_state, save_decoder, save_encoder, save_weights
+from pgl_ext.weights.loading import (
+    LoadReport,
+    build_encoder,
+    build_network,
+    compare_states,
+    load_decoder,
+    load_encoder,
+    load_model,
+    load_pretrained,
+    network_of,
+)
+from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord
+
+__all__ = [
+    "EncoderRecord",
+    "InputRecord",
+    "LoadReport",
+    "ModelRecord",
+    "build_encoder",
+    "build_network",
+    "compare_states",
+    "export_decoder",
+    "export_encoder",
+    "load_decoder",
+    "load_encoder",
+    "load_model",
+    "load_pretrained",
+    "load_state",
+    "network_of",
+    "save_decoder",
+    "save_encoder",
+    "save_weights",
+]

@@ -1,0 +1,103 @@
+"""Files of weights: plain state dicts, with a record as JSON beside them.
+
+Encoder files have keys ``encoder.*``, decoder files ``aspp.*`` and ``decoder.*``. Files ending in ``.safetensors`` are in
+that format, with the record in their metadata too; all others are PyTorch's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgl_ext.files import write_atomically, write_text
+from pgl_ext.weights.records import EncoderRecord, ModelRecord
+
+__all__ = ["DECODER_PREFIXES", "ENCODER_PREFIX", "decoder_state", "load_state", "save_decoder", "save_encoder", "save_weights"]
+
+ENCODER_PREFIX = "encoder."
+DECODER_PREFIXES = ("aspp.", "decoder.")
+_SAFETENSORS = ".safetensors"
+
+
+def save_encoder(encoder: nn.Module, path: str | os.PathLike, record: EncoderRecord) -> None:
+    """Write an encoder file (keys ``encoder.*``, tensors on the CPU) with its record beside it."""
+    save_weights(encoder.state_dict(), path, record, ENCODER_PREFIX)
+
+
+def save_decoder(network: nn.Module, path: str | os.PathLike, record: EncoderRecord) -> None:
+    """Write the pyramid pooling and decoder of a network (keys ``aspp.*``, ``decoder.*``) with the encoder's record."""
+    save_weights(decoder_state(network), path, record)
+
+
+def decoder_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a network's pyramid pooling and decoder."""
+    return {key: value for key, value in network.state_dict().items() if key.startswith(DECODER_PREFIXES)}
+
+
+def save_weights(
+    state: Mapping[str, torch.Tensor], path: str | os.PathLike, record: EncoderRecord | ModelRecord, prefix: str = ""
+) -> None:
+    """Write a state dict, its keys after a prefix, and its record as JSON beside it.
+
+    Raises:
+        ImportError: ``safetensors`` is needed and not installed.
+    """
+    path = Path(path)
+    state = {prefix + key: value.detach().cpu().contiguous() for key, value in state.items()}
+    text = json.dumps(record.to_json(), indent=4) + "\n"
+    if path.suffix == _SAFETENSORS:
+        # "format" is what readers of the format look for first.
+        content = _safetensors().save(state, metadata={"format": "pt", "description": text})
+        write_atomically(lambda file: file.write(content), path)
+    else:
+        write_atomically(lambda file: torch.save(state, file), path)
+    write_text(path.with_suffix(".json"), text)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "Files ending in .safetensors need the package 'safetensors': pip install safetensors"
+        ) from error
+    return safetensors.torch
+
+
+def load_state(path: str | os.PathLike) -> dict[str, Any]:
+    """``torch.load`` on the CPU, tensors and plain values only, with an error that names the file.
+
+    A file ending in ``.safetensors`` is read as such.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ImportError: ``safetensors`` is needed and not installed.
+        ValueError: where it is truncated, damaged, holds more than tensors and plain values, or no dict of names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}.")
+    if path.suffix == _SAFETENSORS:
+        read = _safetensors().load_file
+    else:
+        read = partial(torch.load, map_location="cpu", weights_only=True)
+    try:
+        content = read(path)
+    except Exception as error:
+        # The error about an empty file has no message.
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise ValueError(
+            f"{path} can not be read as PyTorch weights ({reason}). It is damaged, incomplete, or not a weights file: "
+            "copy or export it again."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of names: give a state dict's file.")
+    return content

@@ -1,0 +1,295 @@
+"""Loading weights with a report of every tensor, and building the network that a file belongs to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgl_ext.networks.build import ENCODERS, NETWORKS, build
+from pgl_ext.weights.files import ENCODER_PREFIX, decoder_state, load_state
+from pgl_ext.weights.records import EncoderRecord, ModelRecord
+
+__all__ = [
+    "LoadReport",
+    "build_encoder",
+    "build_network",
+    "compare_states",
+    "load_decoder",
+    "load_encoder",
+    "load_model",
+    "load_pretrained",
+    "network_of",
+]
+
+logger = logging.getLogger(__name__)
+
+_HEAD_PREFIX = "decoder.head."
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor when an encoder file, a decoder file, or a whole network's, was loaded.
+
+    Attributes:
+        loaded: tensors copied into the network.
+        missing: the network's tensors that the file lacks.
+        unexpected: the file's tensors that the network lacks.
+        mismatched: tensors of another shape, as ``name: file shape, network's shape``.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.missing) + len(self.mismatched)
+        lines = [f"{len(self.loaded)} of {total} tensors loaded"]
+        for name in ("missing", "unexpected", "mismatched"):
+            entries = getattr(self, name)
+            if entries:
+                lines.append(f"{name} ({len(entries)}): {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}")
+        return "; ".join(lines)
+
+
+def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> LoadReport:
+    """Which tensors of a file's state dict fit those of a network's own; ``loaded`` are those that can be loaded."""
+    report = LoadReport(unexpected=sorted(set(state) - set(own)))
+    for key, value in own.items():
+        if key not in state:
+            report.missing.append(key)
+        elif state[key].shape != value.shape:
+            report.mismatched.append(f"{key}: {tuple(state[key].shape)}, {tuple(value.shape)}")
+        else:
+            report.loaded.append(key)
+    return report
+
+
+# --- into a network -------------------------------------------------------------------------------------------------
+
+
+def load_encoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
+    """Load an encoder file into a network's encoder: all of its tensors, or none.
+
+    Besides encoder files (keys ``encoder.*``), plain state dicts of MONAI's ResNet are accepted, also those wrapped as
+    ``{"state_dict": {"module.*": ...}}`` (MedicalNet).
+
+    Args:
+        network: a network with ``.encoder``, or an encoder.
+        path: the file.
+
+    Returns:
+        the report; everything was loaded, what does not belong to an encoder, such as a classifier, is listed as
+        unexpected.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: where it is damaged, a tensor of the encoder is missing from it or has another shape, or it holds a
+            larger encoder.
+    """
+    encoder = getattr(network, "encoder", network)
+    state = _load(path, "Encoder file", "the one that pre-training wrote, with --pretrained_encoder FILE")
+    state = state.get("state_dict") or state
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if any(key.startswith(ENCODER_PREFIX) for key in state):
+        state = {k.removeprefix(ENCODER_PREFIX): value for k, value in state.items() if k.startswith(ENCODER_PREFIX)}
+    own = encoder.state_dict()
+    state = _without_shortcut_bias(state, own)
+    report = compare_states(state, own)
+    # A classifier is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
+    parts = {name for name, _ in encoder.named_children()}
+    larger = any(key.split(".")[0] in parts for key in report.unexpected)
+    if report.missing or report.mismatched or larger:
+        raise ValueError(
+            f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
+            f"{Path(path).with_suffix('.json').name}, or choose the file that belongs to it."
+        )
+    encoder.load_state_dict({key: state[key] for key in own})
+    return report
+
+
+def load_decoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
+    """Load whatever fits of a decoder file into a network's pyramid pooling and decoder.
+
+    The convolution to the classes is left as it is: what it was trained for is another task's. A decoder of another
+    layout, such as one without skips, fits in part.
+
+    Args:
+        network: a network with ``.aspp`` and ``.decoder``.
+        path: the file.
+
+    Returns:
+        the report; what is missing or mismatched keeps its values.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: where it is damaged, or nothing of it fits.
+    """
+    state = _load(path, "Decoder file", "the one that pre-training wrote, with --pretrained_decoder FILE")
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    own = {key: value for key, value in decoder_state(network).items() if not key.startswith(_HEAD_PREFIX)}
+    report = compare_states(state, own)
+    # Counts of batches are single numbers, which fit everywhere.
+    if all(key.endswith("num_batches_tracked") for key in report.loaded):
+        raise ValueError(
+            f"nothing of {path} fits the decoder: {report}. Give the pgl_decoder.pt of a method that pre-trains a "
+            "decoder, and build the decoder with the same widths (aspp_channels, decoder_channels)."
+        )
+    network.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
+    return report
+
+
+def load_model(
+    network: nn.Module, path: str | os.PathLike, device: torch.device | str = "cpu", encoder_only: bool = False
+) -> nn.Module:
+    """Load a file of weights into the network it belongs to, all of its tensors, and move the network to a device.
+
+    Args:
+        network: the network.
+        path: model file, or encoder file where only the encoder is loaded.
+        device: where the network goes.
+        encoder_only: see :func:`load_encoder`.
+
+    Returns:
+        the same network, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: where it is damaged or does not fit.
+    """
+    if encoder_only:
+        load_encoder(network, path)
+        return network.to(device).eval()
+    state = _load(path, "Model file", "the one that fine-tuning wrote, with --model_path FILE")
+    report = compare_states(state, network.state_dict())
+    if report.missing or report.unexpected or report.mismatched:
+        raise ValueError(
+            f"{path} does not fit the network: {report}. Keep the JSON that was written with it beside it, or give the "
+            "file that belongs to it."
+        )
+    network.load_state_dict(state)
+    return network.to(device).eval()
+
+
+def _load(path: str | os.PathLike, kind: str, remedy: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{kind} {Path(path).absolute()} does not exist: give {remedy}.")
+    return load_state(path)
+
+
+def _without_shortcut_bias(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict:
+    """Take the biases that MONAI's ResNet has in its shortcuts by default off the running mean, which has them too."""
+    state = dict(state)
+    for key in [key for key in state if key.endswith(".downsample.0.bias") and key not in own]:
+        mean = key.removesuffix("0.bias") + "1.running_mean"
+        if mean in state:
+            state[mean] = state[mean] - state.pop(key)
+    return state
+
+
+# --- to fine-tune from ----------------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    network: nn.Module,
+    encoder: str | os.PathLike | None = None,
+    decoder: str | os.PathLike | None = None,
+    hu_window: Sequence[float] | None = None,
+    spacing: Sequence[float] | None = None,
+) -> nn.Module:
+    """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
+
+    Args:
+        network: has ``.encoder``, and ``.aspp`` and ``.decoder`` where a decoder is loaded.
+        encoder: an encoder file of pre-training, or the state dict of a stock MONAI or MedicalNet ResNet; None: random
+            initialisation.
+        decoder: a decoder file of pre-training, of which everything but the last convolution is loaded that fits;
+            None: random initialisation.
+        hu_window: range in HU that this task clips to; None: not clipped.
+        spacing: that this task resamples to, in mm; None: as stored.
+
+    Returns:
+        the same network. Of whatever is loaded into it later, as by MONAI Label or federated learning, it logs how many
+        tensors were, and raises ``ValueError`` where some of the encoder's were not.
+
+    Raises:
+        FileNotFoundError: where a file is missing.
+        ValueError: where one is damaged, the encoder does not fit, or nothing of the decoder does; the message lists
+            missing, unexpected and mismatched tensors.
+    """
+    if encoder is None:
+        logger.info("no pretrained_encoder: random initialisation")
+    for path, load in ((encoder, load_encoder), (decoder, load_decoder)):
+        if path is None:
+            continue
+        logger.info("%s: %s", path, load(network, path))
+        if Path(path).with_suffix(".json").is_file():
+            differences = EncoderRecord.load(path).input.differences(hu_window, spacing)
+        else:
+            differences = ["there is no JSON beside it, so that its normalisation and spacing are not known"]
+        for difference in differences:
+            logger.warning("%s was pre-trained on other input: %s", path, difference)
+    network.register_load_state_dict_pre_hook(_check_loading)
+    return network
+
+
+def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: Any) -> None:
+    """Report what is loaded: with ``strict=False``, as MONAI Label loads, PyTorch says nothing of what is not."""
+    report = compare_states(state, network.state_dict())
+    lacking = [key for key in report.missing if key.startswith(ENCODER_PREFIX)]
+    if lacking:
+        raise ValueError(
+            f"the weights do not fit the network, {len(lacking)} tensors of its encoder are not among them: {report}. "
+            "Give an encoder file of pre-training (keys 'encoder.*'), or a model file of fine-tuning."
+        )
+    encoder = sum(key.startswith(ENCODER_PREFIX) for key in report.loaded)
+    logger.info("loading weights, all %d tensors of the encoder: %s", encoder, report)
+
+
+# --- networks of files ----------------------------------------------------------------------------------------------
+
+
+def build_encoder(path: str | os.PathLike | None = None, load: bool = True, **overrides: Any) -> nn.Module:
+    """Build the encoder that an encoder file belongs to, and load the file.
+
+    The architecture is the one recorded in the JSON beside the file; where there is none, the default ResNet-50.
+
+    Args:
+        path: encoder file; None: the default architecture with random weights.
+        load: whether to load the weights too. Without, the file need not exist.
+        overrides: arguments of the encoder that replace the recorded ones.
+
+    Raises:
+        FileNotFoundError: the file does not exist, and its weights are to be loaded.
+        ValueError: the weights do not fit the architecture, or the architecture is not known.
+    """
+    architecture: Mapping[str, Any] = {"family": "resnet", "arguments": {}}
+    if path is not None and Path(path).with_suffix(".json").is_file():
+        architecture = EncoderRecord.load(path).architecture
+    arguments = {**architecture.get("arguments", {}), **overrides}
+    encoder = build(ENCODERS, {**architecture, "arguments": arguments}, f"encoder file {path}")
+    if path is not None and load:
+        load_encoder(encoder, path)
+    return encoder
+
+
+def build_network(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+    """Build the segmentation network that a model file belongs to, as recorded beside it, with its weights.
+
+    Raises:
+        FileNotFoundError: the file or its record is missing.
+        ValueError: one is damaged, they do not fit, or the architecture is not known.
+    """
+    return load_model(network_of(ModelRecord.load(path), path), path, device)
+
+
+def network_of(record: ModelRecord, source: str | os.PathLike = "a model") -> nn.Module:
+    """Build the segmentation network of a record with random weights; errors name the source."""
+    return build(NETWORKS, record.network, f"model file {source}")

@@ -1,0 +1,241 @@
+"""What is recorded beside a file of weights: how to build its network, and how its input is prepared.
+
+A record is a JSON file of the weights' name. It is data: nothing in it is imported or evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pgl_ext import __version__
+
+__all__ = ["EncoderRecord", "InputRecord", "ModelRecord"]
+
+_R = TypeVar("_R", bound="_Record")
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """How the volumes that a network sees are prepared.
+
+    Args:
+        hu_window: (low, high) that intensities are clipped to, in HU or the scans' own unit; None: not clipped. Then
+            each volume gets zero mean and unit standard deviation.
+        spacing: mm per voxel of each axis that volumes are resampled to; None: as stored.
+        patch_size: (X, Y, Z) in voxels of the patches, or views, that the network was trained on.
+        channels: of the input.
+        orientation: of the voxel axes.
+    """
+
+    hu_window: Sequence[float] | None = None
+    spacing: Sequence[float] | None = None
+    patch_size: Sequence[int] | None = None
+    channels: int = 1
+    orientation: str = "RAS"
+
+    def differences(self, hu_window: Sequence[float] | None, spacing: Sequence[float] | None) -> list[str]:
+        """What other preparation differs in, in words with the options that set it."""
+        differences = []
+        if _floats(self.hu_window) != _floats(hu_window):
+            differences.append(f"clipped to {self.hu_window} HU, here {_floats(hu_window)} (--hu_window)")
+        if _floats(self.spacing) != _floats(spacing):
+            here = _floats(spacing) or "as stored"
+            differences.append(f"spacing {self.spacing or 'as stored'}, here {here} mm (--spacing)")
+        return differences
+
+
+def _floats(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else [float(value) for value in values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What the records of encoders and models have in common.
+
+    Args:
+        input: how volumes are prepared.
+        steps: optimiser steps of the training.
+        data: what was trained on, such as the number of scans.
+        version: of this package.
+        others: further entries, which are kept as they are: optimiser, learning rate, seed, views.
+    """
+
+    input: InputRecord
+    steps: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
+    version: str = __version__
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls: type[_R], content: Mapping[str, Any], source: Any) -> _R:
+        """Make a record of what a JSON file or a checkpoint holds, also as version 0.1.0 of 2026 wrote it.
+
+        Args:
+            content: the entries.
+            source: the file, for messages.
+
+        Raises:
+            ValueError: something is missing, or of another kind than it should be.
+        """
+        content = _upgraded(content)
+        known = {part.name for part in fields(cls)} - {"others"}
+        missing = sorted(set(cls._needed()) - set(content))
+        if missing:
+            raise ValueError(f"{source} does not describe {cls._what}, it lacks {missing}: give {cls._remedy}.")
+        inputs = content["input"]
+        unknown = sorted(set(inputs) - {part.name for part in fields(InputRecord)}) if _is_object(inputs) else [inputs]
+        if unknown:
+            raise ValueError(f"{source} describes its input by {unknown}: install the version of pgl_ext that wrote it.")
+        typed = {name: value for name, value in content.items() if name in known}
+        others = {name: value for name, value in content.items() if name not in known}
+        return cls(**{**typed, "input": InputRecord(**inputs), "others": others})
+
+    @classmethod
+    def load(cls: type[_R], path: str | os.PathLike) -> _R:
+        """Read the record beside a file of weights, which itself need not exist.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or describes something else.
+        """
+        weights, path = Path(path), Path(path).with_suffix(".json")
+        if not path.is_file():
+            raise FileNotFoundError(f"no description {path} beside {weights.name}: copy both, they belong together.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged, no JSON ({error}): copy it again, together with {weights.name}."
+            ) from error
+        if not _is_object(content):
+            raise ValueError(
+                f"{path} holds a {type(content).__name__}, no description of {weights.name}: copy it again."
+            )
+        return cls.from_json(content, path)
+
+    @classmethod
+    def _needed(cls) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """All entries as plain values, those that are not known (None) left out."""
+        content = {name: value for name, value in asdict(self).items() if name != "others" and value is not None}
+        return json.loads(json.dumps({**content, **self.others}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRecord(_Record):
+    """What is recorded beside the encoder that pre-training leaves.
+
+    Args:
+        architecture: ``family`` of the encoder, and the ``arguments`` that build it.
+        method: name of the pre-training method.
+        pairs: of views that it has seen.
+        stride: voxels per cell of the deepest feature map, per axis.
+        channels: of each feature map, finest first.
+    """
+
+    architecture: Mapping[str, Any]
+    method: str | None = None
+    pairs: int | None = None
+    stride: Sequence[int] | None = None
+    channels: Sequence[int] | None = None
+
+    _what = "an encoder"
+    _remedy = "the pgl_encoder.pt that pre-training wrote, with its JSON beside it"
+
+    @classmethod
+    def _needed(cls) -> tuple[str, ...]:
+        return ("architecture", "input")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord(_Record):
+    """What is recorded beside the segmentation model that fine-tuning leaves.
+
+    Args:
+        task: arguments of ``SegmentationTask``.
+        network: ``family`` of the network, and the ``arguments`` that build it.
+        annotated_key: field of its data list that says which organs were annotated; None: all are.
+        pretrained_encoder, pretrained_decoder: files that training started from; None: random weights.
+        epoch: of the best validation.
+        val_mean_dice: of that validation.
+    """
+
+    task: Mapping[str, Any]
+    network: Mapping[str, Any]
+    annotated_key: str | None = None
+    pretrained_encoder: str | None = None
+    pretrained_decoder: str | None = None
+    epoch: int | None = None
+    val_mean_dice: float | None = None
+
+    _what = "a segmentation model"
+    _remedy = "the models/model.pt that fine-tuning wrote, with its JSON beside it"
+
+    @classmethod
+    def _needed(cls) -> tuple[str, ...]:
+        return ("task", "network", "input")
+
+    @classmethod
+    def load_or_default(cls, path: str | os.PathLike, metadata: str | os.PathLike) -> ModelRecord:
+        """Read the record beside a model file; where there is no file yet, that of the bundle's default task.
+
+        The checks of bundles build the network of a bundle that comes without weights.
+
+        Args:
+            path: model file.
+            metadata: the bundle's ``metadata.json``, whose ``channel_def`` names the organs of the default network.
+        """
+        if Path(path).with_suffix(".json").is_file() or Path(path).is_file():
+            return cls.load(path)
+        if not Path(metadata).is_file():
+            raise FileNotFoundError(
+                f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with "
+                "--model_path FILE."
+            )
+        data_format = json.loads(Path(metadata).read_text(encoding="utf-8"))["network_data_format"]
+        image, pred = data_format["inputs"]["image"], data_format["outputs"]["pred"]
+        organs = {name: [int(value)] for value, name in pred["channel_def"].items() if name != "background"}
+        arguments = {"in_channels": image["num_channels"], "out_channels": pred["num_channels"]}
+        return cls(
+            task={"organs": organs, "background_values": [0], "multi_label": len(organs) == pred["num_channels"]},
+            network={"family": "resnet", "arguments": arguments},
+            input=InputRecord(hu_window=[-1024, 325], patch_size=image["spatial_shape"]),
+        )
+
+
+def _is_object(content: Any) -> bool:
+    return isinstance(content, Mapping)
+
+
+def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of records that were written before architectures had families and inputs an entry of their own."""
+    content = dict(content)
+    for name in ("architecture", "network"):
+        if _is_object(content.get(name)) and "family" not in content[name]:
+            content[name] = {"family": "resnet", "arguments": content[name]}
+    if "normalization" in content:
+        window = content.pop("normalization").get("clip_hu")
+        size = content.pop("view_size", None) or content.pop("patch_size", None)
+        content["input"] = {
+            "hu_window": window,
+            "spacing": content.pop("spacing", None),
+            "patch_size": size,
+            "orientation": content.pop("orientation", "RAS"),
+        }
+    return content
+
+
+def flat_entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All values of nested entries by id, such as ``input#spacing``; lists count as values."""
+    if not _is_object(content) or not content:
+        yield name, content
+        return
+    for key, value in content.items():
+        yield from flat_entries(value, f"{name}#{key}" if name else str(key))
