@@ -17,7 +17,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pgl_ext.engines import TrainerEvents
-from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
 from pgl_ext.settings import check_positive
 
 __all__ = [
@@ -248,6 +247,8 @@ class MetricsLog:
         self._writer.close()
         # A run of fewer steps than lie between rows, without a validation, has nothing to show.
         if self._rows:
+            from pgl_ext.figures.curves import plot_metrics
+
             plot_metrics(self.path, self.folder / "metrics.png", **self.plot_arguments)
 
 
@@ -329,6 +330,9 @@ class ViewPictures:
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._draw)
 
     def _draw(self, engine: Engine) -> None:
+        from pgl_ext.figures.base import figure_to_array
+        from pgl_ext.figures.views import plot_views
+
         batch = engine.state.batch
         figure = plot_views(batch["views"], batch["affines"], self.folder / "views.png")
         with SummaryWriter(str(self.folder / "tensorboard")) as writer:

@@ -19,18 +19,15 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import torch
-import torch.distributed as dist
 from monai.transforms import Compose, RandomizableTrait
 from tqdm import tqdm
 
-from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError, check_volume
 from pgl_ext.data.datalist import item_name
-from pgl_ext.data.transform_digest import transform_digest
-from pgl_ext.distributed import rank_and_world_size
+from pgl_ext.errors import transform_error
 from pgl_ext.files import write_atomically
-from pgl_ext.settings import parse_bool
+from pgl_ext.transforms.checks import BadVolumeError, check_volume
 
-__all__ = ["VolumeCache", "prepare_items", "resolve_bad"]
+__all__ = ["VolumeCache"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +57,18 @@ class VolumeCache:
 
     Args:
         cache_dir: folder of the files; made if missing.
-        preprocessing: MONAI transform that maps an item to a dict with ``"image"``, a volume
-            ``(C, X, Y, Z)``: for instance ``LoadVolumed``, ``CheckVolumed``, ``Orientationd``, ``Spacingd``,
-            ``ScaleIntensityRanged``, ``NormalizeIntensityd``. Must not be random.
+        preprocessing: from :func:`pgl_ext.transforms.preprocessing`: maps an item to a dict with ``"image"``, a volume
+            ``(C, X, Y, Z)``, and has a ``digest``. Must not be random.
         num_workers: processes that :meth:`prepare` uses; 0 works in the calling process.
 
     Raises:
-        ValueError: the preprocessing has random transforms, or ``num_workers`` is negative.
+        ValueError: the preprocessing has random transforms or no digest, or ``num_workers`` is negative.
         OSError: ``cache_dir`` cannot be made.
 
     Example::
 
-        cache = VolumeCache("cache", Compose([LoadVolumed("image"), CheckVolumed("image"),
-                                              Orientationd("image", axcodes="RAS"), NormalizeIntensityd("image")]))
-        items = resolve_bad(cache.prepare(items), items)
+        cache = VolumeCache("cache", preprocessing("image", spacing=(1, 1, 3), hu_window=(-1024, 325)))
+        bad = cache.prepare(items)
         volume = cache.open(items[0])
         crop = volume[:, 10:130, 20:140, 5:25]        # float16 array of shape (C, 120, 120, 20)
         affine = np.array(volume.vlmeta["affine"])    # voxel index of the preprocessed volume -> mm
@@ -90,8 +85,12 @@ class VolumeCache:
             )
         self.cache_dir = Path(os.path.abspath(cache_dir))
         self.num_workers = num_workers
-        # Taken before anything runs: some transforms keep results of a call in their attributes.
-        self.digest = transform_digest(preprocessing)
+        self.digest = getattr(preprocessing, "digest", None)
+        if not self.digest:
+            raise ValueError(
+                "The cache's preprocessing has no digest, which tells when cached volumes are outdated: make it with "
+                "pgl_ext.transforms.preprocessing, whose extra takes steps of your own."
+            )
         self.preprocessing = _without_error_logging(preprocessing)
         self._paths: dict[str, Path] = {}
         try:
@@ -132,8 +131,7 @@ class VolumeCache:
 
         Raises:
             FileNotFoundError: the source does not exist.
-            ValueError: the source cannot be read or preprocessed.
-            BadVolumeError: the volume cannot be used for training.
+            BadVolumeError: the source cannot be read, or not used for training.
         """
         name = item_name(item)
         if name not in self._paths:
@@ -155,8 +153,6 @@ class VolumeCache:
 
     def prepare(self, items: Sequence[Mapping], show_progress: bool = True) -> dict[str, str]:
         """Make the cache files of items that have none yet, and find the volumes that cannot be used.
-
-        :func:`prepare_items` does this with one share of the items in each process of a distributed run.
 
         Args:
             items: items to prepare. Those already there are only opened, not read.
@@ -218,7 +214,7 @@ class VolumeCache:
     def _prepare_one(self, item: Mapping) -> tuple[str, str | None]:
         try:
             self._write(item)
-        except (_BadSourceError, BadVolumeError) as error:
+        except (BadVolumeError, FileNotFoundError) as error:
             return item_name(item), _one_line(error)
         return item_name(item), None
 
@@ -242,7 +238,7 @@ class VolumeCache:
         image = self._preprocessed(item)
         name = item_name(item)
         if image.ndim != 4:
-            raise _BadSourceError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
+            raise ValueError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
         # The channels behind the image hold label values, which may well be constant.
         check_volume(image[:1] if "label" in item else image, name)
         voxels = np.asarray(image)
@@ -271,11 +267,11 @@ class VolumeCache:
         try:
             return self.preprocessing(dict(item))["image"]
         except Exception as error:
-            cause = _cause(error)
-            # These are for the user to put right, not faults of the volume.
-            if isinstance(cause, (ImportError, MemoryError, BadVolumeError)):
-                raise cause from error
-            raise _BadSourceError(f"{type(cause).__name__}: {cause}") from error
+            cause = transform_error(error)
+        # What is not about the file is a bug of a transform, and must not pass for a bad file.
+        if not isinstance(cause, (BadVolumeError, FileNotFoundError)):
+            logger.error("preparing %s failed", item_name(item))
+        raise cause
 
     def _remove_abandoned(self) -> None:
         """Remove what killed processes left half written."""
@@ -285,75 +281,6 @@ class VolumeCache:
                     path.unlink()
             except FileNotFoundError:
                 pass
-
-
-class _BadSourceError(ValueError):
-    """A source that cannot be read or preprocessed."""
-
-
-def resolve_bad(
-    bad: Mapping[str, str],
-    items: Sequence[Mapping],
-    skip_bad_files: bool = False,
-    report_path: str | os.PathLike | None = None,
-) -> list[dict]:
-    """Leave out the volumes that cannot be used, or stop because of them.
-
-    Args:
-        bad: reasons by item name, as :meth:`VolumeCache.prepare` gives them, of all processes.
-        items: all items.
-        skip_bad_files: leave bad volumes out instead of raising.
-        report_path: file to list the volumes left out in, one ``path<TAB>reason`` per line.
-
-    Returns:
-        The good items, in the order given.
-
-    Raises:
-        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left. The message
-            lists all bad volumes.
-    """
-    good = [dict(item) for item in items if item_name(item) not in bad]
-    if not bad:
-        return good
-    if not parse_bool(skip_bad_files, "skip_bad_files") or not good:
-        raise BadVolumesError(bad, len(items))
-    logger.warning("Left out %d of %d volumes that cannot be used.", len(bad), len(items))
-    if report_path is not None:
-        report = Path(report_path)
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())), encoding="utf-8")
-    return good
-
-
-def prepare_items(
-    cache: VolumeCache,
-    items: Sequence[Mapping],
-    skip_bad_files: bool = False,
-    report_path: str | os.PathLike | None = None,
-) -> list[dict]:
-    """Check and cache items, each process of a distributed run its share, and leave out or stop at the bad ones.
-
-    Every process learns of all bad files; the first one draws the progress bar and writes the report.
-
-    Args:
-        cache: where the preprocessed volumes are kept.
-        items: all items, the same in every process.
-        skip_bad_files: leave bad ones out instead of raising.
-        report_path: text file for what is left out, one ``path<TAB>reason`` per line.
-
-    Returns:
-        The good items, in the order given.
-
-    Raises:
-        BadVolumesError: listing all bad ones at once.
-    """
-    rank, world_size = rank_and_world_size()
-    bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)
-    if world_size > 1:
-        gathered: list[dict] = [{} for _ in range(world_size)]
-        dist.all_gather_object(gathered, bad)
-        bad = {name: reason for part in gathered for name, reason in part.items()}
-    return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)
 
 
 def _source_paths(item: Mapping) -> list[str]:
@@ -403,13 +330,6 @@ def _as_list(value: object) -> list | None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of a transform itself, without the layers that MONAI's ``Compose`` wraps around it."""
-    while error.__cause__ is not None and str(error).startswith("applying transform"):
-        error = error.__cause__
-    return error
 
 
 def _steps(transform: Callable) -> Iterable[Callable]:

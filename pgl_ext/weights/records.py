@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pgl_ext import __version__
 
-__all__ = ["EncoderRecord", "InputRecord", "ModelRecord"]
+__all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries"]
 
 _R = TypeVar("_R", bound="_Record")
 
@@ -73,7 +73,7 @@ class _Record:
 
     @classmethod
     def from_json(cls: type[_R], content: Mapping[str, Any], source: Any) -> _R:
-        """Make a record of what a JSON file or a checkpoint holds, also as version 0.1.0 of 2026 wrote it.
+        """Make a record of what a JSON file or a checkpoint holds.
 
         Args:
             content: the entries.
@@ -90,7 +90,7 @@ class _Record:
         inputs = content["input"]
         unknown = sorted(set(inputs) - {part.name for part in fields(InputRecord)}) if _is_object(inputs) else [inputs]
         if unknown:
-            raise ValueError(f"{source} describes its input by {unknown}: install the version of pgl_ext that wrote it.")
+            raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
         typed = {name: value for name, value in content.items() if name in known}
         others = {name: value for name, value in content.items() if name not in known}
         return cls(**{**typed, "input": InputRecord(**inputs), "others": others})
@@ -123,8 +123,8 @@ class _Record:
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        """All entries as plain values, those that are not known (None) left out."""
-        content = {name: value for name, value in asdict(self).items() if name != "others" and value is not None}
+        """All entries as plain values."""
+        content = {name: value for name, value in asdict(self).items() if name != "others"}
         return json.loads(json.dumps({**content, **self.others}))
 
 

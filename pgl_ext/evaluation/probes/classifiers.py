@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pgl_ext.geometry import upsample_features
 from pgl_ext.evaluation.probes.features import features_at
+from pgl_ext.geometry import upsample_features
 
 __all__ = ["LabelledFeatures", "LinearClassifier", "NearestNeighbours"]
 

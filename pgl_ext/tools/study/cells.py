@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ext.checkpoints import CheckpointFolder
+from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.files import write_text
 from pgl_ext.tools.study.configs import Layer
-from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.weights import read_description
 
 __all__ = ["Cell", "Stage", "bundle_command", "labels_text"]

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.figures.curves import MetricsFile
-from pgl_ext.tools.study.figures import Curve, Estimate, method_colors, plot_bars, plot_gains, plot_learning_curves
 from pgl_ext.tools.report import render_page
 from pgl_ext.tools.study.cells import Cell, labels_text
+from pgl_ext.tools.study.figures import Curve, Estimate, method_colors, plot_bars, plot_gains, plot_learning_curves
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.tables import NOTES, missing_text, paper_tables, verdicts
-from pgl_ext.evaluation.summary import AVERAGE
 
 __all__ = ["draw_figures", "write_study_report"]
 

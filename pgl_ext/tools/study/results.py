@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from pgl_ext.evaluation.compare import Scores, by_organ, common_keys, paired_scores, paired_statistics, read_scores
+from pgl_ext.evaluation.summary import AVERAGE, finite_mean
 from pgl_ext.tools.study.cells import Cell, labels_text
 from pgl_ext.tools.study.plan import Study
-from pgl_ext.evaluation.summary import AVERAGE, finite_mean
 
 __all__ = ["REPORTED", "Results", "comparison_rows", "holm", "organ_means", "pretraining_costs", "read_results"]
 

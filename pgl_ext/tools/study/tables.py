@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pgl_ext.files import write_csv, write_text
 from pgl_ext.evaluation.metrics import METRICS
+from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.files import write_csv, write_text
 from pgl_ext.tools.study.cells import Cell, labels_text
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.results import REPORTED, Results, organ_means, pretraining_costs
-from pgl_ext.evaluation.summary import AVERAGE
 
 __all__ = ["NOTES", "Block", "missing_text", "paper_tables", "verdicts", "write_tables"]
 
