@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
-from pgl_ext.distributed import rank_and_world_size
+from pgl_ext.distributed import launched_rank_and_world_size, rank_and_world_size
 from pgl_ext.files import write_atomically
-from pgl_ext.networks.build import architecture_of
 from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
 from pgl_ext.weights.records import EncoderRecord, flat_entries
@@ -90,13 +89,13 @@ class CheckpointHandler:
         network: the method or segmentation network itself, not its distributed wrapper; has ``encoder``.
         objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
         sampler: the training data's ``EpochBatchSampler``.
-        encoder_path: encoder file written with every checkpoint; None: none.
         description: what the record of encoder and decoder file says beside architecture, method and steps; ``input``
             among it, see :class:`~pgl_ext.weights.EncoderRecord`.
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
         resume: go on from the newest intact checkpoint.
-        rank: this process.
+        rank: this process; default: as torchrun started it.
+        encoder_path: encoder file written with every checkpoint; None: none.
         decoder_path: decoder file written with every checkpoint where the network has ``aspp`` and ``decoder``; None:
             none.
         overwrite: remove another run's checkpoints.
@@ -113,12 +112,12 @@ class CheckpointHandler:
         network: torch.nn.Module,
         objects: Mapping[str, Any],
         sampler: Any,
-        encoder_path: str | os.PathLike | None,
         description: Mapping[str, Any],
         interval: int = 5,
         keep_last: int = 3,
         resume: bool = False,
-        rank: int = 0,
+        rank: int | None = None,
+        encoder_path: str | os.PathLike | None = None,
         decoder_path: str | os.PathLike | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -134,7 +133,7 @@ class CheckpointHandler:
         )
         self.resume = parse_bool(resume, "resume")
         self.overwrite = parse_bool(overwrite, "overwrite")
-        self.rank = rank
+        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
         self._saved_step = -1
 
     def attach(self, engine: Engine) -> None:
@@ -216,7 +215,7 @@ class CheckpointHandler:
     def _record(self, engine: Engine) -> EncoderRecord:
         encoder = self.network.encoder
         content = {
-            "architecture": architecture_of(encoder),
+            "architecture": encoder.architecture,
             "stride": list(encoder.stride),
             "channels": list(encoder.channels),
             "method": type(self.network).__name__,

@@ -109,7 +109,7 @@ class StepTrainer(SupervisedTrainer):
             amp=amp,
             decollate=False,
             event_names=[TrainerEvents],
-            **kwargs,
+            **{"non_blocking": True, **kwargs},
         )
         self.scaler = torch.amp.GradScaler(self.state.device.type, enabled=self.amp_dtype == torch.float16)
 

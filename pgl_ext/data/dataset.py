@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import SOURCE_FIELDS, item_name
 from pgl_ext.data.memory import available_memory
+from pgl_ext.distributed import launched_rank_and_world_size, local_world_size
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["CaseDataset", "EpochBatchSampler", "VolumeDataset", "delay_sigterm"]
+__all__ = ["CaseDataset", "EpochBatchSampler", "TrainingLoader", "VolumeDataset", "default_workers", "delay_sigterm"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class VolumeDataset(Dataset):
         seed: of all samples.
         memory_limit_gib: memory for volumes, in GiB; default: half of what is available to this process' share of the
             machine (``processes``). 0 reads everything from the cache.
-        processes: training processes on this machine.
+        processes: training processes on this machine; default: as many as torchrun started.
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class VolumeDataset(Dataset):
         transform: Callable[[dict], dict],
         seed: int = 0,
         memory_limit_gib: float | None = None,
-        processes: int = 1,
+        processes: int | None = None,
     ) -> None:
         self.data = list(data)
         self.cache = cache
         self.transform = transform
         self.seed = seed
         if memory_limit_gib is None:
-            memory_limit_gib = 0.5 * available_memory() / processes / 2**30
+            memory_limit_gib = 0.5 * available_memory() / (processes or local_world_size()) / 2**30
         self._in_memory = self._load(memory_limit_gib * 2**30)
 
     def _load(self, limit: float) -> dict[int, np.ndarray]:
@@ -188,18 +190,6 @@ class CaseDataset(VolumeDataset):
         return points
 
 
-def delay_sigterm(worker: int) -> None:
-    """For ``worker_init_fn``: let a loading process go on for 30 s after SIGTERM.
-
-    Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
-    and saves a checkpoint, which it could not do if those that load for it ended at once.
-
-    Args:
-        worker: number of the process, not used.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
-
-
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for ``VolumeDataset``, through all epochs without a pause.
 
@@ -212,7 +202,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         max_epochs: epochs to run through.
         patches_per_volume: samples per volume and epoch.
         seed: of the order.
-        rank: this process.
+        rank: this process; default: as torchrun started it, like ``world_size``.
         world_size: number of processes.
 
     Raises:
@@ -226,9 +216,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         max_epochs: int,
         patches_per_volume: int = 1,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
+        launched = launched_rank_and_world_size()
+        rank = launched[0] if rank is None else rank
+        world_size = launched[1] if world_size is None else world_size
         if min(num_volumes, batch_size, max_epochs, patches_per_volume) < 1:
             raise ValueError(
                 "num_volumes, batch_size, max_epochs and patches_per_volume must be at least 1, got "
@@ -251,13 +244,18 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Optimiser steps per epoch."""
         return self.steps
 
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all epochs."""
+        return self.max_epochs * self.steps
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """All batches from ``start_step`` on.
 
         An iterator that ended with each epoch would empty the workers' queues.
         """
         step = self.start_step
-        while step < self.max_epochs * self.steps:
+        while step < self.total_steps:
             epoch = step // self.steps
             order = np.random.default_rng([self.seed, epoch]).permutation(self.draws)
             for batch in np.array_split(order, self.steps)[step % self.steps :]:
@@ -280,3 +278,42 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
                 f"{self.state_dict()}: resume with the same data, batch_size, patches_per_volume and seed."
             )
         self.start_step = step
+
+
+class TrainingLoader(DataLoader):
+    """PyTorch's ``DataLoader`` for training: whole batches by a sampler, and workers that outlive SIGTERM.
+
+    Args:
+        dataset: what is loaded.
+        batch_sampler: an :class:`EpochBatchSampler`.
+        num_workers: loading processes; 0: load in this one.
+        device: that the batches go to; memory is pinned for GPUs.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_sampler: Sampler, num_workers: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=num_workers,
+            worker_init_fn=delay_sigterm,
+            pin_memory=torch.device(device).type == "cuda",
+        )
+
+
+def default_workers() -> int:
+    """Loading processes for a training: one per core that it may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def delay_sigterm(worker: int) -> None:
+    """For ``worker_init_fn``: let a loading process go on for 30 s after SIGTERM.
+
+    Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
+    and saves a checkpoint, which it could not do if those that load for it ended at once.
+
+    Args:
+        worker: number of the process, not used.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))

@@ -15,6 +15,7 @@ from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric
 from torch.utils.tensorboard import SummaryWriter
 
+from pgl_ext.distributed import launched_rank_and_world_size
 from pgl_ext.handlers import MetricsLog
 from pgl_ext.settings import check_positive
 from pgl_ext.task import SegmentationTask
@@ -60,7 +61,7 @@ class SegmentationMetricsLog(MetricsLog):
         patches_per_epoch: over all processes.
         task: the organs.
         interval: optimiser steps between rows.
-        rank: this process; only rank 0 writes.
+        rank: this process; only rank 0 writes. Default: as torchrun started it.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class SegmentationMetricsLog(MetricsLog):
         patches_per_epoch: int,
         task: SegmentationTask,
         interval: int = 10,
-        rank: int = 0,
+        rank: int | None = None,
     ) -> None:
         self.names = tuple(f"val_dice_{name}" for name in task.names)
         columns = ("loss", "lr", "patches_per_s", "read_errors", "val_mean_dice", *self.names)
@@ -95,7 +96,7 @@ class BestModel:
         description: for the record beside it: ``task``, ``network``, ``input`` and others, see :class:`ModelRecord`.
         patience: epochs without a better score after which training stops; None: never.
         metric: name of the score, larger is better.
-        rank: this process; only rank 0 writes.
+        rank: this process; only rank 0 writes. Default: as torchrun started it.
 
     Raises:
         ValueError: where ``patience`` is less than 1.
@@ -109,7 +110,7 @@ class BestModel:
         description: Mapping[str, Any],
         patience: int | None = None,
         metric: str = "val_mean_dice",
-        rank: int = 0,
+        rank: int | None = None,
     ) -> None:
         if patience is not None and patience < 1:
             raise ValueError(
@@ -121,7 +122,7 @@ class BestModel:
         self.description = dict(description)
         self.patience = patience
         self.metric = metric
-        self.rank = rank
+        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
         self.best_score = -math.inf
         self.best_epoch = 0
         self.last_epoch = 0
@@ -176,7 +177,7 @@ class BestModel:
 
 
 class OverlayPictures:
-    """Draws reference and prediction of the last validation case, to TensorBoard and to ``overlay.png``.
+    """Draws reference and prediction of the last validation case, to TensorBoard and ``overlay.png``; in one process.
 
     Args:
         evaluator: its batch has ``image``, its output masks ``pred`` and ``label`` (organs, X, Y, Z).
@@ -206,6 +207,8 @@ class OverlayPictures:
         self._validations = 0
 
     def attach(self, engine: Engine) -> None:
+        if launched_rank_and_world_size()[0] > 0:
+            return
         self.evaluator.add_event_handler(Events.COMPLETED, self._validated, engine)
         engine.add_event_handler(Events.COMPLETED, self._draw)
 

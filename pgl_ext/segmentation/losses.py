@@ -49,20 +49,21 @@ class SegmentationLoss(nn.Module):
 
     Args:
         task: the organs; says how label maps become targets.
-        loss: compares logits with targets of the same shape (B, channels, X, Y, Z), such as
-            :class:`DiceCrossEntropyLoss`. For a multi-label task it is the mean over its channels, each by itself.
+        loss: compares logits with targets of the same shape (B, channels, X, Y, Z); default:
+            :class:`DiceCrossEntropyLoss` over the batch as a whole. For a multi-label task it is the mean over its
+            channels, each by itself.
 
     Example:
         >>> task = SegmentationTask({"spleen": [1]}, multi_label=True)
-        >>> loss = SegmentationLoss(task, DiceCrossEntropyLoss(multi_label=True, batch=True))
+        >>> loss = SegmentationLoss(task)
         >>> float(loss(torch.full((1, 1, 4, 4, 4), 20.0), {"label": torch.ones(1, 1, 4, 4, 4)})) < 1e-3
         True
     """
 
-    def __init__(self, task: SegmentationTask, loss: nn.Module) -> None:
+    def __init__(self, task: SegmentationTask, loss: nn.Module | None = None) -> None:
         super().__init__()
         self.task = task
-        self.loss = loss
+        self.loss = DiceCrossEntropyLoss(task.multi_label, batch=True) if loss is None else loss
 
     def forward(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Compare.

@@ -38,13 +38,13 @@ class InputRecord:
     channels: int = 1
     orientation: str = "RAS"
 
-    def differences(self, hu_window: Sequence[float] | None, spacing: Sequence[float] | None) -> list[str]:
-        """What other preparation differs in, in words with the options that set it."""
+    def differences(self, other: InputRecord) -> list[str]:
+        """What another preparation differs in, in words with the options that set it."""
         differences = []
-        if _floats(self.hu_window) != _floats(hu_window):
-            differences.append(f"clipped to {self.hu_window} HU, here {_floats(hu_window)} (--hu_window)")
-        if _floats(self.spacing) != _floats(spacing):
-            here = _floats(spacing) or "as stored"
+        if _floats(self.hu_window) != _floats(other.hu_window):
+            differences.append(f"clipped to {self.hu_window} HU, here {_floats(other.hu_window)} (--hu_window)")
+        if _floats(self.spacing) != _floats(other.spacing):
+            here = _floats(other.spacing) or "as stored"
             differences.append(f"spacing {self.spacing or 'as stored'}, here {here} mm (--spacing)")
         return differences
 
@@ -152,6 +152,13 @@ class EncoderRecord(_Record):
     @classmethod
     def _needed(cls) -> tuple[str, ...]:
         return ("architecture", "input")
+
+    @classmethod
+    def load_or_default(cls, path: str | os.PathLike | None) -> EncoderRecord:
+        """Read the record beside an encoder file; where there is none, that of the paper's ResNet-50 and its input."""
+        if path is not None and Path(path).with_suffix(".json").is_file():
+            return cls.load(path)
+        return cls(architecture={"family": "resnet", "arguments": {}}, input=InputRecord(hu_window=[-1024, 325]))
 
 
 @dataclass(frozen=True, kw_only=True)
