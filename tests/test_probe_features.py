@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from pgl_ext.geometry import upsample_features
 from pgl_ext.evaluation.probes.features import Statistics, features_at, re_estimate_batch_norm
+from pgl_ext.geometry import upsample_features
 
 
 def random_map(channels: int, size: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,8 @@ from made_studies import make_study, write_study
 from programs import ROOT
 
 import pgl_ext
-from pgl_ext.tools.study.fingerprint import _sizes_digest, check_cells, code_digests, differences, fingerprint
+from pgl_ext.tools.study.fingerprint import _sizes_digest, check_cells, differences, fingerprint
+from pgl_ext.code_digest import code_digests
 from pgl_ext.tools.study.plan import read_study
 
 MODULE = '''

@@ -414,7 +414,9 @@ def test_many_methods_have_colours_of_their_own():
 
 
 def test_dry_run_lists_and_estimates(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("pgl_ext.tools.study.run.check_cells", lambda *_: None)  # made-up cells have made-up fingerprints
+    monkeypatch.setattr(
+        "pgl_ext.tools.study.run.check_cells", lambda *_: None
+    )  # made-up cells have made-up fingerprints
     finish(study.fine_tuning("A", 3, 0), seconds=120)
     text = run_study(tmp_path / "study.yaml", study.folder, jobs=1, dry_run=True)
     assert "  02:00  fine_tuning/A/3_cases/seed_0\n" in text
