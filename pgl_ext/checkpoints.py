@@ -89,13 +89,13 @@ class CheckpointHandler:
         network: the method or segmentation network itself, not its distributed wrapper; has ``encoder``.
         objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
         sampler: the training data's ``EpochBatchSampler``.
+        encoder_path: encoder file written with every checkpoint; None: none.
         description: what the record of encoder and decoder file says beside architecture, method and steps; ``input``
             among it, see :class:`~pgl_ext.weights.EncoderRecord`.
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
         resume: go on from the newest intact checkpoint.
         rank: this process; default: as torchrun started it.
-        encoder_path: encoder file written with every checkpoint; None: none.
         decoder_path: decoder file written with every checkpoint where the network has ``aspp`` and ``decoder``; None:
             none.
         overwrite: remove another run's checkpoints.
@@ -112,12 +112,12 @@ class CheckpointHandler:
         network: torch.nn.Module,
         objects: Mapping[str, Any],
         sampler: Any,
-        description: Mapping[str, Any],
+        encoder_path: str | os.PathLike | None = None,
+        description: Mapping[str, Any] | None = None,
         interval: int = 5,
         keep_last: int = 3,
         resume: bool = False,
         rank: int | None = None,
-        encoder_path: str | os.PathLike | None = None,
         decoder_path: str | os.PathLike | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -127,7 +127,7 @@ class CheckpointHandler:
         self.sampler = sampler
         self.encoder_path = encoder_path
         self.decoder_path = decoder_path
-        self.description = dict(description)
+        self.description = dict(description or {})
         self.interval = check_positive(
             interval, "checkpoint_interval", "to save only at the end, set it above max_epochs"
         )
@@ -220,6 +220,7 @@ class CheckpointHandler:
             "channels": list(encoder.channels),
             "method": type(self.network).__name__,
             "steps": engine.state.iteration,
+            "input": {},
             "pairs": self.sampler.draws * engine.state.iteration // engine.state.epoch_length,
             **self.description,
         }
