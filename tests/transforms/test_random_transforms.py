@@ -1,4 +1,4 @@
-"""What every random transform promises: the seed decides, the input stays, probability 0 is nothing, errors are clear."""
+"""What every random transform promises: the seed decides, the input stays, probability 0 does nothing."""
 
 from collections.abc import Callable
 from copy import deepcopy
