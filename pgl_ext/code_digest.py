@@ -32,14 +32,17 @@ def code_digests(names: Iterable[str]) -> dict[str, str]:
         by dotted name of the module.
     """
     digests: dict[str, str] = {}
-    waiting = list(names)
+    followed: set[str] = set()
+    waiting = set(names)
     while waiting:
-        module = defining_module(waiting.pop())
+        name = waiting.pop()
+        followed.add(name)
+        module = defining_module(name)
         path = _path(module)
         if module not in digests and path is not None:
             source = path.read_text(encoding="utf-8")
             digests[module] = _source_digest(source)
-            waiting += _imports(source).values()
+            waiting |= {*_imports(source).values()} - followed
     return dict(sorted(digests.items()))
 
 
@@ -84,11 +87,11 @@ def _is_text(node: ast.stmt) -> bool:
 
 @lru_cache(maxsize=1024)
 def _imports(source: str) -> dict[str, str]:
-    """Dotted names that a module imports when it is imported itself, by the names that they have in it."""
+    """Names of this package that a module imports when it is imported itself, by those that they have in it."""
     names = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Import):
             names |= {alias.asname or alias.name: alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return {name: origin for name, origin in names.items() if origin.startswith(f"{_PACKAGE}.")}

@@ -12,7 +12,7 @@ from monai.bundle.utils import merge_kv
 
 from pgl_ext.files import write_json
 
-__all__ = ["Command", "flat", "merged_config"]
+__all__ = ["Command", "changed", "flat", "merged_config"]
 
 Layer = str | Mapping[str, Any]
 """A config file, or settings by id that override those before."""
@@ -93,3 +93,8 @@ def flat(config: Any, name: str = "") -> dict[str, Any]:
     for key, value in config.items() if isinstance(config, dict) else enumerate(config):
         values |= flat(value, f"{name}#{key}" if name else str(key))
     return values
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The ids whose values differ, None where there is none."""
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -16,7 +16,7 @@ import torch
 
 from pgl_ext.code_digest import code_digests, digest
 from pgl_ext.data.datalist import load_datalist
-from pgl_ext.tools.study.configs import flat
+from pgl_ext.tools.study.configs import changed, flat
 from pgl_ext.tools.study.runs import Run
 
 __all__ = ["checked_fingerprints", "differences", "fingerprint"]
@@ -112,15 +112,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     texts = [f"code of {', '.join(modules)}"] if modules else []
     for group in ("versions", "settings"):
         old, new = before[group], now[group]
-        texts += [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in _changed(old, new)]
-    texts += [f"the data for {name}" for name in _changed(before["data"], now["data"])]
+        texts += [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in changed(old, new)]
+    texts += [f"the data for {name}" for name in changed(before["data"], now["data"])]
     if before["encoder"] != now["encoder"]:
         texts.append("the encoder that it starts from")
     return texts
-
-
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
 
 def checked_fingerprints(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:

@@ -16,9 +16,9 @@ from pgl_ext.data.split import split_cases
 from pgl_ext.code_digest import digest
 from pgl_ext.data.datalist import find_volumes, item_name, labelled_items, load_datalist
 from pgl_ext.files import write_text
-from pgl_ext.tools.study.configs import Command, flat
+from pgl_ext.tools.study.configs import Command, changed, flat
 from pgl_ext.tools.study.runs import Run
-from pgl_ext.tools.study.study_file import read_study_file
+from pgl_ext.tools.study.study_file import labels_to_compare, read_study_file
 
 __all__ = ["Study"]
 
@@ -75,21 +75,16 @@ class Study:
         # Studies of several tasks can share their pre-trainings.
         self._pretraining_folder = Path(_absolute(content["pretraining"]["folder"]) or self.folder)
         self.title = str(content["title"])
-        self.methods = list(content["methods"])
+        self._entries: dict[str, dict[str, Any]] = content["methods"]
+        self.methods = list(self._entries)
         self.reference: str = content["reference"]
         self.ablations: list[str] = content["ablations"]
-        self.labels = _labels(content)
+        self.labels = labels_to_compare(content)
         self.seeds = [int(seed) for seed in content["seeds"]]
-        _check_methods(self)
-        entries = content["methods"].items()
-        self._encoders = {name: _absolute(entry["encoder"]) for name, entry in entries if "encoder" in entry}
-        self._with_decoder = {name for name, entry in entries if entry["decoder"]}
-        pretrain, segmentation = (
-            Path(os.path.abspath(bundles or _BUNDLES)) / name / "configs"
-            for name in ("pgl_pretrain", "pgl_segmentation")
-        )
-        self._pretraining = _pretraining_commands(content, self._pretraining_folder, pretrain)
-        self._fine_tuning, self._evaluation = _segmentation_commands(content, self.labels, self.folder, segmentation)
+        _check_folders(self.methods)
+        bundles = Path(os.path.abspath(bundles or _BUNDLES))
+        self._pretraining = _pretraining_commands(content, self._pretraining_folder, bundles)
+        self._fine_tuning, self._evaluation = _segmentation_commands(content, self.labels, self.folder, bundles)
         self._rates = _rates_to_choose(content, self._pretraining)
         self.note = " ".join([str(content["note"]), *self._remarks()]).strip()
 
@@ -125,8 +120,8 @@ class Study:
             return None
         name = f"pretraining/{_folder_name(method, rate)}/seed_{seed}"
         folder = self._pretraining_folder / name
-        chosen = {} if rate is None else {"lr": rate}
-        command = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed, **chosen)
+        command = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed)
+        command = command if rate is None else command.with_settings(lr=rate)
         return Run(folder, name, method, seed, (command,), lr=rate)
 
     def fine_tuning(self, method: str, labels: float, seed: int, rate: float | None = None) -> Run:
@@ -135,10 +130,10 @@ class Study:
         name = f"fine_tuning/{_folder_name(method, rate)}/{share}/seed_{seed}"
         folder = self.folder / name
         pretraining = self.pretraining(method, seed, rate)
-        weights = {"pretrained_encoder": self._encoders.get(method)}
+        weights = {"pretrained_encoder": _absolute(self._entries[method].get("encoder"))}
         if pretraining is not None:
             weights["pretrained_encoder"] = str(pretraining.folder / "models" / "pgl_encoder.pt")
-        if method in self._with_decoder:
+        if self._entries[method]["decoder"]:
             weights["pretrained_decoder"] = str(pretraining.folder / "models" / "pgl_decoder.pt")
         commands = (
             self._fine_tuning[labels].with_settings(output_dir=str(folder), seed=seed, split_seed=seed, **weights),
@@ -149,14 +144,14 @@ class Study:
         return Run(folder, name, method, seed, commands, labels, rate, pretraining)
 
     def _remarks(self) -> list[str]:
-        """What all pre-trained methods have in common that a reader should know."""
+        """Sentences on what a reader of the scores of all pre-trained methods should know."""
         if not self._pretraining:
             return []
         pretraining = next(iter(self._pretraining.values())).config()
         fine_tuning = self._fine_tuning[self.labels[0]].config()
         remarks = []
-        test = [item_name(case) for case in _cases(self._evaluation, "test")]
-        seen = sum(name in _scans(pretraining) for name in test)
+        scans, test = _scans(pretraining), _cases(self._evaluation, "test")
+        seen = sum(item_name(case) in scans for case in test)
         if seen:
             remarks.append(f"Pre-training has seen {seen} of the {len(test)} test scans, without their labels.")
         changes = [f"{n} {pretraining[n]}, then {fine_tuning[n]}" for n in _INPUT if pretraining[n] != fine_tuning[n]]
@@ -173,27 +168,10 @@ def _folder_name(method: str, rate: float | None = None) -> str:
 # --- entries of the study file --------------------------------------------------------------------------------------
 
 
-def _labels(content: Mapping[str, Any]) -> list[float]:
-    cases, fractions = content["labelled_cases"], content["label_fractions"]
-    if bool(cases) == bool(fractions):
-        raise ValueError(
-            f"labelled_cases is {cases} and label_fractions {fractions}: give one of them, such as labelled_cases: "
-            "[3, 14]."
-        )
-    return sorted({int(count) for count in cases} if cases else {float(fraction) for fraction in fractions})
-
-
-def _check_methods(study: Study) -> None:
-    unknown = [name for name in (study.reference, *study.ablations) if name not in study.methods]
-    if unknown:
-        raise ValueError(f"reference or ablations name {unknown}, the study has the methods {study.methods}.")
-    folders = {_folder_name(name) for name in study.methods}
-    if len(folders) < len(study.methods):
-        raise ValueError(
-            f"some of the methods {study.methods} would share a folder, of {sorted(folders)}: rename them."
-        )
-    if not study.seeds:
-        raise ValueError("seeds is empty: give at least one, such as seeds: [0, 1, 2].")
+def _check_folders(methods: Sequence[str]) -> None:
+    folders = {_folder_name(name) for name in methods}
+    if len(folders) < len(methods):
+        raise ValueError(f"some of the methods {methods} would share a folder, of {sorted(folders)}: rename them.")
 
 
 def _command(entry: Mapping[str, Any], place: str, section: str, folder: Path) -> Command:
@@ -231,8 +209,9 @@ def _with_cache(command: Command, prefix: Path) -> Command:
 # --- pre-training ---------------------------------------------------------------------------------------------------
 
 
-def _pretraining_commands(content: Mapping[str, Any], folder: Path, configs: Path) -> dict[str, Command]:
-    """By method what all its pre-trainings share."""
+def _pretraining_commands(content: Mapping[str, Any], folder: Path, bundles: Path) -> dict[str, Command]:
+    """The pre-training command of each method, of any seed."""
+    configs = bundles / "pgl_pretrain" / "configs"
     base = _command(content["pretraining"], "pretraining", "training", configs)
     commands = {}
     for name, entry in content["methods"].items():
@@ -249,14 +228,10 @@ def _pretraining_commands(content: Mapping[str, Any], folder: Path, configs: Pat
 
 def _check_shared(method: str, base: Command, command: Command) -> None:
     before, after = (
-        {n: v for name in _SHARED for n, v in flat(config.get(name), name).items()}
+        {id_: value for name in _SHARED for id_, value in flat(config.get(name), name).items()}
         for config in (base.config(), command.config())
     )
-    changes = [
-        f"{id_} from {before.get(id_)} to {after.get(id_)}"
-        for id_ in {**before, **after}
-        if before.get(id_) != after.get(id_)
-    ]
+    changes = [f"{id_} from {before.get(id_)} to {after.get(id_)}" for id_ in changed(before, after)]
     if changes:
         raise ValueError(
             f"method {method!r} changes {'; '.join(changes)}: all methods are compared on the same data with the same "
@@ -290,10 +265,8 @@ def _rates_to_choose(content: Mapping[str, Any], commands: Mapping[str, Command]
 
 def _sets_rate(command: Command, shared: int) -> bool:
     """Whether the layers after the shared ones give the rate, or an optimiser that does not take it."""
-    layers = [
-        ConfigParser.load_config_file(part) if isinstance(part, str) else part for part in command.layers[shared:]
-    ]
-    return any("lr" in layer for layer in layers) or command.config()["optimizer"]["lr"] != "@lr"
+    config = Command("training", (*command.layers[:shared], {"lr": None}, *command.layers[shared:])).config()
+    return config["lr"] is not None or config["optimizer"]["lr"] != "@lr"
 
 
 def _scans(config: ConfigParser) -> set[str]:
@@ -307,9 +280,10 @@ def _scans(config: ConfigParser) -> set[str]:
 
 
 def _segmentation_commands(
-    content: Mapping[str, Any], labels: Sequence[float], folder: Path, configs: Path
+    content: Mapping[str, Any], labels: Sequence[float], folder: Path, bundles: Path
 ) -> tuple[dict[float, Command], Command]:
-    """What the fine-tunings on the same share of labels have in common, and what all evaluations have."""
+    """The fine-tuning command of each share of labels, and the evaluation command, of any method and seed."""
+    configs = bundles / "pgl_segmentation" / "configs"
     fine_tuning = _command(content["fine_tuning"], "fine_tuning", "training", configs)
     evaluation = _command(content["test"], "test", "evaluating", configs)
     if content["test"]["cases"] is not None:

@@ -118,38 +118,42 @@ def _interval(row: Mapping[str, Any], digits: int) -> str:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_tables(results: Results) -> None:
-    """Write ``study.csv``, ``runs.csv``, ``table.csv`` and ``table.md``, those of them that have a row."""
+def write_tables(results: Results, tried: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write ``table.md``, and ``study.csv``, ``runs.csv``, ``table.csv`` and ``learning_rates.csv`` that have a row.
+
+    Args:
+        results: of the finished runs.
+        tried: learning rates, with the validation's Dice and which was chosen.
+    """
     study, costs = results.study, results.costs()
     share = "labelled_cases" if isinstance(study.labels[0], int) else "label_fraction"
+    comparison = [row | {"pretraining_cost": costs.get(row["method"], (None,))[0]} for row in results.rows]
     tables = {
-        "study.csv": _score_rows(results, share),
-        "runs.csv": [_run_row(run, noted, results, share) for run, noted in results.finished],
-        "table.csv": [
-            {share if name == "labels" else name: value for name, value in row.items()}
-            | {"pretraining_cost": costs.get(row["method"], (None,))[0]}
-            for row in results.rows
-        ],
+        "study.csv": _score_rows(results),
+        "runs.csv": [_run_row(run, noted, results) for run, noted in results.finished],
+        "table.csv": comparison,
+        "learning_rates.csv": tried,
     }
     for name, rows in tables.items():
+        (study.folder / name).unlink(missing_ok=True)  # of a study that was in this folder before
         if rows:
-            write_csv(study.folder / name, rows)
+            write_csv(study.folder / name, [{share if n == "labels" else n: v for n, v in row.items()} for row in rows])
     parts = [f"# {study.title}", study.note, *verdicts(results)]
     parts += [*(block.markdown() for block in paper_tables(results)), NOTES, results.missing_text()]
     write_text(study.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
-def _score_rows(results: Results, share: str) -> list[dict[str, Any]]:
+def _score_rows(results: Results) -> list[dict[str, Any]]:
     return [
-        {share: run.labels, "method": run.method, "seed": run.seed, "case": case, "organ": organ}
+        {"labels": run.labels, "method": run.method, "seed": run.seed, "case": case, "organ": organ}
         | {metric: values[case, organ] for metric, values in scores.items()}
         for run, scores in results.scores.items()
         for case, organ in scores["dice"]
     ]
 
 
-def _run_row(run: Run, noted: Mapping[str, Any], results: Results, share: str) -> dict[str, Any]:
-    row = {"run": run.name, "method": run.method, share: run.labels, "seed": run.seed, "lr": run.lr}
+def _run_row(run: Run, noted: Mapping[str, Any], results: Results) -> dict[str, Any]:
+    row = {"run": run.name, "method": run.method, "labels": run.labels, "seed": run.seed, "lr": run.lr}
     for metric in REPORTED:
         row[f"mean_{metric}"] = results.means[run][metric][AVERAGE] if run in results.means else None
     return row | {name: noted.get(name) for name in ("val_mean_dice", "steps", "pairs", "seconds", "cost", "unit")}
@@ -166,18 +170,15 @@ def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], fai
     Returns:
         the file.
     """
-    study = results.study
     return render_page(
         "study.html",
-        study.folder / "report.html",
-        title=study.title,
-        note=study.note,
-        study=study,
+        results.study.folder / "report.html",
+        title=results.study.title,
+        note=results.study.note,
+        results=results,
         verdicts=verdicts(results),
         blocks=paper_tables(results),
         notes=NOTES,
-        missing=results.missing_text(),
         failures=failures,
-        learning_rates=tried,
-        runs=results.finished,
+        tried=tried,
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pgl_ext.files import write_csv
 from pgl_ext.tools.study.figures import draw_figures
 from pgl_ext.tools.study.fingerprint import checked_fingerprints
 from pgl_ext.tools.study.plan import Study
@@ -93,10 +92,7 @@ def _write_results(
     if not results.scores:
         return "No fine-tuning is finished."
     results.missing += [run for run in selection if not run.is_finished]
-    (study.folder / "learning_rates.csv").unlink(missing_ok=True)
-    if tried:
-        write_csv(study.folder / "learning_rates.csv", tried)
-    write_tables(results)
+    write_tables(results, tried)
     draw_figures(results)
     report = write_study_report(results, tried, failures)
     return "\n".join([*verdicts(results), f"Tables and pictures in {study.folder}, report: {report}"])

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser
 
-__all__ = ["read_study_file"]
+__all__ = ["labels_to_compare", "read_study_file"]
 
 _DEFAULTS: dict[str, Any] = {
     "title": "Comparison of pre-training methods",
@@ -97,3 +97,26 @@ def _check_names(content: Mapping[str, Any]) -> None:
                 f"{place} has the entries {unknown}, which mean nothing there: it may have {', '.join(names)}. "
                 "Settings of a bundle's config go under 'settings'."
             )
+
+
+def labels_to_compare(content: Mapping[str, Any]) -> list[float]:
+    """The numbers (int) or fractions (float) of labelled cases, ascending.
+
+    Args:
+        content: entries of a study file.
+
+    Raises:
+        ValueError: there are none or both, there is no seed, or methods are named that the study does not have.
+    """
+    cases, fractions, methods = content["labelled_cases"], content["label_fractions"], list(content["methods"])
+    if bool(cases) == bool(fractions):
+        raise ValueError(
+            f"labelled_cases is {cases} and label_fractions {fractions}: give one of them, such as labelled_cases: "
+            "[3, 14]."
+        )
+    unknown = [name for name in (content["reference"], *content["ablations"]) if name not in methods]
+    if unknown:
+        raise ValueError(f"reference or ablations name {unknown}, the study has the methods {methods}.")
+    if not content["seeds"]:
+        raise ValueError("seeds is empty: give at least one, such as seeds: [0, 1, 2].")
+    return sorted({int(count) for count in cases} if cases else {float(fraction) for fraction in fractions})
