@@ -17,7 +17,8 @@ from pytorch_optimizer import LARS
 
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset
-from pgl_ext.engines import PretrainTrainer, prepare_network
+from pgl_ext.engines import PretrainTrainer
+from pgl_ext.networks.build import prepare_network
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import PGL
 from pgl_ext.networks import ResNetEncoder

@@ -18,12 +18,11 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
-from pgl_ext import __version__
-from pgl_ext.distributed import rank_and_world_size
+from pgl_ext.distributed import launched_rank_and_world_size, rank_and_world_size
 from pgl_ext.files import write_atomically
-from pgl_ext.settings import parse_bool
-from pgl_ext.settings import check_positive
-from pgl_ext.weights import load_state, save_decoder, save_encoder
+from pgl_ext.settings import check_positive, parse_bool
+from pgl_ext.weights.files import load_state, save_decoder, save_encoder
+from pgl_ext.weights.records import EncoderRecord, flat_entries
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
 
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = "checkpoint_{:08d}.pt"
 _PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
-# Parts of a description that say what a run started from, which no longer matters when it is resumed.
+# Entries that say what a run started from, which no longer matters when it is resumed.
 _START = ("pretrained_encoder", "pretrained_decoder")
 
 
@@ -91,11 +90,12 @@ class CheckpointHandler:
         objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
         sampler: the training data's ``EpochBatchSampler``.
         encoder_path: encoder file written with every checkpoint; None: none.
-        description: what the JSON of encoder and decoder file says beside architecture, method and steps.
+        description: what the record of encoder and decoder file says beside architecture, method and steps; ``input``
+            among it, see :class:`~pgl_ext.weights.EncoderRecord`.
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
         resume: go on from the newest intact checkpoint.
-        rank: this process.
+        rank: this process; default: as torchrun started it.
         decoder_path: decoder file written with every checkpoint where the network has ``aspp`` and ``decoder``; None:
             none.
         overwrite: remove another run's checkpoints.
@@ -112,12 +112,12 @@ class CheckpointHandler:
         network: torch.nn.Module,
         objects: Mapping[str, Any],
         sampler: Any,
-        encoder_path: str | os.PathLike | None,
-        description: Mapping[str, Any],
+        encoder_path: str | os.PathLike | None = None,
+        description: Mapping[str, Any] | None = None,
         interval: int = 5,
         keep_last: int = 3,
         resume: bool = False,
-        rank: int = 0,
+        rank: int | None = None,
         decoder_path: str | os.PathLike | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -127,13 +127,13 @@ class CheckpointHandler:
         self.sampler = sampler
         self.encoder_path = encoder_path
         self.decoder_path = decoder_path
-        self.description = dict(description)
+        self.description = dict(description or {})
         self.interval = check_positive(
             interval, "checkpoint_interval", "to save only at the end, set it above max_epochs"
         )
         self.resume = parse_bool(resume, "resume")
         self.overwrite = parse_bool(overwrite, "overwrite")
-        self.rank = rank
+        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
         self._saved_step = -1
 
     def attach(self, engine: Engine) -> None:
@@ -190,7 +190,7 @@ class CheckpointHandler:
         random_states = _random_states()
         if self.rank > 0:
             return
-        description = self._describe(engine)
+        record = self._record(engine)
         content = {
             "network": self.network.state_dict(),
             "optimizer": engine.optimizer.state_dict(),
@@ -203,34 +203,36 @@ class CheckpointHandler:
             "read_errors": engine.read_errors,
             "sampler": self.sampler.state_dict(),
             "random": random_states,
-            "description": description,
+            "description": record.to_json(),
         }
         path = self.folder.write(content, step)
         if self.encoder_path is not None:
-            save_encoder(self.network.encoder, self.encoder_path, description)
+            save_encoder(self.network.encoder, self.encoder_path, record)
         if self.decoder_path is not None and {"aspp", "decoder"} <= dict(self.network.named_children()).keys():
-            save_decoder(self.network, self.decoder_path, description)
+            save_decoder(self.network, self.decoder_path, record)
         logger.info("saved %s", path)
 
-    def _describe(self, engine: Engine) -> dict[str, Any]:
+    def _record(self, engine: Engine) -> EncoderRecord:
         encoder = self.network.encoder
-        return {
-            "version": __version__,
+        content = {
             "architecture": encoder.architecture,
             "stride": list(encoder.stride),
             "channels": list(encoder.channels),
             "method": type(self.network).__name__,
             "steps": engine.state.iteration,
+            "input": {},
             "pairs": self.sampler.draws * engine.state.iteration // engine.state.epoch_length,
             **self.description,
         }
+        return EncoderRecord.from_json(content, "the config's description")
 
-    def _check_description(self, path: Path, recorded: Mapping[str, Any]) -> None:
+    def _check_settings(self, path: Path, recorded: Mapping[str, Any]) -> None:
         """Turn settings away that the optimiser's state would undo, or that the first half was not trained with."""
+        before = dict(flat_entries(EncoderRecord.from_json(recorded, path).to_json()))
         changed = [
-            f"{name} was {recorded[name]} and is {value}"
-            for name, value in self.description.items()
-            if name in recorded and name not in _START and _as_text(recorded[name]) != _as_text(value)
+            f"{name} was {before[name]} and is {value}"
+            for name, value in flat_entries(self.description)
+            if name in before and name not in _START and _as_text(before[name]) != _as_text(value)
         ]
         if changed:
             raise ValueError(
@@ -246,7 +248,7 @@ class CheckpointHandler:
                 f"one has {engine.state.max_epochs} of {engine.state.epoch_length}: resume with the same data and "
                 "settings."
             )
-        self._check_description(path, content["description"])
+        self._check_settings(path, content["description"])
         self.sampler.resume(content["step"], content["sampler"])
         self.network.load_state_dict(content["network"])
         engine.optimizer.load_state_dict(content["optimizer"])

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
 
-__all__ = ["rank_and_world_size"]
+__all__ = ["launched_rank_and_world_size", "local_world_size", "rank_and_world_size"]
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process' number among the processes of a distributed run and how many there are; (0, 1) otherwise."""
+    """This process' number among those of the process group and how many there are; (0, 1) without a group."""
     distributed = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+
+
+def launched_rank_and_world_size() -> tuple[int, int]:
+    """The same as torchrun says in the environment, also before there is a process group."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """How many training processes share this machine, as torchrun, or a study, says in the environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

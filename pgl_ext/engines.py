@@ -17,18 +17,10 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer, Trainer
 from monai.inferers import Inferer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pgl_ext.settings import parse_bool
 from pgl_ext.retrieval import correspondence_retrieval
-from pgl_ext.settings import check_positive
+from pgl_ext.settings import check_positive, parse_bool
 
-__all__ = [
-    "PretrainEvaluator",
-    "PretrainTrainer",
-    "SegmentationTrainer",
-    "StepTrainer",
-    "TrainerEvents",
-    "prepare_network",
-]
+__all__ = ["PretrainEvaluator", "PretrainTrainer", "SegmentationTrainer", "StepTrainer", "TrainerEvents"]
 
 # Affines are tiny and stay on the CPU: the aligner checks them there without waiting for the accelerator.
 _HOST_KEYS = ("affines", "read_errors")
@@ -117,7 +109,7 @@ class StepTrainer(SupervisedTrainer):
             amp=amp,
             decollate=False,
             event_names=[TrainerEvents],
-            **kwargs,
+            **{"non_blocking": True, **kwargs},
         )
         self.scaler = torch.amp.GradScaler(self.state.device.type, enabled=self.amp_dtype == torch.float16)
 
@@ -319,37 +311,6 @@ class PretrainEvaluator(SupervisedEvaluator):
         logged["retrieval_top1"] = float(correspondence_retrieval(features, affines, view_size).mean())
         logged["retrieval_chance"] = 1 / math.prod(features.shape[3:])
         return [{**logged, "pairs": len(views)}]
-
-
-def prepare_network(
-    method: torch.nn.Module,
-    device: torch.device | str,
-    channels_last: bool = False,
-    compile: bool = False,
-    sync_batch_norm: bool = False,
-) -> torch.nn.Module:
-    """Make a method ready to train, in place; its parameter names stay as they are.
-
-    Args:
-        method: the method.
-        device: where to train.
-        channels_last: memory layout ``channels_last_3d``, which tensor cores like.
-        compile: ``torch.compile`` the method's networks (not the aligner, whose checks look at values).
-        sync_batch_norm: batch-norm statistics over all processes, of online and target networks.
-
-    Returns:
-        the same method.
-    """
-    if parse_bool(sync_batch_norm, "sync_batch_norm"):
-        method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    method.to(device)
-    if parse_bool(channels_last, "channels_last"):
-        method.to(memory_format=torch.channels_last_3d)
-    if parse_bool(compile, "compile"):
-        for child in method.children():
-            if any(True for _ in child.parameters()):
-                child.compile()
-    return method
 
 
 def _to_device(batch: dict[str, Any], device: torch.device, non_blocking: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import sys
 from types import TracebackType
 
-__all__ = ["report_root_cause", "root_cause"]
+__all__ = ["report_root_cause", "root_cause", "transform_error"]
 
 _ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, ImportError)
 
@@ -17,6 +17,13 @@ def root_cause(error: BaseException) -> BaseException:
     MONAI wraps errors in others (``raise ... from``). The outermost one about files and such has the remedy.
     """
     while error.__cause__ is not None and not isinstance(error, _ABOUT_THE_INPUT):
+        error = error.__cause__
+    return error
+
+
+def transform_error(error: BaseException) -> BaseException:
+    """The error of a transform itself, without the layers that MONAI's ``Compose`` wraps around it."""
+    while error.__cause__ is not None and str(error).startswith("applying transform"):
         error = error.__cause__
     return error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
@@ -12,7 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["read_json", "write_atomically", "write_csv", "write_json", "write_text"]
+import nibabel as nib
+import numpy as np
+
+__all__ = ["read_json", "write_atomically", "write_csv", "write_json", "write_nifti", "write_text"]
+
+# Fields of a NIfTI header that say where its voxels lie.
+_GRID_FIELDS = (
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+    "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
 
 
 def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -> None:
@@ -65,3 +75,30 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.6g}" if math.isfinite(value) else ""
     return value
+
+
+def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: Path, header: nib.Nifti1Header | None = None) -> None:
+    """Write a compressed NIfTI file that is complete or absent; the same voxels give the same bytes.
+
+    Args:
+        voxels: (X, Y, Z), or with channels (X, Y, Z, C).
+        affine: voxel index to mm (RAS+), (4, 4).
+        path: ending in ``.nii.gz``; its folder is made if missing.
+        header: of the NIfTI scan that the voxels lie on, whose qform and sform are copied.
+    """
+    image = nib.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("mm")
+    if header is None:
+        image.set_qform(affine, code=1)
+        image.set_sform(affine, code=1)
+    else:
+        for field in _GRID_FIELDS:
+            image.header[field] = header[field]
+        image.header["pixdim"][4:] = 1
+
+    def save(file: BinaryIO) -> None:
+        # As nibabel does, but without the time of writing.
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as compressed:
+            image.to_stream(compressed)
+
+    write_atomically(save, path)

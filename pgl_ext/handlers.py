@@ -16,8 +16,8 @@ from ignite.engine import Engine, Events
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pgl_ext.distributed import launched_rank_and_world_size
 from pgl_ext.engines import TrainerEvents
-from pgl_ext.figures import figure_to_array, plot_metrics, plot_views
 from pgl_ext.settings import check_positive
 
 __all__ = [
@@ -102,7 +102,7 @@ class TrainingProgress:
 
 
 class ProgressBar:
-    """A bar over all optimiser steps, with some of the metrics and the time left.
+    """A bar over all optimiser steps, with some of the metrics and the time left; of the first process only.
 
     Args:
         title: in front of the bar.
@@ -110,13 +110,17 @@ class ProgressBar:
     """
 
     def __init__(
-        self, title: str = "pre-training", names: Sequence[str] = ("loss", "lr", "tau", "pairs_per_s")
+        self,
+        title: str = "pre-training",
+        names: Sequence[str] = ("loss", "lr", "tau", "val_mean_dice", "pairs_per_s", "patches_per_s"),
     ) -> None:
         self.title = title
         self.names = names
         self._bar: tqdm | None = None
 
     def attach(self, engine: Engine) -> None:
+        if launched_rank_and_world_size()[0] > 0:
+            return
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
         engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED, self._close)
@@ -150,7 +154,7 @@ class MetricsLog:
         columns: of ``metrics.csv``, after step and epoch.
         speed: name of the samples per second among the metrics.
         interval: optimiser steps between rows.
-        rank: this process; only rank 0 writes.
+        rank: this process; only rank 0 writes. Default: as torchrun started it.
         plot_arguments: further arguments of ``figures.plot_metrics``.
 
     Raises:
@@ -165,10 +169,10 @@ class MetricsLog:
         columns: Sequence[str],
         speed: str,
         interval: int = 10,
-        rank: int = 0,
+        rank: int | None = None,
         **plot_arguments: Any,
     ) -> None:
-        self.rank = rank
+        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
         self.folder = Path(output_dir)
         self.path = self.folder / "metrics.csv"
         self.evaluator = evaluator
@@ -248,6 +252,8 @@ class MetricsLog:
         self._writer.close()
         # A run of fewer steps than lie between rows, without a validation, has nothing to show.
         if self._rows:
+            from pgl_ext.figures.curves import plot_metrics
+
             plot_metrics(self.path, self.folder / "metrics.png", **self.plot_arguments)
 
 
@@ -262,7 +268,7 @@ class PretrainMetricsLog(MetricsLog):
         interval: optimiser steps between rows.
         logged: further columns, for what the method logs beside loss and feature spread.
         healthy_std: standard deviation of features that have not collapsed, drawn as a line.
-        rank: this process; only rank 0 writes.
+        rank: this process; only rank 0 writes. Default: as torchrun started it.
     """
 
     training_columns = ("loss", "feature_std", "lr", "tau", "pairs_per_s", "read_errors")
@@ -282,7 +288,7 @@ class PretrainMetricsLog(MetricsLog):
         interval: int = 10,
         logged: Sequence[str] = (),
         healthy_std: float | None = None,
-        rank: int = 0,
+        rank: int | None = None,
     ) -> None:
         columns = (*self.training_columns, *logged, *self.validation_columns)
         super().__init__(
@@ -310,7 +316,7 @@ class PretrainMetricsLog(MetricsLog):
 
 
 class ViewPictures:
-    """Draws aligned views with their overlap, to TensorBoard and to ``views.png``.
+    """Draws aligned views with their overlap, to TensorBoard and to ``views.png``; in the first process only.
 
     Args:
         output_dir: folder of ``views.png`` and ``tensorboard/``.
@@ -325,10 +331,15 @@ class ViewPictures:
         self.interval = check_positive(interval, "picture_interval", "to draw only once, set it above max_epochs")
 
     def attach(self, engine: Engine) -> None:
+        if launched_rank_and_world_size()[0] > 0:
+            return
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self._draw)
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._draw)
 
     def _draw(self, engine: Engine) -> None:
+        from pgl_ext.figures.base import figure_to_array
+        from pgl_ext.figures.views import plot_views
+
         batch = engine.state.batch
         figure = plot_views(batch["views"], batch["affines"], self.folder / "views.png")
         with SummaryWriter(str(self.folder / "tensorboard")) as writer:
@@ -336,7 +347,7 @@ class ViewPictures:
 
 
 class CollapseWarning:
-    """Warns where the features' standard deviation stays far below its healthy value.
+    """Warns where the features' standard deviation stays far below its healthy value; in the first process only.
 
     Args:
         healthy_std: 1 / sqrt(channels of the compared features).
@@ -351,6 +362,8 @@ class CollapseWarning:
         self._below = 0
 
     def attach(self, engine: Engine) -> None:
+        if launched_rank_and_world_size()[0] > 0:
+            return
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:

@@ -7,13 +7,14 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, NormalizeIntensityd
+from monai.transforms import NormalizeIntensityd
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.tools.phantom import generate_case
 from pgl_ext.methods import PGL
 from pgl_ext.networks import ResNetEncoder
+from pgl_ext.tools.phantom import generate_case
 from pgl_ext.transforms import LoadVolumed, RandOverlappingViewsd
+from pgl_ext.transforms.volumes import Preprocessing
 
 # In operations this small, threads cost more than they do; on cores that are busy, fifty times more.
 torch.set_num_threads(1)
@@ -99,4 +100,4 @@ def volumes(tmp_path) -> list[dict]:
 
 @pytest.fixture
 def cache(tmp_path) -> VolumeCache:
-    return VolumeCache(tmp_path / "cache", Compose([LoadVolumed("image"), NormalizeIntensityd("image")]))
+    return VolumeCache(tmp_path / "cache", Preprocessing([LoadVolumed("image"), NormalizeIntensityd("image")], {}))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from warm_processes import WarmProcess
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,3 +113,14 @@ def wait_for(condition, process: subprocess.Popen | WarmProcess, log: Path, seco
             f"nothing happened for {seconds} s:\n{log.read_text(encoding='utf-8')[-3000:]}"
         )
         time.sleep(0.02)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("checkpoint_*.pt"))
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = (torch.load(path, weights_only=True) for path in (first, second))
+    assert a["step"] == b["step"]
+    for key, value in a["network"].items():
+        assert torch.equal(value, b["network"][key]), key

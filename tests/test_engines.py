@@ -14,9 +14,10 @@ from torch import nn
 
 from pgl_ext.checkpoints import CheckpointHandler
 from pgl_ext.data.dataset import EpochBatchSampler
-from pgl_ext.engines import PretrainEvaluator, PretrainTrainer, SegmentationTrainer, TrainerEvents, prepare_network
+from pgl_ext.engines import PretrainEvaluator, PretrainTrainer, SegmentationTrainer, TrainerEvents
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import Method
+from pgl_ext.networks.build import prepare_network
 from pgl_ext.retrieval import correspondence_retrieval
 
 

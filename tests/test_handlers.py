@@ -12,7 +12,7 @@ from torch import nn
 
 from pgl_ext import handlers
 from pgl_ext.engines import PretrainTrainer
-from pgl_ext.figures import plot_metrics
+from pgl_ext.figures.curves import plot_metrics
 from pgl_ext.handlers import CollapseWarning, PretrainMetricsLog, ProgressBar, TargetEMA, ViewPictures
 from pgl_ext.methods import Method
 

@@ -3,10 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from method_checks import nt_xent
 from monai.losses import DiceCELoss, DiceLoss
 from torch import nn
 
-from pgl_ext.losses import DiceCrossEntropyLoss, LocalConsistencyLoss, NTXentLoss, SegmentationLoss, VoxelContrastLoss
+from pgl_ext.losses import LocalConsistencyLoss, NTXentLoss, VoxelContrastLoss
+from pgl_ext.segmentation.losses import DiceCrossEntropyLoss, SegmentationLoss
 from pgl_ext.task import SegmentationTask
 
 SHAPES = [(2, 8, 6, 6, 2), (1, 3, 1, 1, 1), (4, 16), (2, 5, 7)]
@@ -93,17 +95,6 @@ def test_autocast_does_not_change_it():
 def test_shape_mismatch():
     with pytest.raises(ValueError, match=r"\(2, 8, 6, 6, 2\) and \(2, 8, 6, 6, 1\)"):
         loss(torch.zeros(2, 8, 6, 6, 2), torch.zeros(2, 8, 6, 6, 1))
-
-
-def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> float:
-    """SimCLR's equation 1, sample by sample, in NumPy and double precision."""
-    z = np.concatenate([first.double().numpy(), second.double().numpy()])
-    z /= np.linalg.norm(z, axis=1, keepdims=True)
-    terms = []
-    for i in range(len(z)):
-        similar = np.exp(z @ z[i] / temperature)
-        terms.append(-np.log(similar[(i + len(first)) % len(z)] / (similar.sum() - similar[i])))
-    return float(np.mean(terms))
 
 
 class TestNTXentLoss:

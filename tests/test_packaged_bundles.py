@@ -16,8 +16,8 @@ import torch
 from programs import SCHEMA, TINY, TINY_SEGMENTATION, run
 
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
-from pgl_ext.tools.packaging import package_bundles
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.packaging import package_bundles
 from pgl_ext.weights import save_encoder, save_weights
 
 CHECKS = Path(__file__).with_name("packaged_checks.py")

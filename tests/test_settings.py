@@ -5,8 +5,8 @@ from torch import nn
 
 from pgl_ext.checkpoints import CheckpointHandler
 from pgl_ext.engines import PretrainTrainer
-from pgl_ext.segmentation.handlers import OverlayPictures, SegmentationMetricsLog
 from pgl_ext.handlers import PretrainMetricsLog, ViewPictures
+from pgl_ext.segmentation.handlers import OverlayPictures, SegmentationMetricsLog
 from pgl_ext.settings import check_positive
 from pgl_ext.task import SegmentationTask
 

@@ -9,11 +9,10 @@ import torch
 from monai.bundle import ConfigParser
 from programs import SEGMENTATION_CONFIGS
 
-from pgl_ext.weights import build_network, load_model, recorded_model
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.task_config import task_config, write_start_model
-from pgl_ext.weights import save_encoder, save_weights
+from pgl_ext.weights import build_network, load_model, recorded_model, save_encoder, save_weights
 
 OVERLAYS = ("tasks/openkbp.yaml", "small.yaml")
 

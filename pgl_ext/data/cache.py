@@ -7,30 +7,25 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import torch
-import torch.distributed as dist
 from monai.transforms import Compose, RandomizableTrait
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError, check_volume
 from pgl_ext.data.datalist import item_name
-from pgl_ext.data.transform_digest import transform_digest
-from pgl_ext.distributed import rank_and_world_size
+from pgl_ext.errors import transform_error
 from pgl_ext.files import write_atomically
-from pgl_ext.settings import parse_bool
+from pgl_ext.transforms.checks import BadVolumeError, check_volume
 
-__all__ = ["VolumeCache", "prepare_items", "resolve_bad"]
+__all__ = ["VolumeCache"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +37,15 @@ _BLOCK = (1, 32, 32, 8)
 _COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE]}
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _ABANDONED_AFTER = 24 * 3600  # seconds; no volume takes that long to write
+_ABOUT_THE_FILE = (BadVolumeError, FileNotFoundError)
 
 
 class VolumeCache:
     """Preprocessed volumes as float16 files that crops are read from.
 
-    A volume of 512 x 512 x 200 voxels takes about a second to read from a ``.nii.gz`` file, and two crops of it some
-    milliseconds from its cache file. Each volume is written once: its file is named by the source (path, size, time
-    of change), the preprocessing and the file format, and written anew when one of them changes; the outdated file of
-    the same source is then removed. For two preprocessings in turn use two folders.
+    Each volume is written once: its file is named by the source (path, size, time of change), the preprocessing and the
+    file format, and written anew when one of them changes; the outdated file of the same source is then removed. For
+    two preprocessings in turn use two folders.
 
     Of a labelled case, an item with ``"label"``, image and label map are kept as channels of one volume: end the
     preprocessing with ``ConcatItemsd(["image", "label"], name="image", dim=0)``. Label values up to 2048 stay exact.
@@ -60,20 +55,18 @@ class VolumeCache:
 
     Args:
         cache_dir: folder of the files; made if missing.
-        preprocessing: MONAI transform that maps an item to a dict with ``"image"``, a volume
-            ``(C, X, Y, Z)``: for instance ``LoadVolumed``, ``CheckVolumed``, ``Orientationd``, ``Spacingd``,
-            ``ScaleIntensityRanged``, ``NormalizeIntensityd``. Must not be random.
+        preprocessing: from :func:`pgl_ext.transforms.preprocessing`: maps an item to a dict with ``"image"``, a volume
+            ``(C, X, Y, Z)``, and has a ``digest``. Must not be random.
         num_workers: processes that :meth:`prepare` uses; 0 works in the calling process.
 
     Raises:
-        ValueError: the preprocessing has random transforms, or ``num_workers`` is negative.
+        ValueError: the preprocessing has random transforms or no digest, or ``num_workers`` is negative.
         OSError: ``cache_dir`` cannot be made.
 
     Example::
 
-        cache = VolumeCache("cache", Compose([LoadVolumed("image"), CheckVolumed("image"),
-                                              Orientationd("image", axcodes="RAS"), NormalizeIntensityd("image")]))
-        items = resolve_bad(cache.prepare(items), items)
+        cache = VolumeCache("cache", preprocessing("image", spacing=(1, 1, 3), hu_window=(-1024, 325)))
+        bad = cache.prepare(items)
         volume = cache.open(items[0])
         crop = volume[:, 10:130, 20:140, 5:25]        # float16 array of shape (C, 120, 120, 20)
         affine = np.array(volume.vlmeta["affine"])    # voxel index of the preprocessed volume -> mm
@@ -90,8 +83,12 @@ class VolumeCache:
             )
         self.cache_dir = Path(os.path.abspath(cache_dir))
         self.num_workers = num_workers
-        # Taken before anything runs: some transforms keep results of a call in their attributes.
-        self.digest = transform_digest(preprocessing)
+        self.digest = getattr(preprocessing, "digest", None)
+        if not self.digest:
+            raise ValueError(
+                "The cache's preprocessing has no digest, which tells when cached volumes are outdated: make it with "
+                "pgl_ext.transforms.preprocessing, whose extra takes steps of your own."
+            )
         self.preprocessing = _without_error_logging(preprocessing)
         self._paths: dict[str, Path] = {}
         try:
@@ -101,9 +98,6 @@ class VolumeCache:
 
     def key(self, item: Mapping) -> str:
         """Digest of an item's source files as they are now, the preprocessing and the file format.
-
-        Args:
-            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series and ``"label"`` for a labelled case.
 
         Raises:
             FileNotFoundError: a source does not exist.
@@ -125,15 +119,12 @@ class VolumeCache:
             item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series and ``"label"`` for a labelled case.
 
         Returns:
-            Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta`` holds ``"affine"``
-            (4 x 4 lists: voxel index of the preprocessed volume -> mm), ``"source"`` (the path),
-            ``"series_uid"``, ``"source_shape"`` and ``"source_affine"``, each ``None`` if not known. Keep the array
-            while using ``vlmeta``, which only refers to it.
+            Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta``, which lives as long
+            as it does, holds ``"affine"`` (4 x 4: voxel index of the preprocessed volume -> mm) and ``"source"``.
 
         Raises:
             FileNotFoundError: the source does not exist.
-            ValueError: the source cannot be read or preprocessed.
-            BadVolumeError: the volume cannot be used for training.
+            BadVolumeError: the source cannot be read, or not used for training.
         """
         name = item_name(item)
         if name not in self._paths:
@@ -156,8 +147,6 @@ class VolumeCache:
     def prepare(self, items: Sequence[Mapping], show_progress: bool = True) -> dict[str, str]:
         """Make the cache files of items that have none yet, and find the volumes that cannot be used.
 
-        :func:`prepare_items` does this with one share of the items in each process of a distributed run.
-
         Args:
             items: items to prepare. Those already there are only opened, not read.
             show_progress: draw a progress bar if there is anything to do and standard error is a terminal.
@@ -175,11 +164,10 @@ class VolumeCache:
         missing = []
         for item in items:
             try:
-                path = self.path(item)
+                path = self._paths[item_name(item)] = self.path(item)
             except OSError as error:
-                bad[item_name(item)] = _one_line(error)
+                bad[item_name(item)] = str(error)
                 continue
-            self._paths[item_name(item)] = path
             if _open_file(path) is None:
                 missing.append(dict(item))
         progress = tqdm(
@@ -198,29 +186,21 @@ class VolumeCache:
         if workers and not _can_be_sent(self):
             logger.warning("The preprocessing cannot be sent to worker processes (a lambda?): working in this one.")
             workers = 0
-        if not workers:
-            yield from map(self._prepare_one, items)
-            return
         # Not fork: the calling process may hold CUDA, and has threads.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(self,))
+        context = "spawn" if workers else None
+        loader = DataLoader(_Preparation(self, items), None, num_workers=workers, multiprocessing_context=context)
         try:
-            for future in as_completed([pool.submit(_prepare_in_worker, item) for item in items]):
-                yield future.result()
-        except BrokenProcessPool as error:
+            for name, error in loader:
+                if error is not None and not isinstance(error, _ABOUT_THE_FILE):
+                    raise error
+                yield name, error and " ".join(str(error).split())
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
             raise RuntimeError(
                 f"A worker process died while preparing volumes for {self.cache_dir}, for lack of memory, or since a "
                 "script lacks `if __name__ == '__main__':`. Use fewer workers, or num_workers=0 for none."
             ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _prepare_one(self, item: Mapping) -> tuple[str, str | None]:
-        try:
-            self._write(item)
-        except (_BadSourceError, BadVolumeError) as error:
-            return item_name(item), _one_line(error)
-        return item_name(item), None
 
     def _write(self, item: Mapping) -> Path:
         """Preprocess an item, write its file, remove its outdated ones, and return the path."""
@@ -242,7 +222,7 @@ class VolumeCache:
         image = self._preprocessed(item)
         name = item_name(item)
         if image.ndim != 4:
-            raise _BadSourceError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
+            raise ValueError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
         # The channels behind the image hold label values, which may well be constant.
         check_volume(image[:1] if "label" in item else image, name)
         voxels = np.asarray(image)
@@ -259,23 +239,19 @@ class VolumeCache:
             blocks=tuple(map(min, _BLOCK, voxels.shape)),
             cparams={**_COMPRESSION, "nthreads": 1},
         )
-        meta = getattr(image, "meta", {})
-        volume.vlmeta["affine"] = _as_list(getattr(image, "affine", np.eye(4)))
-        volume.vlmeta["source"] = str(item["image"])
-        volume.vlmeta["series_uid"] = item.get("series_uid")
-        volume.vlmeta["source_shape"] = _as_list(meta.get("spatial_shape"))
-        volume.vlmeta["source_affine"] = _as_list(meta.get("original_affine"))
+        volume.vlmeta["affine"] = np.asarray(getattr(image, "affine", np.eye(4))).tolist()
+        volume.vlmeta["source"] = name
         return volume.to_cframe()
 
     def _preprocessed(self, item: Mapping) -> np.ndarray | torch.Tensor:
         try:
             return self.preprocessing(dict(item))["image"]
         except Exception as error:
-            cause = _cause(error)
-            # These are for the user to put right, not faults of the volume.
-            if isinstance(cause, (ImportError, MemoryError, BadVolumeError)):
-                raise cause from error
-            raise _BadSourceError(f"{type(cause).__name__}: {cause}") from error
+            cause = transform_error(error)
+        # What is not about the file is a bug of a transform, and must not pass for a bad file.
+        if not isinstance(cause, _ABOUT_THE_FILE):
+            logger.error("preparing %s failed", item_name(item))
+        raise cause
 
     def _remove_abandoned(self) -> None:
         """Remove what killed processes left half written."""
@@ -285,75 +261,6 @@ class VolumeCache:
                     path.unlink()
             except FileNotFoundError:
                 pass
-
-
-class _BadSourceError(ValueError):
-    """A source that cannot be read or preprocessed."""
-
-
-def resolve_bad(
-    bad: Mapping[str, str],
-    items: Sequence[Mapping],
-    skip_bad_files: bool = False,
-    report_path: str | os.PathLike | None = None,
-) -> list[dict]:
-    """Leave out the volumes that cannot be used, or stop because of them.
-
-    Args:
-        bad: reasons by item name, as :meth:`VolumeCache.prepare` gives them, of all processes.
-        items: all items.
-        skip_bad_files: leave bad volumes out instead of raising.
-        report_path: file to list the volumes left out in, one ``path<TAB>reason`` per line.
-
-    Returns:
-        The good items, in the order given.
-
-    Raises:
-        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left. The message
-            lists all bad volumes.
-    """
-    good = [dict(item) for item in items if item_name(item) not in bad]
-    if not bad:
-        return good
-    if not parse_bool(skip_bad_files, "skip_bad_files") or not good:
-        raise BadVolumesError(bad, len(items))
-    logger.warning("Left out %d of %d volumes that cannot be used.", len(bad), len(items))
-    if report_path is not None:
-        report = Path(report_path)
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())), encoding="utf-8")
-    return good
-
-
-def prepare_items(
-    cache: VolumeCache,
-    items: Sequence[Mapping],
-    skip_bad_files: bool = False,
-    report_path: str | os.PathLike | None = None,
-) -> list[dict]:
-    """Check and cache items, each process of a distributed run its share, and leave out or stop at the bad ones.
-
-    Every process learns of all bad files; the first one draws the progress bar and writes the report.
-
-    Args:
-        cache: where the preprocessed volumes are kept.
-        items: all items, the same in every process.
-        skip_bad_files: leave bad ones out instead of raising.
-        report_path: text file for what is left out, one ``path<TAB>reason`` per line.
-
-    Returns:
-        The good items, in the order given.
-
-    Raises:
-        BadVolumesError: listing all bad ones at once.
-    """
-    rank, world_size = rank_and_world_size()
-    bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)
-    if world_size > 1:
-        gathered: list[dict] = [{} for _ in range(world_size)]
-        dist.all_gather_object(gathered, bad)
-        bad = {name: reason for part in gathered for name, reason in part.items()}
-    return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)
 
 
 def _source_paths(item: Mapping) -> list[str]:
@@ -397,21 +304,6 @@ def _open_file(path: Path) -> blosc2.NDArray | None:
         return None
 
 
-def _as_list(value: object) -> list | None:
-    return None if value is None else np.asarray(value).tolist()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of a transform itself, without the layers that MONAI's ``Compose`` wraps around it."""
-    while error.__cause__ is not None and str(error).startswith("applying transform"):
-        error = error.__cause__
-    return error
-
-
 def _steps(transform: Callable) -> Iterable[Callable]:
     """The transforms of nested ``Compose``; ``Compose`` itself is randomizable whatever it holds."""
     if isinstance(transform, Compose):
@@ -436,16 +328,19 @@ def _can_be_sent(cache: VolumeCache) -> bool:
     return True
 
 
-_worker_cache: VolumeCache | None = None
+class _Preparation(Dataset):
+    """Each item's name, and the error that preparing it ended with, if any."""
 
+    def __init__(self, cache: VolumeCache, items: Sequence[Mapping]) -> None:
+        self.cache = cache
+        self.items = items
 
-def _start_worker(cache: VolumeCache) -> None:
-    # Sent once, not with every item.
-    global _worker_cache
-    _worker_cache = cache
-    # The workers share the cores.
-    torch.set_num_threads(1)
+    def __len__(self) -> int:
+        return len(self.items)
 
-
-def _prepare_in_worker(item: dict) -> tuple[str, str | None]:
-    return _worker_cache._prepare_one(item)
+    def __getitem__(self, index: int) -> tuple[str, Exception | None]:
+        try:
+            self.cache._write(self.items[index])
+        except Exception as error:  # raised in the calling process, where it is not wrapped in the loader's words
+            return item_name(self.items[index]), error
+        return item_name(self.items[index]), None

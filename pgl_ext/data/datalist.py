@@ -1,38 +1,30 @@
-"""Finding volumes, reading data lists and splitting them."""
+"""Data lists in the style of the Medical Segmentation Decathlon: reading them, and the names of what they list."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from pgl_ext.transforms.formats import SUPPORTED, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
 
 __all__ = [
     "SOURCE_FIELDS",
-    "SUPPORTED_SUFFIXES",
-    "dicom_header",
-    "file_suffix",
-    "find_volumes",
-    "is_dicom_file",
+    "has_known_suffix",
     "item_name",
+    "labelled_items",
     "listed_path",
     "load_datalist",
     "source_names",
-    "split_datalist",
-    "walk_folders",
+    "unique_names",
 ]
-
-logger = logging.getLogger(__name__)
 
 SOURCE_FIELDS = ("task", "group")
 """Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
 
-_LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "imagests"}
 _PATH_KEYS = ("image", "label")
 _KEPT_KEYS = ("image", "series_uid", *SOURCE_FIELDS)
 
@@ -43,101 +35,6 @@ def item_name(item: Mapping) -> str:
     return f"{item['image']} (series {uid})" if uid else str(item["image"])
 
 
-def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
-    """Find every volume in a folder and the folders below it.
-
-    NIfTI, NRRD and MetaImage files and DICOM series are found. Files of other types and hidden files are passed
-    over, so are DICOM objects that hold no image volume. Folders called ``labels``, ``labelsTr`` or ``labelsTs`` next
-    to ``images``, ``imagesTr`` or ``imagesTs``, and ``.seg.nrrd`` files, are left out.
-
-    Where a ``dataset.json`` lies in the folder, prefer :func:`load_datalist`: it knows which files are images, and
-    which belong to a held-out set.
-
-    Args:
-        dataset_dir: folder to search; links to folders are followed.
-
-    Returns:
-        Items ordered by path: ``{"image": absolute path}`` for a file, ``{"image": absolute folder, "series_uid":
-        SeriesInstanceUID}`` for each DICOM series in a folder.
-
-    Raises:
-        ValueError: the folder is missing, is a file, or holds no volume.
-        ImportError: there are DICOM files and ``pydicom`` is not installed.
-    """
-    root = os.path.abspath(dataset_dir)
-    remedy = f"Set it to a folder of volumes; {SUPPORTED}."
-    if not os.path.exists(root):
-        raise ValueError(f"Dataset folder {root} does not exist. {remedy}")
-    if not os.path.isdir(root):
-        raise ValueError(f"Dataset folder {root} is a file, not a folder. {remedy}")
-    items: list[dict] = []
-    left_out = 0
-    for folder, names, is_label_folder in walk_folders(root):
-        volumes = [n for n in names if file_suffix(n) in SUPPORTED_SUFFIXES and file_suffix(n) not in DICOM_SUFFIXES]
-        labels = [n for n in volumes if is_label_folder or n.lower().endswith(".seg.nrrd")]
-        left_out += len(labels)
-        items += [{"image": os.path.join(folder, n)} for n in volumes if n not in labels]
-        if not is_label_folder:
-            items += [{"image": folder, "series_uid": uid} for uid in _dicom_series(folder, names)]
-    if left_out:
-        logger.info("%s: left out %d label files.", root, left_out)
-    if not items:
-        raise ValueError(f"Dataset folder {root} holds no volumes. {remedy}")
-    return sorted(items, key=item_name)
-
-
-def walk_folders(root: str) -> Iterator[tuple[str, list[str], bool]]:
-    """Each folder below ``root`` once: its path, its visible files, and whether it lies in a label folder."""
-    label_roots: set[str] = set()
-    visited: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        # Links may form a loop.
-        real = os.path.realpath(folder)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        siblings = {f.lower() for f in folders}
-        inside = folder in label_roots
-        label_roots.update(
-            os.path.join(folder, f) for f in folders if inside or _LABEL_FOLDERS.get(f.lower()) in siblings
-        )
-        yield folder, sorted(n for n in names if not n.startswith(".")), inside
-
-
-def _dicom_series(folder: str, names: Sequence[str]) -> list[str]:
-    """UIDs of the DICOM series in ``folder`` that make up a volume."""
-    paths = [os.path.join(folder, n) for n in names]
-    paths = [p for p in paths if file_suffix(p) in DICOM_SUFFIXES or (not _has_known_suffix(p) and is_dicom_file(p))]
-    slices: dict[str, int] = {}
-    for path in paths:
-        uid, count = _series_and_slices(path)
-        if uid:
-            slices[uid] = slices.get(uid, 0) + count
-    single = [uid for uid, count in slices.items() if count < 2]
-    if single:
-        logger.info("%s: left out %d DICOM series of a single slice.", folder, len(single))
-    return sorted(set(slices) - set(single))
-
-
-def _has_known_suffix(path: str) -> bool:
-    # DICOM files are often named by their UID alone, whose last part then looks like a suffix.
-    suffix = file_suffix(path)
-    return bool(suffix) and not suffix[1:].isdigit()
-
-
-def _series_and_slices(path: str) -> tuple[str, int]:
-    """SeriesInstanceUID and number of slices in one DICOM file; ``("", 0)`` if it holds no scan."""
-    try:
-        header = dicom_header(path, ["SeriesInstanceUID", "Modality", "Rows", "NumberOfFrames"])
-    except OSError as error:
-        logger.warning("%s is not a readable DICOM file and is left out: %s", path, error)
-        return "", 0
-    is_scan = "Rows" in header and header.get("Modality") not in ("SEG", "RTDOSE")
-    return (str(header.get("SeriesInstanceUID", "")), int(header.get("NumberOfFrames") or 1)) if is_scan else ("", 0)
-
-
 def load_datalist(
     data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
     dataset_dir: str | os.PathLike | None = None,
@@ -146,7 +43,7 @@ def load_datalist(
 ) -> list[dict]:
     """Read a data list in the style of the Medical Segmentation Decathlon, or several that are aggregated.
 
-    For lists with labels see :func:`pgl_ext.data.cases.labelled_items`.
+    For lists with labels see :func:`labelled_items`.
 
     Args:
         data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``. Its own
@@ -231,10 +128,17 @@ def _to_item(entry: object, index: int, dataset_dir: str | os.PathLike | None, p
     return item | {name: listed_path(value, path, dataset_dir) for name, value in paths.items()}
 
 
+def has_known_suffix(path: str) -> bool:
+    """Whether a file's name ends in a suffix that says what the file is."""
+    # DICOM files are often named by their UID alone, whose last part then looks like a suffix.
+    suffix = file_suffix(path)
+    return bool(suffix) and not suffix[1:].isdigit()
+
+
 def _is_supported(path: str) -> bool:
     return (
         file_suffix(path) in SUPPORTED_SUFFIXES
-        or not _has_known_suffix(path)
+        or not has_known_suffix(path)
         or os.path.isdir(path)
         or is_dicom_file(path)
     )
@@ -270,32 +174,79 @@ def source_names(items: Iterable[Mapping], field: str) -> list[str]:
     return sorted({str(item[field]) for item in items})
 
 
-def split_datalist(items: Iterable[Mapping], validation_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Split items at random into a training and a validation part.
-
-    The split depends on the seed and on which items there are, not on their order. With a fraction above 0 the
-    validation part has at least one item and leaves at least one for training; a single item serves as both.
+def labelled_items(
+    data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
+    dataset_dir: str | os.PathLike | None = None,
+    key: str = "training",
+    annotated_key: str | None = None,
+) -> list[dict]:
+    """Read the labelled cases of a data list in the style of the Medical Segmentation Decathlon.
 
     Args:
-        items: data items with ``"image"``.
-        validation_fraction: share of the items to validate on, in [0, 1).
-        seed: of the random choice.
+        data_list_file_path: JSON file that maps ``key`` to a list of dicts with ``"image"`` and ``"label"``; or several
+            such files.
+        dataset_dir: folder that relative paths start from; by default the folder of the JSON file, of each its own.
+        key: which list of the file to take.
+        annotated_key: field of an entry that lists the organs annotated in its label map; those not listed are
+            unknown there, not background. Where an entry lacks it, its field ``"annotated"`` counts, which the files
+            written by :func:`pgl_ext.data.prepare.prepare_cases` have. None: every label map shows all organs.
 
     Returns:
-        The training items and the validation items, each ordered by path.
+        Cases in the file's order: ``{"image": absolute path, "label": absolute path}``, plus ``"series_uid"`` where
+        given and ``"annotated"``, a list of names, with an ``annotated_key``.
 
     Raises:
-        ValueError: the fraction is outside [0, 1).
+        ValueError: the list cannot be used (see :func:`load_datalist`), or entries lack a label
+            or, with an ``annotated_key``, the names of the annotated organs. All such entries are named at once.
     """
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}.")
-    ordered = sorted((dict(item) for item in items), key=item_name)
-    if validation_fraction == 0 or not ordered:
-        return ordered, []
-    if len(ordered) == 1:
-        logger.warning("Only one volume, %s: it serves for training and for validation.", item_name(ordered[0]))
-        return ordered, [dict(ordered[0])]
-    count = min(max(1, round(validation_fraction * len(ordered))), len(ordered) - 1)
-    chosen = set(np.random.RandomState(seed).permutation(len(ordered))[:count].tolist())
-    train = [item for index, item in enumerate(ordered) if index not in chosen]
-    return train, [ordered[index] for index in sorted(chosen)]
+    fields = ["label", "annotated"] + ([annotated_key] if annotated_key else [])
+    cases, problems = [], []
+    for item in load_datalist(data_list_file_path, dataset_dir, key, keep=fields):
+        case = {name: item[name] for name in ("image", "series_uid") if name in item}
+        label = item.get("label")
+        if isinstance(label, str) and label:
+            case["label"] = label
+        else:
+            problems.append(f"{item_name(item)} has no single 'label' path, but {label!r}")
+        if annotated_key:
+            annotated = item.get(annotated_key, item.get("annotated"))
+            if isinstance(annotated, list) and all(isinstance(name, str) for name in annotated):
+                case["annotated"] = list(annotated)
+            else:
+                problems.append(f"{item_name(item)} has no list of organ names under {annotated_key!r}: {annotated!r}")
+        cases.append(case)
+    if problems:
+        raise ValueError(
+            f"{len(problems)} entries under {key!r} of data list {data_list_file_path} cannot be used:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\nComplete or remove them."
+        )
+    return cases
+
+
+def _stem(path: str) -> str:
+    """The name of a file without its ending, or of a folder."""
+    name = Path(path).name
+    return name if os.path.isdir(path) else name[: len(name) - len(file_suffix(name))]
+
+
+def unique_names(items: Sequence[Mapping]) -> list[str]:
+    """File names for outputs: the scan's own where no other scan has it, else with its folders or series before it."""
+    names = [_stem(item["image"]) for item in items]
+    if len(set(names)) == len(names):
+        return names
+    root = os.path.commonpath([os.path.dirname(item["image"]) for item in items])
+    count = Counter(names)
+    for index, item in enumerate(items):
+        if count[names[index]] > 1:
+            folder = os.path.relpath(os.path.dirname(item["image"]), root)
+            parts = [*Path(folder).parts, names[index], *([item["series_uid"]] if "series_uid" in item else [])]
+            names[index] = "_".join(parts)
+    # Two formats of one scan in one folder.
+    count = Counter(names)
+    taken = {name for name in names if count[name] == 1}
+    for index, name in enumerate(names):
+        if count[name] > 1:
+            names[index] = next(new for n in itertools.count(index) if (new := f"{name}_{n}") not in taken)
+            taken.add(names[index])
+    return names

@@ -4,75 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pgl_ext.data.cache import VolumeCache, prepare_items
-from pgl_ext.data.datalist import SOURCE_FIELDS, find_volumes, item_name, load_datalist, source_names, split_datalist
+from pgl_ext.data.cache import VolumeCache
+from pgl_ext.data.datalist import SOURCE_FIELDS, item_name
 from pgl_ext.data.memory import available_memory
-from pgl_ext.distributed import rank_and_world_size
+from pgl_ext.distributed import launched_rank_and_world_size, local_world_size
+from pgl_ext.errors import transform_error
+from pgl_ext.task import SegmentationTask
 
-__all__ = ["EpochBatchSampler", "VolumeDataset", "outlive_sigterm", "prepare_volumes"]
+__all__ = ["CaseDataset", "EpochBatchSampler", "TrainingLoader", "VolumeDataset", "default_workers", "delay_sigterm"]
 
 logger = logging.getLogger(__name__)
 
 _READ_ATTEMPTS = 3
 _SECONDS_BETWEEN_ATTEMPTS = 0.2
 _SECONDS_AFTER_SIGTERM = 30
-
-
-def prepare_volumes(
-    cache: VolumeCache,
-    dataset_dir: str | None = None,
-    data_list_file_path: str | Sequence[str] | None = None,
-    data_list_key: str = "training",
-    validation_fraction: float = 0.05,
-    seed: int = 0,
-    skip_bad_files: bool = False,
-    report_path: str | None = None,
-    source_fields: Sequence[str] = (),
-) -> dict[str, list[dict]]:
-    """The start-up scan: find the volumes, check and cache each, and hold some out for validation.
-
-    In a distributed run every process caches its share and learns of the others' bad files.
-
-    Args:
-        cache: where the preprocessed volumes are kept.
-        dataset_dir: folder that is searched recursively, or that the data list's paths are relative to.
-        data_list_file_path: Decathlon-style JSON to use instead of searching, or several.
-        data_list_key: the list in that JSON.
-        validation_fraction: share of the volumes held out, at least one.
-        seed: of the split.
-        skip_bad_files: go on without bad files and write their list to ``report_path``.
-        report_path: text file, one ``path<TAB>reason`` per line.
-        source_fields: what the method has to know of every scan, of ``"task"`` and ``"group"``.
-
-    Returns:
-        ``training`` and ``validation``: lists of items.
-
-    Raises:
-        BadVolumesError: listing all bad files at once.
-        FileNotFoundError, ValueError: where folder or list are missing or empty, or scans lack a source field.
-    """
-    if data_list_file_path:
-        items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
-    elif dataset_dir:
-        items = find_volumes(dataset_dir)
-    else:
-        raise ValueError("no scans given: set --dataset_dir to a folder of scans, or --data_list_file_path to a list.")
-    # Before volumes are prepared, which can take hours.
-    for field in source_fields:
-        source_names(items, field)
-    items = prepare_items(cache, items, skip_bad_files, report_path)
-    training, validation = split_datalist(items, validation_fraction, seed)
-    if rank_and_world_size()[0] == 0:
-        logger.info("%d volumes for training, %d held out for validation.", len(training), len(validation))
-    return {"training": training, "validation": validation}
+_POINTS_PER_ORGAN = 10_000
 
 
 class VolumeDataset(Dataset):
@@ -89,7 +45,7 @@ class VolumeDataset(Dataset):
         seed: of all samples.
         memory_limit_gib: memory for volumes, in GiB; default: half of what is available to this process' share of the
             machine (``processes``). 0 reads everything from the cache.
-        processes: training processes on this machine.
+        processes: training processes on this machine; default: as many as torchrun started.
     """
 
     def __init__(
@@ -99,14 +55,14 @@ class VolumeDataset(Dataset):
         transform: Callable[[dict], dict],
         seed: int = 0,
         memory_limit_gib: float | None = None,
-        processes: int = 1,
+        processes: int | None = None,
     ) -> None:
         self.data = list(data)
         self.cache = cache
         self.transform = transform
         self.seed = seed
         if memory_limit_gib is None:
-            memory_limit_gib = 0.5 * available_memory() / processes / 2**30
+            memory_limit_gib = 0.5 * available_memory() / (processes or local_world_size()) / 2**30
         self._in_memory = self._load(memory_limit_gib * 2**30)
 
     def _load(self, limit: float) -> dict[int, np.ndarray]:
@@ -154,25 +110,84 @@ class VolumeDataset(Dataset):
             return self.transform(self.inputs(volume, self._in_memory[volume]))
         for attempt in range(_READ_ATTEMPTS):
             try:
-                return self.transform(self.inputs(volume, self.cache.open(self.data[volume])))
-            except Exception as error:
+                return self.transform(self.inputs(volume, _CachedArray(self.cache.open(self.data[volume]))))
+            except (OSError, RuntimeError) as error:  # MONAI makes a RuntimeError of what its transforms raise
                 # Network file systems fail for moments; a broken cache file is rebuilt by open().
+                cause = transform_error(error)
+                if not isinstance(cause, OSError):
+                    raise
                 if attempt == _READ_ATTEMPTS - 1:
-                    raise OSError(f"{type(error).__name__}: {error}") from error
+                    raise OSError(f"{type(cause).__name__}: {cause}") from error
                 time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
         raise AssertionError("unreachable")
 
 
-def outlive_sigterm(worker: int) -> None:
-    """For ``worker_init_fn``: let a loading process go on for 30 s after SIGTERM.
+class _CachedArray:
+    """An array on disk whose reading fails with an OSError, whatever its library raises."""
 
-    Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
-    and saves a checkpoint, which it could not do if those that load for it ended at once.
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.shape = array.shape
+
+    def __getitem__(self, place: Any) -> np.ndarray:
+        try:
+            return self._array[place]
+        except (RuntimeError, ValueError) as error:
+            raise OSError(f"a cached volume cannot be read: {error}") from error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+
+class CaseDataset(VolumeDataset):
+    """Samples of labelled cases, each a function of (seed, epoch, index) alone, as in pre-training.
+
+    The transform is given the cached case as ``image`` (2, X, Y, Z), ``organ_points`` (for each organ of the task up to
+    10,000 of its voxels, (N, 3)), and, for cases that say which organs were annotated, ``annotated`` (organs,).
 
     Args:
-        worker: number of the process, not used.
+        data: items with ``image`` and ``label``, optionally ``annotated``.
+        cache: makes the cached cases.
+        transform: makes a sample; a MONAI randomizable transform.
+        task: the organs.
+        kwargs: further arguments of :class:`VolumeDataset`.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+
+    def __init__(
+        self,
+        data: Sequence[dict],
+        cache: VolumeCache,
+        transform: Callable[[dict], dict],
+        task: SegmentationTask,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data, cache, transform, **kwargs)
+        self.task = task
+        self._partly_annotated = any("annotated" in item for item in self.data)
+        self._organ_points: dict[int, list[np.ndarray]] = {}
+
+    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+        if volume not in self._organ_points:
+            self._organ_points[volume] = self._find_organs(array)
+        sample = {"image": array, "organ_points": self._organ_points[volume]}
+        if self._partly_annotated:
+            annotated = self.data[volume].get("annotated", self.task.names)
+            sample["annotated"] = torch.tensor(self.task.channels_of(annotated))
+        return sample
+
+    def _find_organs(self, array: Any) -> list[np.ndarray]:
+        """Voxels of each organ, a random choice where there are many; the same in every worker."""
+        labels = np.asarray(array[1:2])[0]
+        places = np.flatnonzero(labels)
+        values = labels.ravel()[places]
+        generator = np.random.default_rng(0)
+        points = []
+        for organ in self.task.organs.values():
+            found = places[np.isin(values, organ)]
+            if len(found) > _POINTS_PER_ORGAN:
+                found = generator.choice(found, _POINTS_PER_ORGAN, replace=False)
+            points.append(np.stack(np.unravel_index(found, labels.shape), axis=1).astype(np.int32))
+        return points
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -187,7 +202,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         max_epochs: epochs to run through.
         patches_per_volume: samples per volume and epoch.
         seed: of the order.
-        rank: this process.
+        rank: this process; default: as torchrun started it, like ``world_size``.
         world_size: number of processes.
 
     Raises:
@@ -201,9 +216,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         max_epochs: int,
         patches_per_volume: int = 1,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
+        launched = launched_rank_and_world_size()
+        rank = launched[0] if rank is None else rank
+        world_size = launched[1] if world_size is None else world_size
         if min(num_volumes, batch_size, max_epochs, patches_per_volume) < 1:
             raise ValueError(
                 "num_volumes, batch_size, max_epochs and patches_per_volume must be at least 1, got "
@@ -226,13 +244,18 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Optimiser steps per epoch."""
         return self.steps
 
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all epochs."""
+        return self.max_epochs * self.steps
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """All batches from ``start_step`` on.
 
         An iterator that ended with each epoch would empty the workers' queues.
         """
         step = self.start_step
-        while step < self.max_epochs * self.steps:
+        while step < self.total_steps:
             epoch = step // self.steps
             order = np.random.default_rng([self.seed, epoch]).permutation(self.draws)
             for batch in np.array_split(order, self.steps)[step % self.steps :]:
@@ -255,3 +278,42 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
                 f"{self.state_dict()}: resume with the same data, batch_size, patches_per_volume and seed."
             )
         self.start_step = step
+
+
+class TrainingLoader(DataLoader):
+    """PyTorch's ``DataLoader`` for training: whole batches by a sampler, and workers that outlive SIGTERM.
+
+    Args:
+        dataset: what is loaded.
+        batch_sampler: an :class:`EpochBatchSampler`.
+        num_workers: loading processes; 0: load in this one.
+        device: that the batches go to; memory is pinned for GPUs.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_sampler: Sampler, num_workers: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=num_workers,
+            worker_init_fn=delay_sigterm,
+            pin_memory=torch.device(device).type == "cuda",
+        )
+
+
+def default_workers() -> int:
+    """Loading processes for a training: one per core that it may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def delay_sigterm(worker: int) -> None:
+    """For ``worker_init_fn``: let a loading process go on for 30 s after SIGTERM.
+
+    Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
+    and saves a checkpoint, which it could not do if those that load for it ended at once.
+
+    Args:
+        worker: number of the process, not used.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))

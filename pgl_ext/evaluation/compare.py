@@ -1,8 +1,8 @@
 """Whether one segmentation is better than another: paired differences of the scores that evaluations wrote.
 
-:mod:`pgl_ext.evaluation.metrics` gives no score (NaN) where an organ is in neither reference nor prediction, and the worst one
-where it is only predicted. Where one run predicts an absent organ and another does not, leaving that case out would
-hide the error: so here the run that is right has the perfect score, Dice 1 and HD95 0 mm. An organ that was not
+:mod:`pgl_ext.evaluation.metrics` gives no score (NaN) where an organ is in neither reference nor prediction, and the
+worst one where it is only predicted. Where one run predicts an absent organ and another does not, leaving that case out
+would hide the error: so here the run that is right has the perfect score, Dice 1 and HD95 0 mm. An organ that was not
 annotated in a case, in one run or in all, has no part in a comparison.
 """
 
@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import wilcoxon
 
-from pgl_ext.evaluation.figures import plot_differences
-from pgl_ext.files import write_csv
 from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE, confidence_interval, finite_mean, table
+from pgl_ext.files import write_csv
 
 __all__ = ["Scores", "by_organ", "common_keys", "compare_runs", "paired_scores", "paired_statistics", "read_scores"]
 
@@ -253,6 +252,8 @@ def _pairs(
 
 
 def _plot(pairs: Mapping, rows: Sequence[Mapping], reference: str, path: Path) -> None:
+    from pgl_ext.evaluation.figures import plot_differences
+
     differences = {
         metric: {name: {organ: b - a for organ, (a, b) in organs.items()} for name, organs in runs.items()}
         for metric, runs in pairs.items()

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pgl_ext.figures.base import BLUE, GREY, ORANGE, name_ticks, organ_colors, save_figure, tidy
 from pgl_ext.evaluation.metrics import METRICS
+from pgl_ext.figures.base import BLUE, GREY, ORANGE, name_ticks, organ_colors, save_figure, tidy
 
 __all__ = ["plot_differences", "plot_scores"]
 

@@ -6,11 +6,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -18,85 +17,19 @@ from monai.data.utils import affine_to_spacing
 from monai.transforms import Compose, Orientationd
 from monai.utils import convert_to_tensor
 
-from pgl_ext.data.cases import labelled_items
-from pgl_ext.transforms.checks import BadVolumesError
-from pgl_ext.data.datalist import item_name
-from pgl_ext.data.datalist import unique_names
-from pgl_ext.errors import root_cause
-from pgl_ext.figures.overlays import plot_overlay, thinning
-from pgl_ext.evaluation.figures import plot_scores
-from pgl_ext.files import write_csv, write_text
+from pgl_ext.data.prepare import check_items
 from pgl_ext.evaluation.metrics import METRICS, organ_scores
 from pgl_ext.evaluation.summary import AVERAGE, case_means, summarise, summary_rows, summary_table
+from pgl_ext.files import write_csv, write_nifti, write_text
 from pgl_ext.task import SegmentationTask
-from pgl_ext.transforms import LoadVolumed
+from pgl_ext.transforms.checks import BadVolumesError
+from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["CASE_COLUMNS", "EvaluationReport", "check_cases", "evaluation_cases"]
+__all__ = ["CASE_COLUMNS", "EvaluationReport"]
 
 logger = logging.getLogger(__name__)
 
 CASE_COLUMNS = ("case", "organ", *METRICS, "reference_ml", "predicted_ml", "status")
-
-
-# --- cases ----------------------------------------------------------------------------------------------------------
-
-
-def evaluation_cases(
-    data_list_file_path: str | os.PathLike | None,
-    dataset_dir: str | os.PathLike | None = None,
-    data_list_key: str = "validation",
-    annotated_key: str | None = None,
-) -> list[dict]:
-    """The labelled cases of a data list with a unique name each.
-
-    Args:
-        data_list_file_path: JSON data list.
-        dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
-        data_list_key: which list of the file to take.
-        annotated_key: field of an entry that lists the organs annotated there; see
-            :func:`pgl_ext.data.cases.labelled_items`.
-
-    Returns:
-        Cases with ``"name"``, ``"image"``, ``"label"`` and, where given, ``"series_uid"`` and ``"annotated"``.
-
-    Raises:
-        ValueError: no data list is given, or it cannot be used.
-    """
-    if data_list_file_path is None:
-        raise ValueError(
-            "no list of test cases is given: set --data_list_file_path FILE --data_list_key KEY (of a probe "
-            "--test_data_list_file_path, --test_data_list_key) to a JSON data list with image and label of each case, "
-            "such as the split.json that training wrote."
-        )
-    cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
-    return [{**case, "name": name} for case, name in zip(cases, unique_names(cases), strict=True)]
-
-
-def check_cases(cases: Iterable[Mapping], loading: Callable[[Mapping], Any]) -> None:
-    """Load every case once, so that all bad ones are known before anything is done with the first.
-
-    Args:
-        cases: items with ``"image"``.
-        loading: transforms that load and check one case.
-
-    Raises:
-        BadVolumesError: listing all bad cases at once.
-    """
-    cases, bad = list(cases), {}
-    for case in cases:
-        try:
-            loading(case)
-        except (ValueError, OSError, RuntimeError) as error:
-            cause = root_cause(error)
-            # These are for the user to put right, not faults of the case.
-            if isinstance(cause, (ImportError, MemoryError)):
-                raise cause from error
-            bad[item_name(case)] = str(cause)
-    if bad:
-        raise BadVolumesError(bad, len(cases), can_skip=False)
-
-
-# --- report ---------------------------------------------------------------------------------------------------------
 
 
 class EvaluationReport:
@@ -105,7 +38,7 @@ class EvaluationReport:
     Before the first case it stops where the folder holds a report already, or where cases are bad. Then it writes:
 
     - ``predictions/NAME.nii.gz``: label map on the grid of the image, with the values of the task's label files;
-    - ``cases.csv``: Dice, IoU, HD and HD95 (mm) of each case and organ, as :mod:`pgl_ext.evaluation.metrics` defines them;
+    - ``cases.csv``: Dice, IoU, HD and HD95 (mm) of each case and organ, see :mod:`pgl_ext.evaluation.metrics`;
     - ``summary.csv``, ``summary.json``: mean, standard deviation and 95 % confidence interval per organ and of all;
     - ``boxplots.png``: Dice and HD95;
     - ``overlays/best.png``, ``median.png``, ``worst.png``: reference and prediction, by the case's mean Dice.
@@ -113,7 +46,7 @@ class EvaluationReport:
     Args:
         output_dir: folder for all that; made if missing.
         task: what is segmented.
-        cases: from :func:`evaluation_cases`.
+        cases: from :func:`pgl_ext.data.prepare.evaluation_cases`.
         loading: transforms that load and check one case; None: don't check.
         description: further entries for ``summary.json``, such as the model's path.
         label_key: key of the reference (1, X, Y, Z), with the label files' values, on the grid of the image's file.
@@ -159,7 +92,9 @@ class EvaluationReport:
                 "--output_dir, or remove this one."
             )
         if self.loading is not None:
-            check_cases(self.cases.values(), self.loading)
+            bad = check_items(list(self.cases.values()), self.loading)
+            if bad:
+                raise BadVolumesError(bad, len(self.cases), can_skip=False)
         self.rows = []
 
     def _add_all(self, engine: Engine) -> None:
@@ -189,16 +124,9 @@ class EvaluationReport:
             reference = task.masks_of_labels(labels)[0].numpy()
             scores = organ_scores(mask, reference, affine_to_spacing(affine), known)
             rows.append({"case": name, "organ": organ, **scores})
-        self._save_prediction(name, masks, affine)
+        write_nifti(self.task.labels_of_masks(masks)[0].numpy(), affine, self._prediction_path(name))
         self.rows += rows
         return rows
-
-    def _save_prediction(self, name: str, masks: torch.Tensor, affine: np.ndarray) -> None:
-        image = nib.Nifti1Image(self.task.labels_of_masks(masks)[0].numpy(), affine)
-        image.header.set_xyzt_units("mm")
-        path = self._prediction_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(image, path)
 
     def _prediction_path(self, name: str) -> Path:
         return self.folder / "predictions" / f"{name}.nii.gz"
@@ -216,6 +144,8 @@ class EvaluationReport:
         }
         write_text(self.folder / "summary.json", json.dumps({**self.description, **content}, indent=4) + "\n")
         write_csv(self.folder / "summary.csv", summary_rows(summary))
+        from pgl_ext.evaluation.figures import plot_scores
+
         scores = {
             metric: {organ: [row[metric] for row in self.rows if row["organ"] == organ] for organ in self.task.names}
             for metric in ("dice", "hd95_mm")
@@ -237,6 +167,8 @@ class EvaluationReport:
             self._draw_overlay(f"{title}: {name}, mean Dice {dice[name]:.3f}", name, path)
 
     def _draw_overlay(self, title: str, name: str, path: Path) -> None:
+        from pgl_ext.figures.overlays import plot_overlay, thinning
+
         case = {**self.cases[name], "pred": str(self._prediction_path(name))}
         keys = ["image", "label", "pred"]
         data = Compose([LoadVolumed(keys), Orientationd(keys, axcodes="RAS", labels=None)])(case)

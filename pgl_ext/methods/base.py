@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,11 @@ class Method(nn.Module):
             ``loss``, a scalar with gradient, ``feature_std`` and those of ``logged``, scalars without.
         """
         raise NotImplementedError
+
+    @property
+    def healthy_std(self) -> float:
+        """Standard deviation of features that have not collapsed: 1 / sqrt(feature_channels)."""
+        return 1 / math.sqrt(self.feature_channels)
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Pairs (online, target) of modules where the target follows the online one; none by default."""

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pgl_ext.methods.base import Method, check_two_views, feature_std
-from pgl_ext.networks.resnet import initialise_convolutions
 from pgl_ext.networks.heads import MLPHead
+from pgl_ext.networks.resnet import initialise_convolutions
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
 from pgl_ext.transforms.deformations import rescale_to_unit
 

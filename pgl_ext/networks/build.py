@@ -16,18 +16,13 @@ from pgl_ext.networks.resnet import ResNetEncoder
 from pgl_ext.networks.segmentation import SegmentationNet
 from pgl_ext.settings import parse_bool
 
-__all__ = ["ENCODERS", "NETWORKS", "architecture_of", "build", "prepare_network"]
+__all__ = ["ENCODERS", "NETWORKS", "build", "prepare_network"]
 
 ENCODERS: dict[str, type[nn.Module]] = {"resnet": ResNetEncoder}
 """Classes of encoders by family."""
 
 NETWORKS: dict[str, type[nn.Module]] = {"resnet": SegmentationNet}
 """Classes of segmentation networks by the family of their encoder."""
-
-
-def architecture_of(network: nn.Module) -> dict[str, Any]:
-    """The family and arguments of an encoder or segmentation network, as plain values for a record."""
-    return {"family": network.family, "arguments": network.arguments}
 
 
 def build(classes: Mapping[str, type[nn.Module]], architecture: Mapping[str, Any], source: Any) -> nn.Module:

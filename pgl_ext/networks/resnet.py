@@ -33,6 +33,7 @@ class ResNetEncoder(ResNet):
         strides: the same for each level of the pyramid.
         channels: channels of each level of the pyramid (stem, stage 1, ..., stage 4).
         arguments: what builds this encoder again, as plain values.
+        architecture: family and arguments, for a record.
 
     Example:
         >>> encoder = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.25)
@@ -84,6 +85,7 @@ class ResNetEncoder(ResNet):
             "stem_stride": list(stem_stride),
             "last_stage_stride": last_stage_stride,
         }
+        self.architecture = {"family": self.family, "arguments": self.arguments}
         width = [int(planes * widen_factor) for planes in get_inplanes()]
         expansion = self.layer1[0].expansion
         factors = (1, 2, 4, 8, 8 * last_stage_stride)

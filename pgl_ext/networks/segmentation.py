@@ -32,6 +32,7 @@ class SegmentationNet(nn.Module):
 
     Attributes:
         arguments: what builds this network again, as plain values.
+        architecture: family and arguments, for a record.
 
     Raises:
         ValueError: the encoder takes another number of channels than ``in_channels``, or its levels do not follow each
@@ -72,9 +73,18 @@ class SegmentationNet(nn.Module):
             "aspp_channels": aspp_channels,
             "decoder_channels": list(decoder_channels),
         }
+        self.architecture = {"family": self.family, "arguments": self.arguments}
         self.stem_stride = tuple(float(s) for s in self.encoder.strides[0])
         initialise_convolutions(self.aspp)
         initialise_convolutions(self.decoder)
+
+    @torch.jit.unused
+    def parameter_groups(self, lr: float, encoder_lr_factor: float = 1.0) -> list[dict[str, Any]]:
+        """Parameters for an optimiser: the encoder's with a learning rate of their own, then all others."""
+        encoder = list(self.encoder.parameters())
+        known = {id(parameter) for parameter in encoder}
+        others = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        return [{"params": encoder, "lr": lr * encoder_lr_factor}, {"params": others, "lr": lr}]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Segment.

@@ -1,4 +1,4 @@
-"""What fine-tuning adds to a trainer: its learning-rate schedule, the best model, early stopping, logs and pictures."""
+"""Ignite handlers of fine-tuning: validation Dice, log, best model with early stopping, pictures."""
 
 from __future__ import annotations
 
@@ -13,37 +13,27 @@ import torch
 from ignite.engine import Engine, Events
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric
-from monai.transforms import MapTransform
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 
-from pgl_ext import __version__
-from pgl_ext.figures import figure_to_array
-from pgl_ext.figures.overlays import plot_overlay
+from pgl_ext.distributed import launched_rank_and_world_size
 from pgl_ext.handlers import MetricsLog
 from pgl_ext.settings import check_positive
 from pgl_ext.task import SegmentationTask
-from pgl_ext.weights import save_weights
+from pgl_ext.weights.files import save_weights
+from pgl_ext.weights.records import ModelRecord
 
-__all__ = [
-    "BestModel",
-    "OrganMasksd",
-    "OverlayPictures",
-    "SegmentationMetricsLog",
-    "ValidationDice",
-    "fine_tuning_schedule",
-]
+__all__ = ["BestModel", "OverlayPictures", "SegmentationMetricsLog", "ValidationDice"]
 
 logger = logging.getLogger(__name__)
 
 
 class ValidationDice(IgniteMetricHandler):
-    """Dice of the validation cases as :mod:`pgl_ext.evaluation.metrics` defines it: the mean over organs, and of these over cases.
+    """Dice of the validation cases as evaluation defines it: the mean over organs, and of these over cases.
 
     An organ that is in the prediction alone has Dice 0; one that is in neither, or is not annotated, takes no part.
     MONAI's ``MeanDice`` would leave out the former, and count the last.
 
-    The evaluator's outputs are masks ``pred`` and ``label`` (organs, X, Y, Z), see :class:`OrganMasksd`. Its batch may
+    The evaluator's outputs are masks ``pred`` and ``label`` (organs, X, Y, Z), see ``OrganMasksd``. Its batch may
     have ``annotated`` (organs,). Details: (cases, organs), NaN for what takes no part.
     """
 
@@ -71,7 +61,7 @@ class SegmentationMetricsLog(MetricsLog):
         patches_per_epoch: over all processes.
         task: the organs.
         interval: optimiser steps between rows.
-        rank: this process; only rank 0 writes.
+        rank: this process; only rank 0 writes. Default: as torchrun started it.
     """
 
     def __init__(
@@ -81,7 +71,7 @@ class SegmentationMetricsLog(MetricsLog):
         patches_per_epoch: int,
         task: SegmentationTask,
         interval: int = 10,
-        rank: int = 0,
+        rank: int | None = None,
     ) -> None:
         self.names = tuple(f"val_dice_{name}" for name in task.names)
         columns = ("loss", "lr", "patches_per_s", "read_errors", "val_mean_dice", *self.names)
@@ -103,10 +93,10 @@ class BestModel:
         evaluator: validates at the end of epochs; has the metric.
         network: the segmentation network itself, not its distributed wrapper.
         path: model file (``.pt``), a plain state dict; a JSON beside it says how to build the network and use it.
-        description: for the JSON: ``task``, ``network``, ``normalization``, ``spacing``, ``patch_size`` and others.
+        description: for the record beside it: ``task``, ``network``, ``input`` and others, see :class:`ModelRecord`.
         patience: epochs without a better score after which training stops; None: never.
         metric: name of the score, larger is better.
-        rank: this process; only rank 0 writes.
+        rank: this process; only rank 0 writes. Default: as torchrun started it.
 
     Raises:
         ValueError: where ``patience`` is less than 1.
@@ -120,7 +110,7 @@ class BestModel:
         description: Mapping[str, Any],
         patience: int | None = None,
         metric: str = "val_mean_dice",
-        rank: int = 0,
+        rank: int | None = None,
     ) -> None:
         if patience is not None and patience < 1:
             raise ValueError(
@@ -132,7 +122,7 @@ class BestModel:
         self.description = dict(description)
         self.patience = patience
         self.metric = metric
-        self.rank = rank
+        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
         self.best_score = -math.inf
         self.best_epoch = 0
         self.last_epoch = 0
@@ -153,15 +143,9 @@ class BestModel:
     def _save(self, engine: Engine) -> None:
         if self.rank > 0:
             return
-        description = {
-            "version": __version__,
-            **self.description,
-            "steps": engine.state.iteration,
-            "epoch": engine.state.epoch,
-        }
-        if self.best_epoch:
-            description[self.metric] = self.best_score
-        save_weights(self.network.state_dict(), self.path, description)
+        score = {self.metric: self.best_score} if self.best_epoch else {}
+        content = {**self.description, "steps": engine.state.iteration, "epoch": engine.state.epoch, **score}
+        save_weights(self.network.state_dict(), self.path, ModelRecord.from_json(content, "the config's description"))
 
     def _stop_if_patience_is_over(self, engine: Engine) -> None:
         if self.patience is not None and self.last_epoch - self.best_epoch >= self.patience:
@@ -193,7 +177,7 @@ class BestModel:
 
 
 class OverlayPictures:
-    """Draws reference and prediction of the last validation case, to TensorBoard and to ``overlay.png``.
+    """Draws reference and prediction of the last validation case, to TensorBoard and ``overlay.png``; in one process.
 
     Args:
         evaluator: its batch has ``image``, its output masks ``pred`` and ``label`` (organs, X, Y, Z).
@@ -223,6 +207,8 @@ class OverlayPictures:
         self._validations = 0
 
     def attach(self, engine: Engine) -> None:
+        if launched_rank_and_world_size()[0] > 0:
+            return
         self.evaluator.add_event_handler(Events.COMPLETED, self._validated, engine)
         engine.add_event_handler(Events.COMPLETED, self._draw)
 
@@ -240,6 +226,9 @@ class OverlayPictures:
             title: torch.as_tensor(output[key]).cpu().numpy()
             for title, key in (("reference", "label"), ("prediction", "pred"))
         }
+        from pgl_ext.figures.base import figure_to_array
+        from pgl_ext.figures.overlays import plot_overlay
+
         title = f"step {engine.state.iteration}"
         figure = plot_overlay(image, masks, self.task.names, self.spacing, self.folder / "overlay.png", title)
         with SummaryWriter(str(self.folder / "tensorboard")) as writer:

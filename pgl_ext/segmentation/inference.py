@@ -1,10 +1,8 @@
-"""Segmenting new scans: which ones, clean-up of what the network finds, and the files that are written."""
+"""Segmenting new scans: which ones, and the files that are written of each."""
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,26 +12,21 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
-from monai.transforms import Compose, MapTransform, Orientationd
-from monai.utils import convert_to_numpy, convert_to_tensor
-from scipy import ndimage
+from monai.transforms import Orientationd
+from monai.utils import convert_to_numpy
 
-from pgl_ext.data.cache import resolve_bad
-from pgl_ext.transforms.checks import BadVolumesError
-from pgl_ext.data.datalist import NIFTI_SUFFIXES, dicom_header, file_suffix, is_dicom_file
-from pgl_ext.data.datalist import inference_items, unique_names
+from pgl_ext.data.find import find_scans
+from pgl_ext.data.prepare import check_items, resolve_bad
+from pgl_ext.files import write_csv, write_nifti
 from pgl_ext.segmentation.dicom_seg import require_highdicom, write_dicom_seg
-from pgl_ext.evaluation.handler import check_cases
-from pgl_ext.figures.overlays import plot_overlay, thinning
-from pgl_ext.files import write_atomically, write_csv
 from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms.formats import NIFTI_SUFFIXES, file_suffix, is_dicom_file
 from pgl_ext.transforms.load import LoadVolumed, series_files
 
-__all__ = ["KeepComponentsd", "LabelMapd", "SaveSegmentations", "scans_to_segment"]
+__all__ = ["SaveSegmentations", "scans_to_segment"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +34,6 @@ _LABELS, _PROBABILITIES, _UNCERTAINTY = "_seg.nii.gz", "_probabilities.nii.gz", 
 _DICOM, _OVERLAY = "_seg.dcm", "_overlay.png"
 _OUTPUTS = (_LABELS, _PROBABILITIES, _UNCERTAINTY, _DICOM, _OVERLAY)
 _COLUMNS = ("case", "organ", "millilitres")
-# Fields of a NIfTI header that say where its voxels lie.
-_GRID_FIELDS = (
-    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
-    "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
-)  # fmt: skip
 
 
 # --- what to run on -------------------------------------------------------------------------------------------------
@@ -63,14 +51,11 @@ def scans_to_segment(
 ) -> list[dict]:
     """The scans to segment, after making sure that all can be read and that nothing is overwritten.
 
-    Outputs of earlier runs that lie in ``dataset_dir`` are passed over.
-
     Args:
         output_dir: where the segmentations will be written.
         loading: transforms that load and check one item, to find bad scans before anything is computed.
-        dataset_dir: folder of scans, searched with the folders below it, or one file; a slice of a DICOM series stands
-            for its series. With a data list the folder that its paths start from.
-        data_list_file_path: JSON data list to take the scans from instead.
+        dataset_dir: see :func:`~pgl_ext.data.find.find_scans`, like the next two.
+        data_list_file_path: JSON data list.
         data_list_key: which list of the file to take.
         skip_bad_files: leave out scans that cannot be read instead of raising.
         overwrite: whether outputs of an earlier run may be replaced.
@@ -85,39 +70,12 @@ def scans_to_segment(
         FileExistsError: there are outputs of these scans already.
         ImportError: a package for DICOM SEG is not installed.
     """
-    items = _items(dataset_dir, data_list_file_path, data_list_key)
+    written = (_LABELS, _PROBABILITIES, _UNCERTAINTY)
+    items = find_scans(dataset_dir, data_list_file_path, data_list_key, passed_over=written)
     _check_outputs(items, Path(output_dir), parse_bool(overwrite, "overwrite"))
     if parse_bool(dicom_seg, "save_dicom_seg") and any(_is_dicom(item["image"]) for item in items):
         require_highdicom()
-    try:
-        check_cases(items, loading)
-    except BadVolumesError as error:
-        skip = parse_bool(skip_bad_files, "skip_bad_files")
-        return resolve_bad(error.bad, items, skip, Path(output_dir) / "skipped_files.txt")
-    return items
-
-
-def _items(dataset_dir: Any, data_list_file_path: Any, data_list_key: str) -> list[dict]:
-    if data_list_file_path is None and dataset_dir is not None and os.path.isfile(dataset_dir):
-        item = _whole_series(os.path.abspath(dataset_dir))
-        return [{**item, "name": name} for name in unique_names([item])]
-    found = inference_items(dataset_dir, data_list_file_path, data_list_key)
-    items = [item for item in found if not item["image"].endswith((_LABELS, _PROBABILITIES, _UNCERTAINTY))]
-    if len(items) < len(found):
-        logger.info("Passed over %d outputs of earlier runs.", len(found) - len(items))
-    if not items:
-        raise ValueError(f"Dataset folder {dataset_dir} holds only segmentations: set it to a folder of scans.")
-    return items
-
-
-def _whole_series(path: str) -> dict:
-    """The series that a DICOM file is a slice of; other files stand for themselves."""
-    if is_dicom_file(path):
-        header = dicom_header(path, ["SeriesInstanceUID", "NumberOfFrames"])
-        folder, uid = os.path.dirname(path), str(header.get("SeriesInstanceUID", ""))
-        if int(header.get("NumberOfFrames") or 1) == 1 and uid and len(series_files(folder, uid)) > 1:
-            return {"image": folder, "series_uid": uid}
-    return {"image": path}
+    return resolve_bad(check_items(items, loading), items, skip_bad_files, Path(output_dir) / "skipped_files.txt")
 
 
 def _is_dicom(path: str) -> bool:
@@ -200,13 +158,15 @@ class SaveSegmentations:
             # What an earlier run wrote must not be taken for this one's.
             self._path(name, suffix).unlink(missing_ok=True)
         affine = np.asarray(labels.affine, dtype=np.float64)
-        _write_nifti(convert_to_numpy(labels)[0], affine, source["image"], self._path(name, _LABELS))
+        is_nifti = file_suffix(source["image"]) in NIFTI_SUFFIXES
+        header = nib.load(source["image"]).header if is_nifti else None
+        write_nifti(convert_to_numpy(labels)[0], affine, self._path(name, _LABELS), header)
         for suffix in (_PROBABILITIES, _UNCERTAINTY):
             extra = data.get(f"{self.pred_key}{suffix.removesuffix('.nii.gz')}")
             if extra is not None:
                 values = np.moveaxis(convert_to_numpy(extra), 0, -1)
                 values = values[..., 0] if values.shape[-1] == 1 else values
-                _write_nifti(values, affine, source["image"], self._path(name, suffix))
+                write_nifti(values, affine, self._path(name, suffix), header)
         self._add_volumes(name, convert_to_numpy(masks), affine)
         if self.dicom_seg and _is_dicom(source["image"]):
             self._write_dicom(name, convert_to_numpy(masks), source)
@@ -239,8 +199,10 @@ class SaveSegmentations:
             logger.error("%s: no DICOM SEG, as its headers do not allow it: %s", path, error)
 
     def _draw(self, name: str, masks: MetaTensor, source: Mapping[str, str]) -> None:
+        from pgl_ext.figures.overlays import plot_overlay, thinning
+
         data = {**LoadVolumed("image")(source), "masks": masks}
-        data = Compose([Orientationd(["image", "masks"], axcodes="RAS", labels=None)])(data)
+        data = Orientationd(["image", "masks"], axcodes="RAS", labels=None)(data)
         thinned = thinning(data["image"].shape[1:])
         plot_overlay(
             convert_to_numpy(data["image"])[0][thinned],
@@ -250,24 +212,3 @@ class SaveSegmentations:
             self._path(name, _OVERLAY),
             name,
         )
-
-
-def _write_nifti(voxels: np.ndarray, affine: np.ndarray, source: str, path: Path) -> None:
-    """Write voxels (X, Y, Z[, C]) on the grid of the scan in ``source``; its header's fields if it is NIfTI."""
-    image = nib.Nifti1Image(voxels, affine)
-    image.header.set_xyzt_units("mm")
-    if file_suffix(source) in NIFTI_SUFFIXES:
-        header = nib.load(source).header
-        for field in _GRID_FIELDS:
-            image.header[field] = header[field]
-        image.header["pixdim"][4:] = 1
-    else:
-        image.set_qform(affine, code=1)
-        image.set_sform(affine, code=1)
-
-    def save(file: io.BufferedIOBase) -> None:
-        # As nibabel does, but no time of writing: the same segmentation is the same file.
-        with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as compressed:
-            image.to_stream(compressed)
-
-    write_atomically(save, path)

@@ -15,9 +15,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from pgl_ext import __version__
-from pgl_ext.files import write_atomically
 from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.files import write_atomically
 
 __all__ = ["render_page", "write_report"]
 

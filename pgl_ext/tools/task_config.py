@@ -14,11 +14,10 @@ import torch
 from monai.bundle import ConfigParser
 
 from pgl_ext import __version__
-from pgl_ext.weights import recorded_model
 from pgl_ext.networks.segmentation import SegmentationNet
-from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.task import SegmentationTask
-from pgl_ext.weights import load_encoder, read_description, save_weights
+from pgl_ext.tools.study.configs import merged_config
+from pgl_ext.weights import load_encoder, read_description, recorded_model, save_weights
 
 __all__ = ["task_config", "write_start_model"]
 

@@ -10,6 +10,7 @@ from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 
+from pgl_ext.transforms.checks import BadVolumeError
 from pgl_ext.transforms.formats import (
     NIFTI_SUFFIXES,
     SUPPORTED,
@@ -40,7 +41,8 @@ class LoadVolumed(MapTransform):
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a file is of an unsupported type, cannot be read, or does not hold a single-channel 3D volume.
+        BadVolumeError: a file is of an unsupported type, cannot be read, or does not hold a single-channel 3D volume; a
+            ``ValueError``.
         ImportError: ``itk``, or ``pydicom`` for a series, is needed and not installed.
     """
 
@@ -54,24 +56,20 @@ class LoadVolumed(MapTransform):
         return out
 
 
-class _NotAVolumeError(ValueError):
-    """What was read is in order, but not one single-channel 3D volume."""
-
-
 def _load(path: str, series_uid: str | None) -> MetaTensor:
     reader = _reader_for(path, series_uid)
     # LoadImage would do the same two steps, but builds every reader MONAI knows each time and, should this one fail,
     # tries all the others: slow, noisy, and the error that counts is lost.
     try:
         array, meta = reader.get_data(reader.read(path))
-        array = _as_volume(array, _describe(path, series_uid))
-    except (ImportError, MemoryError, _NotAVolumeError):
+    except (ImportError, MemoryError, BadVolumeError):
         raise
-    except Exception as error:
-        raise ValueError(
+    except Exception as error:  # what damaged files make of the readers has no bounds
+        raise BadVolumeError(
             f"Cannot read {_describe(path, series_uid)}: {_first_line(error)}. The file may be truncated, damaged or "
             "of another type than its name says: restore or convert it, or remove it from the data."
         ) from error
+    array = _as_volume(array, _describe(path, series_uid))
     meta["filename_or_obj"] = path
     image = MetaTensor.ensure_torch_and_prune_meta(array, meta)
     return EnsureChannelFirst(channel_dim="no_channel")(image)
@@ -89,7 +87,7 @@ def _as_volume(array: np.ndarray, name: str) -> np.ndarray:
 
 def _check_shape(shape: Sequence[int], name: str) -> None:
     if len(shape) != 3:
-        raise _NotAVolumeError(
+        raise BadVolumeError(
             f"{name} has shape {tuple(shape)}: only single-channel 3D volumes are supported. Extract one channel or "
             "time point into a file of its own."
         )
@@ -103,8 +101,8 @@ def _reader_for(path: str, series_uid: str | None) -> ImageReader:
         if suffix in NIFTI_SUFFIXES:
             return NibabelReader()
         if suffix not in SUPPORTED_SUFFIXES and not is_dicom_file(path):
-            raise ValueError(
-                f"{path} is of an unsupported type {suffix!r}: {SUPPORTED}. Convert the file or remove it from the data."
+            raise BadVolumeError(
+                f"{path} is of an unsupported type {suffix!r}: {SUPPORTED}. Convert the file or remove it."
             )
     try:
         import itk  # noqa: F401
@@ -127,7 +125,7 @@ class _SeriesReader(ITKReader):
             folder, data = data, series_files(data, self.series_name)
             problem = problem_of_series(data)
             if problem:
-                raise _NotAVolumeError(f"{_describe(folder, self.series_name)} is no regular volume: {problem}.")
+                raise BadVolumeError(f"{_describe(folder, self.series_name)} is no regular volume: {problem}.")
         _check_components(data if isinstance(data, str) else data[0])
         return itk.imread(data, **self.kwargs, **kwargs)
 
@@ -158,10 +156,10 @@ def series_files(directory: str, series_uid: str) -> list[str]:
     if series_uid in found or (not series_uid and len(found) == 1):
         return list(names.GetFileNames(series_uid or found[0]))
     if not found:
-        raise _NotAVolumeError(f"Folder {directory} holds no DICOM series: give a folder of DICOM files, or a file.")
+        raise BadVolumeError(f"Folder {directory} holds no DICOM series: give a folder of DICOM files, or a file.")
     if series_uid:
-        raise _NotAVolumeError(f"Folder {directory} has no DICOM series {series_uid!r}, only {', '.join(found)}.")
-    raise _NotAVolumeError(
+        raise BadVolumeError(f"Folder {directory} has no DICOM series {series_uid!r}, only {', '.join(found)}.")
+    raise BadVolumeError(
         f"Folder {directory} holds {len(found)} DICOM series: set 'series_uid' to one of {', '.join(found)}."
     )
 

@@ -13,8 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
 
-from pgl_ext.settings import parse_bool
 from pgl_ext.geometry import linear_interpolation_matrix, resample_axes
+from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["RestoreOrgansd", "predictive_entropy"]

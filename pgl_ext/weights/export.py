@@ -38,7 +38,9 @@ def export_encoder(checkpoint: str | os.PathLike, out: str | os.PathLike, layout
     if layout not in _LAYOUTS:
         raise ValueError(f"layout must be one of {tuple(_LAYOUTS)}, got {layout!r}.")
     state, record = _part(checkpoint, ENCODER_PREFIX, "encoder")
-    save_weights({key.removeprefix(ENCODER_PREFIX): value for key, value in state.items()}, out, record, _LAYOUTS[layout])
+    save_weights(
+        {key.removeprefix(ENCODER_PREFIX): value for key, value in state.items()}, out, record, _LAYOUTS[layout]
+    )
     return Path(out)
 
 

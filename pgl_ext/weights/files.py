@@ -1,7 +1,7 @@
 """Files of weights: plain state dicts, with a record as JSON beside them.
 
-Encoder files have keys ``encoder.*``, decoder files ``aspp.*`` and ``decoder.*``. Files ending in ``.safetensors`` are in
-that format, with the record in their metadata too; all others are PyTorch's.
+Encoder files have keys ``encoder.*``, decoder files ``aspp.*`` and ``decoder.*``. Files ending in ``.safetensors`` are
+in that format, with the record in their metadata too; all others are PyTorch's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import nn
 from pgl_ext.files import write_atomically, write_text
 from pgl_ext.weights.records import EncoderRecord, ModelRecord
 
-__all__ = ["DECODER_PREFIXES", "ENCODER_PREFIX", "decoder_state", "load_state", "save_decoder", "save_encoder", "save_weights"]
+__all__ = [
+    "DECODER_PREFIXES",
+    "ENCODER_PREFIX",
+    "decoder_state",
+    "load_state",
+    "save_decoder",
+    "save_encoder",
+    "save_weights",
+]
 
 ENCODER_PREFIX = "encoder."
 DECODER_PREFIXES = ("aspp.", "decoder.")

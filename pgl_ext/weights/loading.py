@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.weights.files import ENCODER_PREFIX, decoder_state, load_state
-from pgl_ext.weights.records import EncoderRecord, ModelRecord
+from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord
 
 __all__ = [
     "LoadReport",
@@ -201,8 +201,7 @@ def load_pretrained(
     network: nn.Module,
     encoder: str | os.PathLike | None = None,
     decoder: str | os.PathLike | None = None,
-    hu_window: Sequence[float] | None = None,
-    spacing: Sequence[float] | None = None,
+    input: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
 
@@ -212,8 +211,7 @@ def load_pretrained(
             initialisation.
         decoder: a decoder file of pre-training, of which everything but the last convolution is loaded that fits;
             None: random initialisation.
-        hu_window: range in HU that this task clips to; None: not clipped.
-        spacing: that this task resamples to, in mm; None: as stored.
+        input: how volumes are prepared here, arguments of :class:`~pgl_ext.weights.InputRecord`.
 
     Returns:
         the same network. Of whatever is loaded into it later, as by MONAI Label or federated learning, it logs how many
@@ -231,7 +229,7 @@ def load_pretrained(
             continue
         logger.info("%s: %s", path, load(network, path))
         if Path(path).with_suffix(".json").is_file():
-            differences = EncoderRecord.load(path).input.differences(hu_window, spacing)
+            differences = EncoderRecord.load(path).input.differences(InputRecord(**(input or {})))
         else:
             differences = ["there is no JSON beside it, so that its normalisation and spacing are not known"]
         for difference in differences:
@@ -270,9 +268,7 @@ def build_encoder(path: str | os.PathLike | None = None, load: bool = True, **ov
         FileNotFoundError: the file does not exist, and its weights are to be loaded.
         ValueError: the weights do not fit the architecture, or the architecture is not known.
     """
-    architecture: Mapping[str, Any] = {"family": "resnet", "arguments": {}}
-    if path is not None and Path(path).with_suffix(".json").is_file():
-        architecture = EncoderRecord.load(path).architecture
+    architecture = EncoderRecord.load_or_default(path).architecture
     arguments = {**architecture.get("arguments", {}), **overrides}
     encoder = build(ENCODERS, {**architecture, "arguments": arguments}, f"encoder file {path}")
     if path is not None and load:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pgl_ext import __version__
 
-__all__ = ["EncoderRecord", "InputRecord", "ModelRecord"]
+__all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries"]
 
 _R = TypeVar("_R", bound="_Record")
 
@@ -38,13 +38,13 @@ class InputRecord:
     channels: int = 1
     orientation: str = "RAS"
 
-    def differences(self, hu_window: Sequence[float] | None, spacing: Sequence[float] | None) -> list[str]:
-        """What other preparation differs in, in words with the options that set it."""
+    def differences(self, other: InputRecord) -> list[str]:
+        """What another preparation differs in, in words with the options that set it."""
         differences = []
-        if _floats(self.hu_window) != _floats(hu_window):
-            differences.append(f"clipped to {self.hu_window} HU, here {_floats(hu_window)} (--hu_window)")
-        if _floats(self.spacing) != _floats(spacing):
-            here = _floats(spacing) or "as stored"
+        if _floats(self.hu_window) != _floats(other.hu_window):
+            differences.append(f"clipped to {self.hu_window} HU, here {_floats(other.hu_window)} (--hu_window)")
+        if _floats(self.spacing) != _floats(other.spacing):
+            here = _floats(other.spacing) or "as stored"
             differences.append(f"spacing {self.spacing or 'as stored'}, here {here} mm (--spacing)")
         return differences
 
@@ -73,7 +73,7 @@ class _Record:
 
     @classmethod
     def from_json(cls: type[_R], content: Mapping[str, Any], source: Any) -> _R:
-        """Make a record of what a JSON file or a checkpoint holds, also as version 0.1.0 of 2026 wrote it.
+        """Make a record of what a JSON file or a checkpoint holds.
 
         Args:
             content: the entries.
@@ -90,7 +90,7 @@ class _Record:
         inputs = content["input"]
         unknown = sorted(set(inputs) - {part.name for part in fields(InputRecord)}) if _is_object(inputs) else [inputs]
         if unknown:
-            raise ValueError(f"{source} describes its input by {unknown}: install the version of pgl_ext that wrote it.")
+            raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
         typed = {name: value for name, value in content.items() if name in known}
         others = {name: value for name, value in content.items() if name not in known}
         return cls(**{**typed, "input": InputRecord(**inputs), "others": others})
@@ -123,8 +123,8 @@ class _Record:
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
-        """All entries as plain values, those that are not known (None) left out."""
-        content = {name: value for name, value in asdict(self).items() if name != "others" and value is not None}
+        """All entries as plain values."""
+        content = {name: value for name, value in asdict(self).items() if name != "others"}
         return json.loads(json.dumps({**content, **self.others}))
 
 
@@ -152,6 +152,13 @@ class EncoderRecord(_Record):
     @classmethod
     def _needed(cls) -> tuple[str, ...]:
         return ("architecture", "input")
+
+    @classmethod
+    def load_or_default(cls, path: str | os.PathLike | None) -> EncoderRecord:
+        """Read the record beside an encoder file; where there is none, that of the paper's ResNet-50 and its input."""
+        if path is not None and Path(path).with_suffix(".json").is_file():
+            return cls.load(path)
+        return cls(architecture={"family": "resnet", "arguments": {}}, input=InputRecord(hu_window=[-1024, 325]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Linear and nearest-neighbour probes: how much of a labelled task a frozen encoder's features hold, in minutes."""
+"""Linear probes: how much of a labelled task the features of a frozen encoder hold, in minutes."""
 
 from pgl_ext.evaluation.probes.network import ProbeNetwork, fit_probe
 

@@ -1,37 +1,33 @@
-"""Labelled voxels to fit a probe on, balanced over organs and background."""
+"""Labelled voxels to fit a probe on, balanced over organs and background, and the features of voxels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["LabelledVoxels", "sample_voxels"]
+__all__ = ["LabelledVoxels", "features_at", "sample_voxels"]
 
 
-@dataclass(frozen=True)
-class LabelledVoxels:
+class LabelledVoxels(NamedTuple):
     """Some voxels of a case, drawn at random from strata: the background, every organ, every overlap of organs.
 
     Args:
         voxels: indices (N, 3).
         targets: what the task's output channels should be there, 0 or 1 (N, out_channels).
-        counts: how many voxels of the case each stands for (N,).
-        balance: weights (N,) with which all strata are equally large.
-        known: which of the output channels are known in this case (out_channels,), bool.
+        weights: 1 / (voxels drawn from the stratum), so that all strata weigh the same, and 0 in channels of organs
+            that are not annotated, (N, out_channels).
+        sizes: voxels that each organ has in the case, NaN where it is not annotated (organs,).
     """
 
     voxels: torch.Tensor
     targets: torch.Tensor
-    counts: torch.Tensor
-    balance: torch.Tensor
-    known: torch.Tensor
-
-    def to(self, device: torch.device | str) -> LabelledVoxels:
-        """The same on a device."""
-        return LabelledVoxels(*(getattr(self, field.name).to(device) for field in fields(self)))
+    weights: torch.Tensor
+    sizes: torch.Tensor
 
 
 def sample_voxels(
@@ -52,28 +48,56 @@ def sample_voxels(
         generator: of the random choice.
         annotated: which organs are annotated (organs,), bool; None: all. The others take no part.
 
+    Returns:
+        The voxels, one stratum after another.
+
     Raises:
         ValueError: an organ is not annotated and the task is not multi-label.
     """
-    known = torch.ones(len(task.names), dtype=torch.bool) if annotated is None else annotated.bool()
-    task.check_annotated(known)
-    # Which organs a voxel is in is a matter of its label value, of which there are few.
-    values, index = torch.unique(labels, return_inverse=True)
-    masks = task.masks_of_labels(values.view(1, -1, 1, 1)).flatten(1) & known[:, None]
-    combinations, stratum_of_value = torch.unique(masks.flip(0), dim=1, return_inverse=True)
-    strata = stratum_of_value[index.flatten()]
-    chosen, counts, balance = [], [], []
-    for stratum, organs in enumerate(combinations.T):
+    annotated = torch.ones(len(task.names), dtype=torch.bool) if annotated is None else annotated.bool()
+    task.check_annotated(annotated)
+    strata, has_organ = _strata(labels, task, annotated)
+    chosen, counts, weights = [], [], []
+    for stratum, is_organ in enumerate(has_organ):
         places = torch.nonzero(strata == stratum)[:, 0]
-        number = min(len(places), per_organ if bool(organs.any()) else background)
+        number = min(len(places), per_organ if is_organ else background)
         chosen.append(places[torch.randperm(len(places), generator=generator)[:number]])
         counts.append(torch.full((number,), len(places) / number))
-        balance.append(torch.full((number,), 1 / number))
+        weights.append(torch.full((number, 1), 1 / number))
     places = torch.cat(chosen)
+    targets = task.targets(labels.flatten()[places].view(1, -1, 1, 1)).flatten(1).T
+    # Each voxel stands for as many of its stratum as were not drawn, and itself.
+    sizes = torch.cat(counts) @ targets[:, -len(task.names) :]
     return LabelledVoxels(
         torch.stack(torch.unravel_index(places, labels.shape[1:]), dim=1),
-        task.targets(labels.flatten()[places].view(1, -1, 1, 1)).flatten(1).T,
-        torch.cat(counts),
-        torch.cat(balance),
-        known if task.multi_label else torch.ones(task.out_channels, dtype=torch.bool),
+        targets,
+        torch.cat(weights) * (annotated if task.multi_label else torch.ones(task.out_channels)),
+        sizes.where(annotated, torch.nan),
     )
+
+
+def _strata(labels: torch.Tensor, task: SegmentationTask, annotated: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+    """Number of the stratum of every voxel (X * Y * Z,), and of every stratum whether there is an organ in it."""
+    # Which organs a voxel is in is a matter of its label value, of which there are few.
+    values, value_of_voxel = torch.unique(labels, return_inverse=True)
+    masks = task.masks_of_labels(values.view(1, -1, 1, 1)).flatten(1) & annotated[:, None]
+    combinations, stratum_of_value = torch.unique(masks.flip(0), dim=1, return_inverse=True)
+    return stratum_of_value[value_of_voxel.flatten()], combinations.any(0).tolist()
+
+
+def features_at(features: torch.Tensor, stride: Sequence[int], voxels: torch.Tensor) -> torch.Tensor:
+    """Features of some voxels, interpolated linearly: feature j of a map lies on voxel stride * j, the last one beyond.
+
+    Args:
+        features: feature map (1, C, x, y, z).
+        stride: of the map, in voxels per axis.
+        voxels: indices (N, 3).
+
+    Returns:
+        (N, C).
+    """
+    last = torch.tensor(features.shape[2:], device=voxels.device) - 1
+    places = voxels / torch.tensor(stride, device=voxels.device)
+    # grid_sample counts from -1 to 1 and takes z first; an axis of one feature has nowhere to go.
+    grid = (2 * places / last.clamp_min(1) - 1).flip(-1)[None, :, None, None]
+    return F.grid_sample(features, grid, padding_mode="border", align_corners=True)[0, :, :, 0, 0].T

@@ -1,0 +1,330 @@
+"""The start-up scan: what there is to train on or to test, which of it is bad, and how it is split."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pgl_ext.data.cache import VolumeCache
+from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, source_names, unique_names
+from pgl_ext.data.find import find_cases, find_volumes
+from pgl_ext.data.split import recorded_split, split_cases, split_volumes, write_split
+from pgl_ext.distributed import rank_and_world_size
+from pgl_ext.errors import transform_error
+from pgl_ext.files import write_text
+from pgl_ext.settings import parse_bool
+from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError
+
+__all__ = ["check_items", "evaluation_cases", "prepare_cases", "prepare_items", "prepare_volumes", "resolve_bad"]
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_volumes(
+    cache: VolumeCache,
+    dataset_dir: str | None = None,
+    data_list_file_path: str | Sequence[str] | None = None,
+    data_list_key: str = "training",
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    skip_bad_files: bool = False,
+    report_path: str | None = None,
+    source_fields: Sequence[str] = (),
+) -> dict[str, list[dict]]:
+    """The start-up scan: find the volumes, check and cache each, and hold some out for validation.
+
+    In a distributed run every process caches its share and learns of the others' bad files.
+
+    Args:
+        cache: where the preprocessed volumes are kept.
+        dataset_dir: folder that is searched recursively, or that the data list's paths are relative to.
+        data_list_file_path: Decathlon-style JSON to use instead of searching, or several.
+        data_list_key: the list in that JSON.
+        validation_fraction: share of the volumes held out, at least one.
+        seed: of the split.
+        skip_bad_files: go on without bad files and write their list to ``report_path``.
+        report_path: text file, one ``path<TAB>reason`` per line.
+        source_fields: what the method has to know of every scan, of ``"task"`` and ``"group"``.
+
+    Returns:
+        ``training`` and ``validation``: lists of items.
+
+    Raises:
+        BadVolumesError: listing all bad files at once.
+        FileNotFoundError, ValueError: where folder or list are missing or empty, or scans lack a source field.
+    """
+    if data_list_file_path:
+        items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
+    elif dataset_dir:
+        items = find_volumes(dataset_dir)
+    else:
+        raise ValueError("no scans given: set --dataset_dir to a folder of scans, or --data_list_file_path to a list.")
+    # Before volumes are prepared, which can take hours.
+    for field in source_fields:
+        source_names(items, field)
+    items = prepare_items(cache, items, skip_bad_files, report_path)
+    training, validation = split_volumes(items, validation_fraction, seed)
+    if rank_and_world_size()[0] == 0:
+        logger.info("%d volumes for training, %d held out for validation.", len(training), len(validation))
+    return {"training": training, "validation": validation}
+
+
+def prepare_cases(
+    cache: VolumeCache,
+    task: SegmentationTask,
+    dataset_dir: str | None = None,
+    data_list_file_path: str | Sequence[str] | None = None,
+    data_list_key: str = "training",
+    annotated_key: str | None = None,
+    test_cases: int = 0,
+    validation_fraction: float = 0.2,
+    label_fraction: float = 1.0,
+    labelled_cases: int | None = None,
+    seed: int = 0,
+    split_path: str | None = None,
+    skip_bad_files: bool = False,
+    report_path: str | None = None,
+) -> dict[str, list[dict]]:
+    """The start-up scan of a training: find the cases, split them, check and cache those in use, record the split.
+
+    In a distributed run every process caches its share and learns of the others' bad files.
+
+    Args:
+        cache: where the preprocessed cases are kept.
+        task: what is to be segmented.
+        dataset_dir: folder with a ``dataset.json``, or with images and label maps (see :func:`find_cases`), or that
+            the data list's paths are relative to.
+        data_list_file_path: Decathlon-style JSON to use instead, or several.
+        data_list_key: the list in the JSON.
+        annotated_key: see :func:`labelled_items`.
+        test_cases: see :func:`split_cases`, like the next four.
+        validation_fraction: share of the labelled cases to validate on.
+        label_fraction: share of the cases not held out for testing that are taken as labelled.
+        labelled_cases: their exact number instead.
+        seed: of the split.
+        split_path: JSON file for the split. Where it exists already, for the same settings and the same cases, its
+            split is used. The file is a data list itself, with the keys ``training``, ``validation``, ``test`` and
+            ``unused``.
+        skip_bad_files: go on without bad files and write their list to ``report_path``. The recorded split names them
+            still.
+        report_path: text file, one ``path<TAB>reason`` per line.
+
+    Returns:
+        ``training`` and ``validation``: lists of cases.
+
+    Raises:
+        BadVolumesError: listing all bad cases in use at once.
+        ValueError: folder or list are missing or empty, a case occurs twice, an organ is annotated in no case, the
+            split is impossible, no good case is left to train or validate on, or ``split_path`` holds another split.
+    """
+    cases = _listed_cases(dataset_dir, data_list_file_path, data_list_key, annotated_key)
+    settings = {
+        "seed": seed,
+        "label_fraction": label_fraction,
+        "labelled_cases": labelled_cases,
+        "validation_fraction": validation_fraction,
+        "test_cases": test_cases,
+    }
+    recorded = split_path is not None and os.path.exists(split_path)
+    split = recorded_split(split_path, settings, cases) if recorded else split_cases(cases, **settings)
+    _check_annotated(cases, split["training"], task)
+    in_use = {item_name(case): case for part in ("training", "validation") for case in split[part]}
+    good = {item_name(case) for case in prepare_items(cache, list(in_use.values()), skip_bad_files, report_path)}
+    parts = {name: [case for case in split[name] if item_name(case) in good] for name in ("training", "validation")}
+    for name, part in parts.items():
+        if split[name] and not part:
+            raise ValueError(
+                f"none of the {len(split[name])} cases for {name} can be used, such as {split[name][0]['image']} with "
+                f"{split[name][0]['label']}: repair them, take more cases, or split with another seed."
+            )
+    if rank_and_world_size()[0] == 0:
+        counts = {**{name: len(part) for name, part in split.items()}, **{n: len(part) for n, part in parts.items()}}
+        logger.info("Cases: %s.", ", ".join(f"{count} {name}" for name, count in counts.items()))
+        if split_path is not None and not recorded:
+            write_split(split_path, settings, split)
+    return parts
+
+
+def _listed_cases(
+    dataset_dir: str | None, data_list_file_path: str | Sequence[str] | None, key: str, annotated_key: str | None
+) -> list[dict]:
+    if not data_list_file_path and dataset_dir:
+        in_folder = os.path.join(dataset_dir, "dataset.json")
+        if _has_lists(in_folder):
+            if rank_and_world_size()[0] == 0:
+                logger.info("Taking the cases under %r of %s.", key, in_folder)
+            data_list_file_path = in_folder
+    if data_list_file_path:
+        return labelled_items(data_list_file_path, dataset_dir, key, annotated_key)
+    if not dataset_dir:
+        raise ValueError(
+            "no cases given: set --dataset_dir to a folder of images and labels, or --data_list_file_path to a list."
+        )
+    if annotated_key:
+        raise ValueError(
+            f"annotated_key is {annotated_key!r}, but folders do not say which organs are annotated: set "
+            '--data_list_file_path to a list that does, or --annotated_key "\\$None" if all are.'
+        )
+    return find_cases(dataset_dir)
+
+
+def _has_lists(path: str) -> bool:
+    """Whether a data list is there. nnU-Net writes a ``dataset.json`` without lists beside its folders."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # Reading the list says what is wrong with it.
+    return not isinstance(content, dict) or any(isinstance(value, list) and value for value in content.values())
+
+
+def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task: SegmentationTask) -> None:
+    """Find organs that are annotated nowhere, usually since the data list spells their names otherwise, and cases that
+    are annotated in part where the task needs all."""
+
+    def absent(where: Sequence[Mapping]) -> list[str]:
+        annotated = {name for case in where for name in case.get("annotated", task.names)}
+        return [name for name in task.names if name not in annotated]
+
+    if absent(cases):
+        named = sorted({name for case in cases for name in case["annotated"]})
+        raise ValueError(
+            f"the organs {absent(cases)} are annotated in no case; the data list names {named} as annotated: give the "
+            "task's organs the names that they have there."
+        )
+    partly = [case for case in training if absent([case])]
+    if partly and not task.multi_label:
+        raise ValueError(
+            f"{len(partly)} of the training cases, such as {item_name(partly[0])}, are not annotated for all organs "
+            f"({', '.join(absent(partly[:1]))} there), so that a multi-class task can not tell these from background: "
+            "set multi_label to true, or leave those organs or cases out."
+        )
+    if absent(training):
+        logger.warning("The organs %s are annotated in no training case and cannot be learned.", absent(training))
+
+
+def evaluation_cases(
+    data_list_file_path: str | os.PathLike | None,
+    dataset_dir: str | os.PathLike | None = None,
+    data_list_key: str = "validation",
+    annotated_key: str | None = None,
+) -> list[dict]:
+    """The labelled cases of a data list with a unique name each.
+
+    Args:
+        data_list_file_path: JSON data list.
+        dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
+        data_list_key: which list of the file to take.
+        annotated_key: field of an entry that lists the organs annotated there; see
+            :func:`~pgl_ext.data.datalist.labelled_items`.
+
+    Returns:
+        Cases with ``"name"``, ``"image"``, ``"label"`` and, where given, ``"series_uid"`` and ``"annotated"``.
+
+    Raises:
+        ValueError: no data list is given, or it cannot be used.
+    """
+    if data_list_file_path is None:
+        raise ValueError(
+            "no list of test cases is given: set --data_list_file_path FILE --data_list_key KEY (of a probe "
+            "--test_data_list_file_path, --test_data_list_key) to a JSON data list with image and label of each case, "
+            "such as the split.json that training wrote."
+        )
+    cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
+    return [{**case, "name": name} for case, name in zip(cases, unique_names(cases), strict=True)]
+
+
+# --- bad files ------------------------------------------------------------------------------------------------------
+
+
+def check_items(items: Sequence[Mapping], loading: Callable[[Mapping], Any]) -> dict[str, str]:
+    """Load every item once, so that all bad ones are known before anything is done with the first.
+
+    Args:
+        items: data items with ``"image"``.
+        loading: transforms that load and check one item.
+
+    Returns:
+        Why items cannot be used, by :func:`~pgl_ext.data.datalist.item_name`; empty if all are good.
+    """
+    bad = {}
+    for item in items:
+        try:
+            loading(item)
+        except Exception as error:
+            cause = transform_error(error)
+            if not isinstance(cause, (BadVolumeError, FileNotFoundError)):
+                raise  # a missing package, or a bug
+            bad[item_name(item)] = str(cause)
+    return bad
+
+
+def resolve_bad(
+    bad: Mapping[str, str],
+    items: Sequence[Mapping],
+    skip_bad_files: bool = False,
+    report_path: str | os.PathLike | None = None,
+) -> list[dict]:
+    """Leave out the volumes that cannot be used, or stop because of them.
+
+    Args:
+        bad: reasons by item name, as :meth:`VolumeCache.prepare` gives them, of all processes.
+        items: all items.
+        skip_bad_files: leave bad volumes out instead of raising.
+        report_path: file to list the volumes left out in, one ``path<TAB>reason`` per line.
+
+    Returns:
+        The good items, in the order given.
+
+    Raises:
+        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left. The message
+            lists all bad volumes.
+    """
+    good = [dict(item) for item in items if item_name(item) not in bad]
+    if not bad:
+        return good
+    if not parse_bool(skip_bad_files, "skip_bad_files") or not good:
+        raise BadVolumesError(bad, len(items))
+    logger.warning("Left out %d of %d volumes that cannot be used.", len(bad), len(items))
+    if report_path is not None:
+        write_text(Path(report_path), "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())))
+    return good
+
+
+def prepare_items(
+    cache: VolumeCache,
+    items: Sequence[Mapping],
+    skip_bad_files: bool = False,
+    report_path: str | os.PathLike | None = None,
+) -> list[dict]:
+    """Check and cache items, each process of a distributed run its share, and leave out or stop at the bad ones.
+
+    Every process learns of all bad files; the first one draws the progress bar and writes the report.
+
+    Args:
+        cache: where the preprocessed volumes are kept.
+        items: all items, the same in every process.
+        skip_bad_files: leave bad ones out instead of raising.
+        report_path: text file for what is left out, one ``path<TAB>reason`` per line.
+
+    Returns:
+        The good items, in the order given.
+
+    Raises:
+        BadVolumesError: listing all bad ones at once.
+    """
+    rank, world_size = rank_and_world_size()
+    bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)
+    if world_size > 1:
+        gathered: list[dict] = [{} for _ in range(world_size)]
+        dist.all_gather_object(gathered, bad)
+        bad = {name: reason for part in gathered for name, reason in part.items()}
+    return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)

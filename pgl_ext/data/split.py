@@ -1,0 +1,180 @@
+"""Which items are trained on, which are validated on, and which are held out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pgl_ext.data.datalist import item_name
+from pgl_ext.files import write_text
+
+__all__ = ["PARTS", "recorded_split", "split_cases", "split_volumes", "write_split"]
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("training", "validation", "test", "unused")
+"""The lists of a split, in the file that records it as well."""
+
+
+def split_volumes(items: Iterable[Mapping], validation_fraction: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Hold out a random share of unlabelled volumes for validation, by the same rules as :func:`split_cases`.
+
+    Args:
+        items: data items with ``"image"``.
+        validation_fraction: share of the items to validate on, in [0, 1). Above 0 it is at least one item and leaves at
+            least one for training; a single item serves as both.
+        seed: of the random choice.
+
+    Returns:
+        The training items and the validation items, each ordered by path.
+
+    Raises:
+        ValueError: the fraction is outside [0, 1).
+    """
+    _check_fraction(validation_fraction)
+    items = list(items)
+    count = _validation_count(len(items), validation_fraction)
+    if len(items) <= 1:
+        training = [dict(item) for item in items]
+        return training, _as_both(training) if count else []
+    parts = split_cases(items, test_cases=count, validation_fraction=0, seed=seed)
+    return parts["training"], parts["test"]
+
+
+def split_cases(
+    cases: Iterable[Mapping],
+    test_cases: int = 0,
+    validation_fraction: float = 0.2,
+    label_fraction: float = 1.0,
+    labelled_cases: int | None = None,
+    seed: int = 0,
+) -> dict[str, list[dict]]:
+    """Split cases at random: some for testing, of the others the labelled ones, and of these some for validation.
+
+    The split depends on the arguments and on which cases there are, not on their order. For one seed the test cases
+    are the same whatever share is labelled, and the splits are nested: what a smaller share trains on, a larger share
+    trains on too, and so with validation.
+
+    Args:
+        cases: all cases.
+        test_cases: how many to hold out for testing.
+        validation_fraction: share of the labelled cases to validate on, in [0, 1). Above 0 it is at least one case and
+            leaves at least one for training; a single case serves as both.
+        label_fraction: share of the cases not held out that are taken as labelled, in (0, 1]; at least 2 cases where
+            there are as many.
+        labelled_cases: their exact number, instead of ``label_fraction``.
+        seed: of the random choice.
+
+    Returns:
+        ``training``, ``validation``, ``test`` and ``unused``: lists of cases ordered by image.
+
+    Raises:
+        ValueError: a setting is out of range or asks for more cases than there are.
+    """
+    _check_fraction(validation_fraction)
+    ordered = sorted((dict(case) for case in cases), key=item_name)
+    count = _labelled_count(len(ordered), test_cases, label_fraction, labelled_cases)
+    drawn = [ordered[index] for index in np.random.RandomState(seed).permutation(len(ordered))]
+    test, labelled, unused = drawn[:test_cases], drawn[test_cases:][:count], drawn[test_cases + count :]
+    held_out = [_validation_count(n, validation_fraction) for n in range(count + 1)]
+    # A case goes to validation where the rounded number of validation cases rises: smaller splits lie in larger ones.
+    training = [case for n, case in enumerate(labelled) if held_out[n] == held_out[n + 1]]
+    validation = [case for n, case in enumerate(labelled) if held_out[n] < held_out[n + 1]]
+    if count == 1 and validation:
+        training = _as_both(validation)
+    parts = zip(PARTS, (training, validation, test, unused), strict=True)
+    return {name: sorted(part, key=item_name) for name, part in parts}
+
+
+def _as_both(items: Sequence[Mapping]) -> list[dict]:
+    """A copy of a single item, for training or validation beside the other."""
+    for item in items:
+        logger.warning("Only one volume, %s: it serves for training and for validation.", item_name(item))
+    return [dict(item) for item in items]
+
+
+def _check_fraction(validation_fraction: float) -> None:
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}.")
+
+
+def _labelled_count(total: int, test_cases: int, label_fraction: float, labelled_cases: int | None) -> int:
+    if not 0 <= test_cases < total:
+        raise ValueError(
+            f"test_cases must be 0 or more and leave cases to train on, got {test_cases} of {total} cases: set "
+            "--test_cases to a smaller number."
+        )
+    rest = total - test_cases
+    if labelled_cases is None:
+        if not 0 < label_fraction <= 1:
+            raise ValueError(f"label_fraction must be in (0, 1], got {label_fraction}.")
+        return min(max(2, round(label_fraction * rest)), rest)
+    if not 1 <= labelled_cases <= rest:
+        raise ValueError(
+            f"labelled_cases must be from 1 to {rest}, the {total} cases less {test_cases} for testing, got "
+            f"{labelled_cases}."
+        )
+    return labelled_cases
+
+
+def _validation_count(items: int, fraction: float) -> int:
+    """How many of some items to validate on; it grows by 0 or 1 with each item."""
+    if fraction == 0 or items == 0:
+        return 0
+    return 1 if items == 1 else min(max(1, round(fraction * items)), items - 1)
+
+
+# --- the file that records a split ----------------------------------------------------------------------------------
+
+
+def write_split(path: str | os.PathLike, settings: Mapping[str, object], split: Mapping[str, list[dict]]) -> None:
+    """Record a split with the settings that it was made with, as a data list with the keys :data:`PARTS`."""
+    write_text(Path(path), json.dumps({**settings, **split}, indent=2) + "\n")
+
+
+def recorded_split(
+    path: str | os.PathLike, settings: Mapping[str, object], cases: Sequence[Mapping]
+) -> dict[str, list[dict]]:
+    """The split in a file.
+
+    Args:
+        path: that :func:`write_split` wrote.
+        settings: that it must have been made with.
+        cases: that it must have been made from.
+
+    Raises:
+        ValueError: it was made with other settings, or from other cases, or the file is something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        split = {name: [dict(case) for case in content[name]] for name in PARTS}
+        recorded = {name: content[name] for name in settings}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a split written by an earlier run ({type(error).__name__}: {error}): remove it, or set "
+            "another --output_dir."
+        ) from error
+    differences = [
+        f"{name} was {recorded[name]} and is {value}" for name, value in settings.items() if recorded[name] != value
+    ]
+    before = {_identity(case) for part in split.values() for case in part}
+    now = {_identity(case) for case in cases}
+    for changed, what in ((before - now, "there no more, or changed"), (now - before, "new, or changed")):
+        if changed:
+            names = sorted(json.loads(case)["image"] for case in changed)
+            differences.append(f"{len(changed)} cases are {what}, such as {names[0]}")
+    if differences:
+        raise ValueError(
+            f"{path} holds the split of an earlier run that was set up otherwise: {'; '.join(differences)}. Set "
+            "another --output_dir to keep that run, remove the file to split anew, or go back to its settings."
+        )
+    return split
+
+
+def _identity(case: Mapping) -> str:
+    return json.dumps(dict(case), sort_keys=True)

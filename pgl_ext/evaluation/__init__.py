@@ -1,0 +1,1 @@
+"""Measuring segmentations and features: scores, their summaries and comparisons, probes, feature maps."""

@@ -1,0 +1,1 @@
+"""Fine-tuning a segmentation network, and segmenting new scans with it."""

@@ -1,0 +1,623 @@
+import functools
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.transforms import (
+    Compose,
+    ConcatItemsd,
+    Lambdad,
+    LoadImaged,
+    NormalizeIntensityd,
+    Orientationd,
+    RandFlipd,
+    ScaleIntensityRanged,
+    Spacingd,
+)
+from monai.utils import GridSampleMode
+from pgl_ext.data.transform_digest import transform_digest
+
+from pgl_ext.data.cache import VolumeCache
+from pgl_ext.data.datalist import item_name
+from pgl_ext.data.prepare import resolve_bad
+from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.phantom import LABELS, generate_case
+from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed
+from pgl_ext.transforms.load import LoadVolumed
+
+SHAPE = (70, 66, 20)
+
+
+def preprocessing(low: float = -1024, pixdim: tuple | None = None) -> Compose:
+    return Compose(
+        [
+            LoadVolumed("image"),
+            CheckVolumed("image"),
+            Orientationd("image", axcodes="RAS", labels=None),
+            *([Spacingd("image", pixdim=pixdim)] if pixdim else []),
+            ScaleIntensityRanged("image", low, 325, low, 325, clip=True),
+            NormalizeIntensityd("image"),
+        ]
+    )
+
+
+def save(path: Path, array: np.ndarray | None = None, affine: np.ndarray | None = None) -> dict:
+    if array is None:
+        array = np.random.default_rng(len(path.name)).normal(0, 300, SHAPE)
+    affine = np.diag([-1.0, 2, 3, 1]) if affine is None else affine
+    nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), affine), path)
+    return {"image": str(path)}
+
+
+def cached_files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+class CountingLoad(LoadVolumed):
+    calls = 0
+
+    def __call__(self, data):
+        type(self).calls += 1
+        return super().__call__(data)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    monkeypatch.setattr(CountingLoad, "calls", 0)
+    return Compose([CountingLoad("image"), NormalizeIntensityd("image")])
+
+
+# ---- What is stored
+
+
+def test_stored_volume_is_the_preprocessed_one(tmp_path):
+    item = save(tmp_path / "a.nii.gz")
+    cache = VolumeCache(tmp_path / "cache", preprocessing(pixdim=(2, 2, 2)))
+    expected = preprocessing(pixdim=(2, 2, 2))(dict(item))["image"]
+    stored = cache.open(item)
+    assert stored.shape == tuple(expected.shape)
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored[:], expected.numpy().astype(np.float16))
+    np.testing.assert_allclose(stored.vlmeta["affine"], expected.affine.numpy())
+    assert stored.vlmeta["source"] == item["image"]
+    assert stored.vlmeta["source_shape"] == list(SHAPE)
+    np.testing.assert_allclose(stored.vlmeta["source_affine"], np.diag([-1.0, 2, 3, 1]))
+    assert cache.nbytes(item) == 2 * expected.numel()
+
+
+def test_crops_equal_slices_of_the_whole(tmp_path):
+    item = save(tmp_path / "a.nii.gz", np.random.default_rng(0).normal(0, 300, (130, 90, 70)))
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    whole = preprocessing()(dict(item))["image"].numpy()
+    rng = np.random.default_rng(0)
+    volume = cache.open(item)
+    for _ in range(20):
+        low = rng.integers(0, np.array(whole.shape[1:]) - 1)
+        high = rng.integers(low + 1, np.array(whole.shape[1:]) + 1)
+        crop = (slice(None), *map(slice, low, high))
+        np.testing.assert_allclose(volume[crop], whole[crop], rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (64, 64, 64), (65, 3, 200)])
+def test_any_volume_size(tmp_path, shape):
+    item = save(tmp_path / "a.nii", np.random.default_rng(0).normal(size=shape))
+    volume = VolumeCache(tmp_path / "cache", LoadVolumed("image")).open(item)
+    np.testing.assert_array_equal(volume[0], nibabel.load(item["image"]).get_fdata().astype(np.float16))
+
+
+def test_dicom_series_of_one_folder_have_files_of_their_own(tmp_path):
+    pytest.importorskip("itk")
+    sitk = pytest.importorskip("SimpleITK")
+    folder = tmp_path / "case"
+    folder.mkdir()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    arrays = {uid: np.random.default_rng(i).integers(0, 99, (4, 5, 6)) for i, uid in enumerate(["1.2.3", "1.2.4"])}
+    for uid, array in arrays.items():
+        for z in range(6):
+            image = sitk.GetImageFromArray(array[:, :, z].T[None].astype(np.int16))
+            for tag, value in {"0020|000d": "1", "0020|000e": uid, "0020|0032": f"0\\0\\{z}"}.items():
+                image.SetMetaData(tag, value)
+            image.SetMetaData("0020|0037", "1\\0\\0\\0\\1\\0")
+            writer.SetFileName(str(folder / f"{uid}_{z}.dcm"))
+            writer.Execute(image)
+    cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
+    items = [{"image": str(folder), "series_uid": uid} for uid in arrays]
+    assert cache.prepare(items) == {}
+    for item in items:
+        volume = cache.open(item)
+        np.testing.assert_array_equal(volume[0], arrays[item["series_uid"]])
+        assert volume.vlmeta["series_uid"] == item["series_uid"]
+    before = cache.key(items[0])
+    os.utime(folder / "1.2.3_4.dcm", ns=(0, 0))
+    assert cache.key(items[0]) != before
+
+
+# ---- Labelled cases
+
+
+def labelled_preprocessing(pixdim: tuple | None = None, a_min: float = -1024) -> Compose:
+    keys = ["image", "label"]
+    task = SegmentationTask({name: [value] for value, name in enumerate(LABELS) if value})
+    return Compose(
+        [
+            LoadVolumed(keys),
+            CheckVolumed("image"),
+            CheckLabeld("label", task),
+            Orientationd(keys, axcodes="RAS", labels=None),
+            *([Spacingd(keys, pixdim=pixdim, mode=["bilinear", "nearest"])] if pixdim else []),
+            ScaleIntensityRanged("image", a_min, 325, a_min, 325, clip=True),
+            NormalizeIntensityd("image"),
+            ConcatItemsd(keys, name="image", dim=0),
+        ]
+    )
+
+
+def save_case(folder: Path, orientation: str = "LPS", rotation: float = 0) -> dict:
+    """A phantom, turned about z by so many degrees."""
+    image, label, affine = generate_case(1, (48, 44, 30), orientation=orientation)
+    angle = np.deg2rad(rotation)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    item = {"image": str(folder / "image.nii.gz"), "label": str(folder / "label.nii.gz")}
+    nibabel.save(nibabel.Nifti1Image(image, turn @ affine), item["image"])
+    nibabel.save(nibabel.Nifti1Image(label, turn @ affine), item["label"])
+    return item
+
+
+def nearest_on_grid(path: str, shape: tuple, affine: np.ndarray) -> np.ndarray:
+    """A label map on a grid, made with SimpleITK from the grid's affine alone."""
+    sitk = pytest.importorskip("SimpleITK")
+    affine = np.diag([-1, -1, 1, 1]) @ affine  # ITK's axes are LPS
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    resample = sitk.ResampleImageFilter()
+    resample.SetSize([int(n) for n in shape])
+    resample.SetOutputSpacing(spacing.tolist())
+    resample.SetOutputOrigin(affine[:3, 3].tolist())
+    resample.SetOutputDirection((affine[:3, :3] / spacing).ravel().tolist())
+    resample.SetInterpolator(sitk.sitkNearestNeighbor)
+    return sitk.GetArrayFromImage(resample.Execute(sitk.ReadImage(path))).transpose(2, 1, 0)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS"])
+@pytest.mark.parametrize("rotation", [0, 15])
+@pytest.mark.parametrize("pixdim", [None, (6.3, 7.1, 5.2), (16, 15, 17)])
+def test_label_values_lie_where_the_image_shows_the_organ(tmp_path, orientation, rotation, pixdim):
+    item = save_case(tmp_path, orientation, rotation)
+    cache = VolumeCache(tmp_path / "cache", labelled_preprocessing(pixdim))
+    assert cache.prepare([item]) == {}
+    volume = cache.open(item)
+    affine = np.array(volume.vlmeta["affine"])
+    image, label = volume[:]
+    expected = nearest_on_grid(item["label"], volume.shape[1:], affine)
+    # The edge, where the grids end, is filled in differently; ties may be broken either way.
+    core = (slice(1, -1),) * 3
+    assert np.mean(label[core] != expected[core]) < 1e-3
+    assert set(np.unique(label)) <= set(range(len(LABELS)))
+    # The image is where the label map is: the lungs are its darkest organ.
+    assert image[label == LABELS.index("lungs")].mean() < image[label == LABELS.index("liver")].mean() - 1
+
+
+def test_rebuilt_when_the_label_map_changes(tmp_path):
+    item = save_case(tmp_path)
+    cache = VolumeCache(tmp_path / "cache", labelled_preprocessing())
+    before = cache.open(item)[:]
+    label = nibabel.load(item["label"])
+    changed = np.where(np.asarray(label.dataobj) == 4, 5, np.asarray(label.dataobj)).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(changed, label.affine), item["label"])
+    assert cache.prepare([item]) == {}
+    after = cache.open(item)[:]
+    np.testing.assert_array_equal(after[0], before[0])
+    np.testing.assert_array_equal(after[1], np.where(before[1] == 4, 5, before[1]))
+    assert len(cached_files(cache.cache_dir)) == 1
+    key = cache.key(item)
+    os.utime(item["label"], ns=(0, 1))
+    assert cache.key(item) != key
+
+
+def test_image_with_and_without_label_map_have_files_of_their_own(tmp_path):
+    item = save_case(tmp_path)
+    other = {**item, "label": str(tmp_path / "other.nii.gz")}
+    Path(other["label"]).write_bytes(Path(item["label"]).read_bytes())
+    cache = VolumeCache(tmp_path / "cache", labelled_preprocessing())
+    assert cache.prepare([item]) == cache.prepare([other]) == {}
+    unlabelled = VolumeCache(tmp_path / "cache", preprocessing())
+    assert unlabelled.prepare([{"image": item["image"]}]) == {}
+    assert len(cached_files(tmp_path / "cache")) == 3
+
+
+def test_the_key_of_an_item_without_label_map_is_as_ever(tmp_path):
+    """Made from path, series, size and time: a cache filled before label maps were known is still good."""
+    path = tmp_path / "a.nii"
+    path.write_bytes(b"x")
+    cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
+    state = [("a.nii", 1, path.stat().st_mtime_ns)]
+    parts = json.dumps([1, cache.digest, str(path), "1.2", state])
+    item = {"image": str(path), "series_uid": "1.2"}
+    assert cache.key(item) == hashlib.sha256(parts.encode()).hexdigest()
+    assert cache.path(item).name.startswith(hashlib.sha256(f"{path}\x001.2".encode()).hexdigest()[:16] + "-")
+
+
+def test_bad_label_maps_are_listed_with_the_bad_images(tmp_path):
+    good, *items = [save_case(folder) for folder in made_folders(tmp_path, 6)]
+    Path(items[0]["label"]).unlink()
+    Path(items[1]["label"]).write_bytes(b"x")
+    Path(items[2]["image"]).unlink()
+    save_label(items[3], np.zeros)
+    nibabel.save(nibabel.Nifti1Image(np.full((9, 9, 9), 50, np.int16), np.eye(4)), items[4]["image"])
+    bad = VolumeCache(tmp_path / "cache", labelled_preprocessing()).prepare([good, *items])
+    assert set(bad) == {item_name(item) for item in items}
+    expected = [
+        f"{items[0]['label']} does not exist",
+        f"Cannot read {items[1]['label']}",
+        f"{items[2]['image']} does not exist",
+        f"{items[3]['label']} is empty",
+        f"{items[4]['image']} is constant",
+    ]
+    for item, message in zip(items, expected, strict=True):
+        assert message in bad[item_name(item)]
+
+
+def test_image_that_clipping_makes_constant_is_bad_for_all_its_label_map(tmp_path):
+    item = save_case(tmp_path)
+    bad = VolumeCache(tmp_path / "cache", labelled_preprocessing(a_min=324.99)).prepare([item])
+    assert bad == {}
+    image = nibabel.load(item["image"])
+    voxels = np.asarray(image.dataobj)
+    nibabel.save(nibabel.Nifti1Image(np.minimum(voxels, 300), image.affine), item["image"])
+    bad = VolumeCache(tmp_path / "cache", labelled_preprocessing(a_min=324.99)).prepare([item])
+    assert "constant" in bad[item_name(item)]
+
+
+def test_label_map_of_one_value_is_good(tmp_path):
+    item = save_case(tmp_path)
+    save_label(item, np.ones)
+    assert VolumeCache(tmp_path / "cache", labelled_preprocessing()).prepare([item]) == {}
+
+
+def made_folders(root: Path, count: int) -> list[Path]:
+    folders = [root / f"case{number}" for number in range(count)]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def save_label(item: dict, fill: Callable) -> None:
+    image = nibabel.load(item["image"])
+    nibabel.save(nibabel.Nifti1Image(fill(image.shape, np.uint8), image.affine), item["label"])
+
+
+# ---- When it is rebuilt
+
+
+def test_second_start_reads_no_source(tmp_path, counted):
+    items = [save(tmp_path / f"{i}.nii") for i in range(3)]
+    for _ in range(2):
+        cache = VolumeCache(tmp_path / "cache", counted)
+        assert cache.prepare(items) == {}
+        cache.open(items[0])
+    assert CountingLoad.calls == 3
+
+
+def test_rebuilt_when_the_source_changes(tmp_path, counted):
+    items = [save(tmp_path / "a.nii"), save(tmp_path / "other.nii")]
+    cache = VolumeCache(tmp_path / "cache", counted)
+    cache.prepare(items)
+    before, files = cache.open(items[0])[:], cached_files(cache.cache_dir)
+    save(tmp_path / "a.nii", np.random.default_rng(99).normal(size=SHAPE))
+    assert cache.prepare(items) == {}
+    assert CountingLoad.calls == 3
+    assert not np.array_equal(cache.open(items[0])[:], before)
+    # The outdated file is gone, the other volume's is untouched.
+    assert len(cached_files(cache.cache_dir)) == 2
+    assert len(set(cached_files(cache.cache_dir)) & set(files)) == 1
+
+
+def test_rebuilt_when_only_the_time_of_the_source_changes(tmp_path, counted):
+    item = save(tmp_path / "a.nii")
+    cache = VolumeCache(tmp_path / "cache", counted)
+    cache.prepare([item])
+    os.utime(item["image"], ns=(0, 1))
+    cache.prepare([item])
+    assert CountingLoad.calls == 2
+
+
+def test_rebuilt_when_voxels_beside_a_header_change(tmp_path):
+    cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
+    (tmp_path / "a.mhd").write_text("header")
+    (tmp_path / "a.raw").write_text("voxels")
+    before = cache.key({"image": str(tmp_path / "a.mhd")})
+    (tmp_path / "a.raw").write_text("other voxels")
+    assert cache.key({"image": str(tmp_path / "a.mhd")}) != before
+
+
+def test_rebuilt_when_the_preprocessing_changes(tmp_path):
+    item = save(tmp_path / "a.nii")
+    first = VolumeCache(tmp_path / "cache", preprocessing(low=-1024))
+    second = VolumeCache(tmp_path / "cache", preprocessing(low=-100))
+    assert first.key(item) != second.key(item)
+    a, b = first.open(item)[:], second.open(item)[:]
+    assert not np.array_equal(a, b)
+    assert len(cached_files(tmp_path / "cache")) == 1
+    # The first cache finds its file gone and makes it anew.
+    np.testing.assert_array_equal(first.open(item)[:], a)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:50], lambda b: b[: len(b) // 2], lambda b: b"x" * 5000])
+def test_damaged_file_is_rebuilt(tmp_path, damage):
+    item = save(tmp_path / "a.nii")
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    whole = cache.open(item)[:]
+    path = cache.path(item)
+    path.write_bytes(damage(path.read_bytes()))
+    np.testing.assert_array_equal(cache.open(item)[:], whole)
+    path.write_bytes(damage(path.read_bytes()))
+    assert cache.prepare([item]) == {}
+    np.testing.assert_array_equal(cache.open(item)[:], whole)
+
+
+def test_half_written_files_of_killed_processes_are_removed(tmp_path):
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    old, new = cache.cache_dir / "tmp-1.b2nd", cache.cache_dir / "tmp-2.b2nd"
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    cache.prepare([])
+    assert cached_files(cache.cache_dir) == [new]
+
+
+# ---- Bad volumes
+
+
+def bad_items(folder: Path) -> dict[str, str]:
+    """Bad volumes of every kind: what their reason must say, by path."""
+    values = np.random.default_rng(0).normal(0, 300, SHAPE)
+    nan, inf = values.copy(), values.copy()
+    nan[:2, 0, 0], inf[0, 0, 0] = np.nan, np.inf
+    reasons = {
+        save(folder / "nan.nii", nan)["image"]: "2 NaN",
+        save(folder / "inf.nii", inf)["image"]: "1 infinite",
+        save(folder / "constant.nii", np.full(SHAPE, 7))["image"]: "constant: all 92400 voxels are 7",
+        save(folder / "below.nii", values - 9000)["image"]: "constant",  # by the clipping
+        save(folder / "4d.nii", np.stack([values] * 2, -1))["image"]: "(70, 66, 20, 2)",
+        save(folder / "truncated.nii.gz")["image"]: "Cannot read",
+        str(folder / "garbage.nii"): "Cannot read",
+        str(folder / "missing.nii"): "missing.nii",
+        str(folder / "picture.png"): "unsupported type",
+    }
+    truncated = folder / "truncated.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:1000])
+    (folder / "garbage.nii").write_bytes(b"garbage" * 100)
+    (folder / "picture.png").write_bytes(b"x")
+    return reasons
+
+
+def test_all_bad_volumes_are_found_and_listed_at_once(tmp_path, caplog):
+    reasons = bad_items(tmp_path)
+    items = [save(tmp_path / "good.nii"), *({"image": path} for path in reasons), save(tmp_path / "better.nii")]
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    bad = cache.prepare(items)
+    assert set(bad) == set(reasons)
+    assert all(reasons[name] in reason for name, reason in bad.items())
+    assert not any("\n" in reason for reason in bad.values())
+    assert "Transform input info" not in caplog.text
+    assert len(cached_files(cache.cache_dir)) == 2
+
+    with pytest.raises(BadVolumesError) as error:
+        resolve_bad(bad, items)
+    assert all(name in str(error.value) and reason in str(error.value) for name, reason in bad.items())
+
+    report = tmp_path / "out" / "bad_files.txt"
+    good = resolve_bad(bad, items, skip_bad_files=True, report_path=report)
+    assert good == [items[0], items[-1]]
+    assert dict(line.split("\t") for line in report.read_text().splitlines()) == bad
+
+
+def test_no_good_volume_left(tmp_path):
+    with pytest.raises(BadVolumesError, match="1 of 1"):
+        resolve_bad({"a": "reason"}, [{"image": "a"}], skip_bad_files=True, report_path=tmp_path / "report.txt")
+
+
+def test_no_bad_volume_no_report(tmp_path):
+    items = [{"image": "a"}]
+    assert resolve_bad({}, items, skip_bad_files=True, report_path=tmp_path / "report.txt") == items
+    assert not (tmp_path / "report.txt").exists()
+
+
+def test_opening_a_bad_volume_raises(tmp_path):
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    with pytest.raises(BadVolumeError, match="constant"):
+        cache.open(save(tmp_path / "a.nii", np.zeros(SHAPE)))
+    (tmp_path / "b.nii").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"b\.nii"):
+        cache.open({"image": str(tmp_path / "b.nii")})
+
+
+def test_values_too_large_for_float16(tmp_path):
+    item = save(tmp_path / "a.nii", np.arange(8).reshape(2, 2, 2) * 1e4)
+    bad = VolumeCache(tmp_path / "cache", LoadVolumed("image")).prepare([item])
+    assert "70000 after preprocessing, too large for float16" in bad[item_name(item)]
+
+
+def missing_package(image):
+    raise ImportError("pip install itk")
+
+
+def test_a_missing_package_is_not_the_volume_s_fault(tmp_path):
+    cache = VolumeCache(tmp_path / "cache", Compose([LoadVolumed("image"), Lambdad("image", missing_package)]))
+    with pytest.raises(ImportError, match="pip install itk"):
+        cache.prepare([save(tmp_path / "a.nii")])
+
+
+def test_a_full_disk_is_not_the_volume_s_fault(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=r"Cannot write the cache file .*No space left"):
+        cache.prepare([save(tmp_path / "a.nii")])
+    assert cached_files(cache.cache_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"preprocessing": Compose([LoadVolumed("image"), Compose([RandFlipd("image")])])}, "not be random.*RandFlipd"),
+        ({"preprocessing": LoadVolumed("image"), "num_workers": -1}, "num_workers must be 0 or more, got -1"),
+    ],
+)
+def test_bad_arguments(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        VolumeCache(tmp_path / "cache", **kwargs)
+
+
+def test_cache_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Set another cache_dir"):
+        VolumeCache(tmp_path / "file" / "cache", LoadVolumed("image"))
+
+
+# ---- Processes
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_as_none(tmp_path):
+    bad = save(tmp_path / "bad.nii", np.zeros(SHAPE))
+    items = [save(tmp_path / "a.nii"), bad, save(tmp_path / "bcd.nii")]
+    alone = VolumeCache(tmp_path / "alone", preprocessing())
+    pooled = VolumeCache(tmp_path / "pooled", preprocessing(), num_workers=1)
+    assert pooled.prepare(items) == alone.prepare(items)
+    for item in items[::2]:
+        # Not bit for bit: the number of threads changes the order in which torch sums up mean and deviation.
+        np.testing.assert_allclose(pooled.open(item)[:], alone.open(item)[:], rtol=2**-10, atol=1e-4)
+
+
+def test_preprocessing_that_cannot_be_sent_runs_in_this_process(tmp_path, caplog):
+    item = save(tmp_path / "a.nii")
+    transform = Compose([LoadVolumed("image"), Lambdad("image", lambda x: x + 1)])
+    assert VolumeCache(tmp_path / "cache", transform, num_workers=2).prepare([item]) == {}
+    assert "cannot be sent" in caplog.text
+
+
+def test_cache_works_after_pickling(tmp_path):
+    item = save(tmp_path / "a.nii")
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    copied = pickle.loads(pickle.dumps(cache))
+    assert copied.key(item) == cache.key(item)
+    np.testing.assert_array_equal(copied.open(item)[:], cache.open(item)[:])
+
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from test_cache import VolumeCache, preprocessing, transform_digest
+cache = VolumeCache({folder!r}, preprocessing())
+items = [{{"image": path}} for path in {paths!r}]
+open(sys.argv[1], "w").close()
+while len([name for name in os.listdir(".") if name.startswith("ready")]) < 2:
+    time.sleep(0.01)
+for _ in range(5):
+    for item in items:
+        cache._write(item)
+        assert cache.open(item)[:].std() > 0.9
+print(cache.prepare(items), transform_digest(preprocessing()))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_hash_seeds_share_a_cache(tmp_path):
+    items = [save(tmp_path / f"{i}.nii") for i in range(3)]
+    paths = [item["image"] for item in items]
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "cache"), paths=paths)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, f"ready{seed}"],
+            cwd=tmp_path,
+            # One thread as here: sums of other threads differ in the last digit.
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (1, 2)
+    ]
+    outputs = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
+    assert outputs == [f"{{}} {transform_digest(preprocessing())}"] * 2
+    assert len(cached_files(tmp_path / "cache")) == 3
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    for item in items:
+        np.testing.assert_array_equal(cache.open(item)[:], preprocessing()(item)["image"].numpy().astype(np.float16))
+
+
+# ---- Fingerprint
+
+
+class Settings:
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+
+
+def double(x, by=2):
+    return x * by
+
+
+def scaled_by(factor):
+    return lambda x: x * factor
+
+
+def test_digest_does_not_change_when_the_transform_is_used(tmp_path):
+    transform = preprocessing(pixdim=(2, 2, 2))
+    before = transform_digest(transform)
+    transform(save(tmp_path / "a.nii"))
+    assert transform_digest(transform) == before
+    transform.set_random_state(seed=1)
+    assert transform_digest(transform) == before
+    assert transform_digest(pickle.loads(pickle.dumps(transform))) == before
+
+
+def test_digest_ignores_what_is_no_setting():
+    plain = Settings(size=3)
+    state = Settings(size=3, R=np.random.RandomState(0), generator=torch.Generator(), _cache={1: 2})
+    assert transform_digest(plain) == transform_digest(state)
+    assert transform_digest(Settings(a=1, b={"x", "y", "z"})) == transform_digest(Settings(b={"z", "y", "x"}, a=1))
+    cyclic = Settings(size=3)
+    cyclic.parent = cyclic
+    assert transform_digest(cyclic) != transform_digest(plain)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (preprocessing(low=-1024), preprocessing(low=-1000)),
+        (preprocessing(pixdim=(2, 2, 2)), preprocessing(pixdim=(2, 2, 3))),
+        (preprocessing(), preprocessing(pixdim=(2, 2, 2))),
+        (Spacingd("image", (1, 1, 1), mode="bilinear"), Spacingd("image", (1, 1, 1), mode="nearest")),
+        (LoadImaged("image", dtype=np.float32), LoadImaged("image", dtype=np.float16)),
+        (Compose([LoadVolumed("a"), CheckVolumed("a")]), Compose([CheckVolumed("a"), LoadVolumed("a")])),
+        (Settings(a=1), Settings(a=1.0)),
+        (Settings(a=1), Settings(b=1)),
+        (Settings(a=[1, [2]]), Settings(a=[1, 2])),
+        (Settings(a=np.zeros(3)), Settings(a=np.zeros((3, 1)))),
+        (Settings(a=torch.zeros(3)), Settings(a=torch.ones(3))),
+        (Settings(a=torch.float32), Settings(a=torch.float16)),
+        (Settings(a=Path("a")), Settings(a=Path("b"))),
+        (Settings(a=GridSampleMode.BILINEAR), Settings(a=GridSampleMode.NEAREST)),
+        (Settings(a=double), Settings(a=scaled_by)),
+        (Settings(a=scaled_by(2)), Settings(a=scaled_by(3))),
+        (Settings(a=lambda x: x + 1), Settings(a=lambda x: x + 2)),
+        (functools.partial(double, by=2), functools.partial(double, by=3)),
+        (torch.nn.Conv3d(1, 1, 1), torch.nn.Conv3d(1, 1, 1, stride=2)),
+    ],
+)
+def test_digest_changes_with_every_setting(one, other):
+    assert transform_digest(one) == transform_digest(one)
+    assert transform_digest(one) != transform_digest(other)

@@ -1,0 +1,80 @@
+import sys
+
+import pytest
+import torch
+
+from pgl_ext.__main__ import main
+from pgl_ext.tools.cli import phantom
+from pgl_ext.weights import load_encoder, read_description, save_encoder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs ``python -m pgl_ext`` with arguments and returns what it prints."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["pgl_ext", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_pgl):
+    path = tmp_path / "checkpoint_00000003.pt"
+    torch.save({"network": make_pgl().state_dict(), "description": {"method": "PGL", "steps": 3}}, path)
+    return path
+
+
+def test_export_encoder(run, checkpoint, tmp_path, make_encoder):
+    out = tmp_path / "models" / "encoder.pt"
+    assert run("export_encoder", checkpoint, out).strip() == str(out)
+    encoder = make_encoder(seed=1)
+    load_encoder(encoder, out)
+    assert torch.equal(encoder.conv1.weight, make_encoder(seed=0).conv1.weight)
+    assert read_description(out)["steps"] == 3
+
+
+def test_export_encoder_with_monai_keys(run, checkpoint, tmp_path, make_encoder):
+    run("export_encoder", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'resnet.pt'}", "--layout=monai_resnet")
+    assert list(torch.load(tmp_path / "resnet.pt", weights_only=True)) == list(make_encoder().state_dict())
+
+
+def test_export_decoder(run, tmp_path):
+    torch.save({"network": {"decoder.head.bias": torch.ones(2)}, "description": {"steps": 3}}, tmp_path / "c.pt")
+    assert run("export_decoder", tmp_path / "c.pt", tmp_path / "d.pt").strip() == str(tmp_path / "d.pt")
+    assert torch.load(tmp_path / "d.pt", weights_only=True).keys() == {"decoder.head.bias"}
+
+
+def test_model_card(run, tmp_path, make_encoder):
+    description = {"architecture": {"layers": [1, 1, 1, 1]}, "normalization": {"clip_hu": None}, "spacing": None}
+    save_encoder(make_encoder(), tmp_path / "encoder.pt", description)
+    out = tmp_path / "README.md"
+    assert run("model_card", tmp_path / "encoder.pt", "--out", out, "--license=mit").strip() == str(out)
+    assert out.read_text().startswith("---\nlicense: mit\n")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_name", "layout", "message"),
+    [("checkpoint_00000003.pt", "onnx", "layout must be one of"), ("none.pt", "pgl", "no such file")],
+)
+def test_errors_are_one_line(run, checkpoint, checkpoint_name, layout, message):
+    with pytest.raises(SystemExit) as stop:
+        run("export_encoder", checkpoint.with_name(checkpoint_name), checkpoint.with_name("out.pt"), layout)
+    assert stop.value.code.startswith("error: ")
+    assert message in stop.value.code
+    assert "\n" not in stop.value.code
+
+
+def test_phantom_passes_its_arguments_on(run, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(phantom, "write_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or "list.json")
+    assert run("phantom", tmp_path, "--cases=3", "--seed=5", "--test_cases=2").strip() == "list.json"
+    assert calls == [((str(tmp_path), 3), {"seed": 5, "test_cases": 2})]
+
+
+def test_unknown_commands_fail(run):
+    with pytest.raises(SystemExit) as stop:
+        run("fantom")
+    assert stop.value.code not in (0, None)

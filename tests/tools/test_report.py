@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import html.parser
+import json
+import shutil
+import subprocess
+
+import pytest
+from matplotlib.figure import Figure
+
+from pgl_ext.evaluation.summary import summarise
+from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.report import write_report
+
+TASK = SegmentationTask({"liver": 1, "spleen <left>": 2})
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot([0, 1])
+    figure.savefig(path)
+
+
+def make_run(folder, dice: float, encoder: str | None = None):
+    """The files of a fine-tuning run with its evaluation on three cases."""
+    rows = [
+        {
+            "case": f"case_{number}",
+            "organ": organ,
+            **{"dice": dice + 0.01 * number, "iou": 0.5, "hd_mm": 9.0, "hd95_mm": 4.0, "status": "ok"},
+        }
+        for number in range(3)
+        for organ in TASK.names
+    ]
+    summary = summarise(rows)
+    content = {
+        "cases": 3,
+        "average": summary["average"],
+        "organs": {name: summary[name] for name in TASK.names},
+        "task": TASK.description(),
+    }
+    model = {
+        "pretrained_encoder": encoder,
+        "data": {"training_cases": 2, "validation_cases": 1},
+        "steps": 120,
+        "val_mean_dice": 0.71,
+    }
+    for path, value in (("evaluation/summary.json", content), ("models/model.json", model)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(value))
+    for name in ("metrics.png", "evaluation/boxplots.png", "evaluation/overlays/best.png"):
+        picture(folder / name)
+    return folder
+
+
+@pytest.fixture
+def report(tmp_path):
+    pretraining = tmp_path / "pretraining"
+    picture(pretraining / "metrics.png")
+    description = {"method": "PGL", "steps": 100, "pairs": 1600, "data": {"training_volumes": 12}}
+    (pretraining / "models").mkdir()
+    (pretraining / "models" / "pgl_encoder.json").write_text(json.dumps(description))
+    comparison = tmp_path / "comparison"
+    picture(comparison / "compare.png")
+    head = "metric,organ,run,reference,n,mean_a,mean_b,difference,ci95_low,ci95_high,p\n"
+    rows = "dice,liver,PGL,random,3,0.51,0.76,0.25,0.2,0.31,\nhd95_mm,liver,PGL,random,3,4,4,-1.5,,,0.0625\n"
+    (comparison / "compare.csv").write_text(head + rows)
+    runs = {
+        "random": make_run(tmp_path / "random", 0.5),
+        "PGL": make_run(tmp_path / "pgl", 0.75, "out/models/pgl_encoder.pt"),
+    }
+    return write_report(
+        tmp_path / "report.html", runs, pretraining, comparison, "A <study>", "Phantoms & nothing else."
+    )
+
+
+class _Reader(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.text, self.open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_content(report):
+    reader = _Reader()
+    reader.feed(report.read_text(encoding="utf-8"))
+    text = " ".join(" ".join(reader.text).split())
+    assert reader.open == []  # every tag is closed, in order
+    # Names are text, whatever signs they have.
+    assert "A <study>" in text
+    assert "spleen <left>" in text
+    # Mean of 0.50, 0.51, 0.52, and of 0.75, 0.76, 0.77.
+    assert "0.510" in text
+    assert "0.760" in text
+    assert "encoder pgl_encoder.pt" in text
+    assert "random weights" in text
+    assert "PGL, 100 steps, 1600 pairs of views of 12 volumes" in text
+    assert "PGL minus random" in text
+    assert "liver 0.250 0.200 to 0.310 n/a -1.5 0.062 3" in text
+
+
+def test_nothing_lies_outside_the_file(report):
+    reader = _Reader()
+    reader.feed(report.read_text(encoding="utf-8"))
+    assert len(reader.links) == 9  # icon, comparison, two overlays, box plots and curves each, pre-training
+    assert all(link.startswith("data:") for link in reader.links)
+    assert "@import" not in report.read_text(encoding="utf-8")
+    assert "url(" not in report.read_text(encoding="utf-8")
+
+
+def test_an_unfinished_run_is_named(tmp_path):
+    run = make_run(tmp_path / "run", 0.5)
+    (run / "evaluation" / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run 'mine' has no .*summary.json: finish 'run evaluating"):
+        write_report(tmp_path / "report.html", {"mine": run})
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_of_different_tasks(tmp_path):
+    first, second = make_run(tmp_path / "a", 0.5), make_run(tmp_path / "b", 0.5)
+    path = second / "evaluation" / "summary.json"
+    content = json.loads(path.read_text())
+    del content["organs"]["liver"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="only runs of one task"):
+        write_report(tmp_path / "report.html", {"a": first, "b": second})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_in_a_browser(report, tmp_path):
+    """No error in the console, no request to anywhere, and all pictures are decoded."""
+    page = report.with_name("page.html")
+    # The page has no script of its own; this one tells in the title what the browser decoded, and what it asked for.
+    script = """<script>onload = () => document.title = JSON.stringify([
+        [...document.images].map(image => image.naturalWidth > 0),
+        performance.getEntriesByType("resource").map(entry => entry.name)])</script>"""
+    page.write_text(report.read_text(encoding="utf-8") + script, encoding="utf-8")
+    options = [
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+        *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"),
+    ]
+    result = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in result.stderr
+    title = result.stdout.split("<title>")[1].split("</title>")[0]
+    decoded, requests = json.loads(title)
+    assert decoded == [True] * 8
+    assert [url for url in requests if not url.startswith("data:")] == []
