@@ -27,7 +27,7 @@ _NO_EFFECT_SETTINGS = (
     "bundle_root", "output_dir", "cache_dir", "model_path", "data_list_file_path", "dataset_dir",
     "pretrained_encoder", "pretrained_decoder", "resume", "overwrite",
     "num_workers", "memory_limit_gib", "log_interval", "checkpoint_interval", "keep_last", "picture_interval",
-    "in_monai_label", "mlflow", "experiment_name", "run_name",
+    "in_monai_label",
 )  # fmt: skip
 _CODE_NAME = re.compile(r"\bpgl_ext(?:\.\w+)+")
 _LISTED = 8
@@ -61,8 +61,9 @@ def _inputs(run: Run) -> dict[str, dict[str, Any]]:
     settings, data = {}, {}
     for command in run.commands:
         config = command.config().get()
-        kept = {name: value for name, value in config.items() if name not in _NO_EFFECT_SETTINGS}
-        settings |= {f"{command.section} {name}": value for name, value in flat(kept).items()}
+        for name, value in flat(config).items():
+            if name.split("#")[0] not in _NO_EFFECT_SETTINGS and "_desc_" not in name:
+                settings[f"{command.section} {name}"] = value
         settings[f"{command.section} with decoder"] = config.get("pretrained_decoder") is not None
         data[command.section] = _data_digest(config, ("image",) if run.is_pretraining else ("image", "label"))
     return {"settings": settings, "data": data}

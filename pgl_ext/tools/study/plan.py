@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from pgl_ext.data.split import split_cases
 
 from pgl_ext.code_digest import digest
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist
 from pgl_ext.data.find import find_volumes
+from pgl_ext.data.split import split_cases
 from pgl_ext.files import write_text
 from pgl_ext.tools.study.configs import Command, changed, flat
 from pgl_ext.tools.study.runs import Run

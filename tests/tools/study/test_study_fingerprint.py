@@ -11,7 +11,6 @@ from programs import ROOT
 from pgl_ext.tools.study.fingerprint import _sizes_digest, checked_fingerprints, differences, fingerprint
 from pgl_ext.tools.study.plan import Study
 
-
 BY_PGL_AND_BYOL = ("fine_tuning/PGL/3_cases", "pretraining/PGL", "fine_tuning/BYOL/3_cases", "pretraining/BYOL")
 
 
@@ -40,7 +39,7 @@ def test_code_is_that_of_what_the_configs_name_and_of_what_it_imports(tmp_path):
     )
     assert {"pgl_ext.methods.pgl", "pgl_ext.methods.base", "pgl_ext.losses", "pgl_ext.geometry"} <= pretraining
     assert "pgl_ext.methods.byol" not in pretraining
-    assert {"pgl_ext.task", "pgl_ext.losses"} <= random
+    assert {"pgl_ext.task", "pgl_ext.segmentation.losses", "pgl_ext.evaluation.metrics"} <= random
     assert not any(name.startswith("pgl_ext.methods") for name in random)
     # What an encoder was made by counts where training starts from it.
     assert fine_tuning == pretraining | random
@@ -78,8 +77,8 @@ def test_code_that_all_use_outdates_all(tmp_path, monkeypatch):
     package = copy_package(tmp_path, monkeypatch)
     study = make_study(tmp_path)
     before = prints_of(study)
-    append(package / "losses.py", "ADDED = True\n")
-    assert changes(before, prints_of(study)) == {run.name: ["code of pgl_ext.losses"] for run in study.runs({})}
+    append(package / "engines.py", "ADDED = True\n")
+    assert changes(before, prints_of(study)) == {run.name: ["code of pgl_ext.engines"] for run in study.runs({})}
 
 
 def test_code_that_a_method_s_overlay_names_counts(tmp_path, monkeypatch):
@@ -156,14 +155,20 @@ def test_settings_that_change_a_result_are_named(tmp_path, name, value, expected
 
 def test_comments_of_a_config_do_not_count_and_values_do(tmp_path):
     shutil.copytree(ROOT / "bundles", tmp_path / "bundles")
-    path, config = write_study(tmp_path), tmp_path / "bundles" / "pgl_pretrain" / "configs" / "small.yaml"
+    path, configs = write_study(tmp_path), tmp_path / "bundles" / "pgl_pretrain" / "configs"
     prints = [prints_of(Study(path, tmp_path / "runs", tmp_path / "bundles"))]
-    for old, new in (("# Many pairs", "# More pairs"), ("base_momentum: 0.98", "base_momentum: 0.97")):
+    for file, old, new in (
+        ("small.yaml", "# Many pairs", "# More pairs"),
+        ("train.json", '"_desc_data": "', '"_desc_data": "pgl_ext.losses: '),
+        ("small.yaml", "base_momentum: 0.98", "base_momentum: 0.97"),
+    ):
+        config = configs / file
+        assert old in config.read_text()
         config.write_text(config.read_text().replace(old, new))
         prints.append(prints_of(Study(path, tmp_path / "runs", tmp_path / "bundles")))
-    assert prints[0] == prints[1]
+    assert prints[0] == prints[1] == prints[2]
     expected = ["training base_momentum: 0.98 -> 0.97"]
-    assert changes(prints[1], prints[2])["pretraining/PGL/seed_0"] == expected
+    assert changes(prints[2], prints[3])["pretraining/PGL/seed_0"] == expected
 
 
 def test_a_scan_that_comes_into_a_folder_counts_and_where_the_folder_lies_does_not(tmp_path):

@@ -270,11 +270,11 @@ def test_a_change_while_the_study_runs_is_noticed(fast, path, tmp_path, monkeypa
 
 def test_a_change_while_a_run_goes_on_is_noticed(path, tmp_path, monkeypatch):
     """The command itself changes a module on disk: training goes on with what it has read, evaluation would not."""
-    module = copy_package(tmp_path, monkeypatch) / "losses.py"
+    module = copy_package(tmp_path, monkeypatch) / "engines.py"
     change = f"open({str(module)!r}, 'a').write('CHANGED = True\\n')"
     monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", lambda *_: [sys.executable, "-c", change])
     overrides = {"methods": {"random": {"encoder": None}}, "seeds": [0]}
-    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of pgl_ext.losses'\]"):
+    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of pgl_ext.engines'\]"):
         run_study(path, tmp_path / "out", overrides=overrides)
     (log,) = tmp_path.rglob("log.txt")
     assert log.read_text().count("CHANGED") == 1  # there was no second command
