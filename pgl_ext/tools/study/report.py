@@ -61,13 +61,7 @@ def _verdict(row: Mapping[str, Any], methods: int) -> str:
 
 
 class Block(NamedTuple):
-    """A table of texts.
-
-    Args:
-        title: above it.
-        head: of its columns.
-        rows: one per method.
-    """
+    """A table of texts: its title, the heads of its columns, and a row per method."""
 
     title: str
     head: list[str]

@@ -1,4 +1,4 @@
-"""A study from its file to its report."""
+"""Runs a study: reads its file, carries out what is not finished, and writes tables, pictures and report."""
 
 from __future__ import annotations
 
@@ -73,29 +73,23 @@ def _run(study: Study, jobs: int, dry_run: bool) -> str:
             fingerprints = checked_fingerprints(study.runs(rates))
         failures |= Runner(study.runs(rates), fingerprints, jobs).run()
     finally:  # what is finished can be read also where the study was stopped
-        runs = {run.name: run for run in (*study.runs(rates), *selection)}.values()
-        text = _write_results(study, study.runs(rates), selection, tried, failures)
+        results = Results(study, study.runs(rates))
+        results.missing += [run for run in selection if not run.is_finished]
+        text = _write_results(results, tried, failures)
     if failures:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        raise ChildProcessError(f"{len(failures)} of {len(runs)} runs failed:\n{listed}\n{text}")
+        total = len({run.name for run in (*selection, *study.runs(rates))})
+        raise ChildProcessError(f"{len(failures)} of {total} runs failed:\n{listed}\n{text}")
     return text
 
 
-def _write_results(
-    study: Study,
-    runs: Sequence[Run],
-    selection: Sequence[Run],
-    tried: Sequence[Mapping[str, Any]],
-    failures: Mapping[str, str],
-) -> str:
-    results = Results(study, runs)
+def _write_results(results: Results, tried: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> str:
     if not results.scores:
         return "No fine-tuning is finished."
-    results.missing += [run for run in selection if not run.is_finished]
     write_tables(results, tried)
     draw_figures(results)
     report = write_study_report(results, tried, failures)
-    return "\n".join([*verdicts(results), f"Tables and pictures in {study.folder}, report: {report}"])
+    return "\n".join([*verdicts(results), f"Tables and pictures in {results.study.folder}, report: {report}"])
 
 
 def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[dict[str, float], list[dict[str, Any]]]:
