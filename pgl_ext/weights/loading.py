@@ -228,14 +228,20 @@ def load_pretrained(
         if path is None:
             continue
         logger.info("%s: %s", path, load(network, path))
-        if Path(path).with_suffix(".json").is_file():
-            differences = EncoderRecord.load(path).input.differences(InputRecord(**(input or {})))
-        else:
-            differences = ["there is no JSON beside it, so that its normalisation and spacing are not known"]
-        for difference in differences:
+        for difference in _input_differences(path, InputRecord(**(input or {}))):
             logger.warning("%s was pre-trained on other input: %s", path, difference)
     network.register_load_state_dict_pre_hook(_check_loading)
     return network
+
+
+def _input_differences(path: str | os.PathLike, here: InputRecord) -> list[str]:
+    """What is said of a file's input that differs from the input here, or that nothing is said."""
+    if not Path(path).with_suffix(".json").is_file():
+        return ["there is no JSON beside it, so that its normalisation and spacing are not known"]
+    recorded = InputRecord.load(path)
+    if recorded is None:
+        return ["the JSON beside it says nothing of its normalisation and spacing"]
+    return recorded.differences(here)
 
 
 def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: Any) -> None:
@@ -269,8 +275,7 @@ def build_encoder(path: str | os.PathLike | None = None, load: bool = True, **ov
         ValueError: the weights do not fit the architecture, or the architecture is not known.
     """
     architecture = EncoderRecord.load_or_default(path).architecture
-    arguments = {**architecture.get("arguments", {}), **overrides}
-    encoder = build(ENCODERS, {**architecture, "arguments": arguments}, f"encoder file {path}")
+    encoder = build(ENCODERS, architecture, f"encoder file {path}", **overrides)
     if path is not None and load:
         load_encoder(encoder, path)
     return encoder
