@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import math
 import os
 import uuid
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 
-__all__ = ["write_atomically", "write_csv", "write_nifti", "write_text"]
+__all__ = ["read_json", "write_atomically", "write_csv", "write_json", "write_nifti", "write_text"]
 
 # Fields of a NIfTI header that say where its voxels lie.
 _GRID_FIELDS = (
@@ -48,6 +49,16 @@ def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is complete or absent; its folder is made if missing."""
     write_atomically(lambda file: file.write(text.encode("utf-8")), path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is complete or absent; its folder is made if missing."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
