@@ -29,7 +29,7 @@ def export_encoder(checkpoint: str, out: str, layout: str = "pgl") -> str:
         out: file to write, ending in .pt or .safetensors.
         layout: pgl (keys encoder.*), monai_resnet (keys of MONAI's resnet50) or flexible_unet (of its FlexibleUNet).
     """
-    from pgl_ext.weights import export_encoder as export
+    from pgl_ext.tools.export import export_encoder as export
 
     return str(export(checkpoint, out, layout))
 
@@ -41,7 +41,7 @@ def export_decoder(checkpoint: str, out: str) -> str:
         checkpoint: file written during pre-training, or a decoder file.
         out: file to write, ending in .pt or .safetensors.
     """
-    from pgl_ext.weights import export_decoder as export
+    from pgl_ext.tools.export import export_decoder as export
 
     return str(export(checkpoint, out))
 
@@ -72,8 +72,8 @@ def compare(*runs: str, names: str | None = None, out: str | None = None, common
         out: folder for compare.csv and compare.png.
         common: compare the cases that all runs have, instead of stopping where they differ.
     """
-    from pgl_ext.evaluation.compare import compare_runs
     from pgl_ext.settings import parse_bool
+    from pgl_ext.tools.compare import compare_runs
 
     # fire makes a tuple of a,b and a string of true and false.
     names = names.split(",") if isinstance(names, str) else names

@@ -9,10 +9,9 @@ from torch import nn
 from pgl_ext.files import write_atomically
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
+from pgl_ext.tools.export import export_decoder, export_encoder
 from pgl_ext.weights import (
     LoadReport,
-    export_decoder,
-    export_encoder,
     load_decoder,
     load_encoder,
     load_state,
