@@ -5,7 +5,7 @@ import torch
 
 from pgl_ext.__main__ import main
 from pgl_ext.tools.cli import phantom
-from pgl_ext.weights import load_encoder, read_description, save_encoder
+from pgl_ext.weights import load_encoder, read_description
 
 
 @pytest.fixture
@@ -45,14 +45,6 @@ def test_export_decoder(run, tmp_path):
     torch.save({"network": {"decoder.head.bias": torch.ones(2)}, "description": {"steps": 3}}, tmp_path / "c.pt")
     assert run("export_decoder", tmp_path / "c.pt", tmp_path / "d.pt").strip() == str(tmp_path / "d.pt")
     assert torch.load(tmp_path / "d.pt", weights_only=True).keys() == {"decoder.head.bias"}
-
-
-def test_model_card(run, tmp_path, make_encoder):
-    description = {"architecture": {"layers": [1, 1, 1, 1]}, "normalization": {"clip_hu": None}, "spacing": None}
-    save_encoder(make_encoder(), tmp_path / "encoder.pt", description)
-    out = tmp_path / "README.md"
-    assert run("model_card", tmp_path / "encoder.pt", "--out", out, "--license=mit").strip() == str(out)
-    assert out.read_text().startswith("---\nlicense: mit\n")
 
 
 @pytest.mark.parametrize(
