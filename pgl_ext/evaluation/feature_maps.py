@@ -60,9 +60,8 @@ class FeatureMapInferer(Inferer):
     ) -> None:
         super().__init__()
         self.stride, self.roi_size = ensure_tuple_rep(stride, 3), ensure_tuple_rep(roi_size, 3)
-        axes = list(zip(self.roi_size, self.stride, strict=True))
-        if any(roi < step or roi % step for roi, step in axes):
-            nearest = [max(1, round(roi / step)) * step for roi, step in axes]
+        nearest = [max(1, round(n / step)) * step for n, step in zip(self.roi_size, self.stride, strict=True)]
+        if nearest != list(self.roi_size):
             raise ValueError(
                 f"roi_size {self.roi_size} is not a multiple of the network's output stride {self.stride}. Choose a "
                 f'multiple on each axis, for example --roi_size "{nearest}".'
@@ -73,9 +72,7 @@ class FeatureMapInferer(Inferer):
         self.sw_batch_size = sw_batch_size
         self.options = options
 
-    def __call__(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Features (B, F, ceil(X / s_x), ceil(Y / s_y), ceil(Z / s_z)) of volumes (B, C, X, Y, Z)."""
         ends = [-n % step for n, step in zip(inputs.shape[2:], self.stride, strict=True)]
         # F.pad counts axes from the last one, the start of each before its end.
@@ -89,7 +86,7 @@ class FeatureMapInferer(Inferer):
             window,
             self.sw_batch_size,
             # Half precision, as from autocast, could not hold the smallest weights.
-            lambda windows: network(windows, *args, **kwargs).float(),
+            lambda windows: network(windows).float(),
             overlap=[self._aligned_overlap(roi, step) for roi, step in zip(window, self.stride, strict=True)],
             roi_weight_map=_weights(window),
             **self.options,

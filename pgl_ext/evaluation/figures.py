@@ -14,7 +14,7 @@ from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import finite
 from pgl_ext.figures.base import GREY, name_ticks, organ_colors, save_figure, tidy
 
-__all__ = ["draw_points", "plot_scores"]
+__all__ = ["draw_points", "organ_panels", "plot_scores", "save_panels"]
 
 
 def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: str | Path) -> Figure:
@@ -31,18 +31,29 @@ def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: s
         The figure.
     """
     organs = list(next(iter(scores.values())))
-    figure = Figure((max(4.0, 1.6 + 0.62 * len(organs)), 3.3 * len(scores) + 0.6), dpi=120, layout="constrained")
-    panels = figure.subplots(len(scores), 1, squeeze=False, sharex=True)[:, 0]
+    figure, panels = organ_panels(len(scores), (max(4.0, 1.6 + 0.62 * len(organs)), 3.3 * len(scores) + 0.6))
     for axes, (metric, values) in zip(panels, scores.items(), strict=True):
         for place, (organ, color) in enumerate(zip(organs, organ_colors(len(organs)), strict=True)):
             _draw_box(axes, place, finite(values[organ]), color)
-        axes.set_xlim(-0.6, len(organs) - 0.4)
-        tidy(axes)
         axes.set_ylabel(METRICS[metric].title)
         axes.set_ylim(*((-0.02, 1.02) if METRICS[metric].higher_is_better else (0, None)))
-    name_ticks(panels[-1], organs)
-    save_figure(figure, out_path)
+    save_panels(figure, organs, out_path)
     return figure
+
+
+def organ_panels(count: int, size: tuple[float, float]) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of a size in inches with panels below each other, which share the x axis, one place for each organ."""
+    figure = Figure(size, dpi=120, layout="constrained")
+    return figure, figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
+
+
+def save_panels(figure: Figure, organs: Sequence[str], out_path: str | Path) -> None:
+    """Name the organs below the last of the :func:`organ_panels` and write the picture, when all is drawn."""
+    for axes in figure.axes:
+        axes.set_xlim(-0.6, len(organs) - 0.4)
+        tidy(axes)
+    name_ticks(figure.axes[-1], organs)
+    save_figure(figure, out_path)
 
 
 def _draw_box(axes: Axes, place: float, values: Sequence[float], color: np.ndarray) -> None:

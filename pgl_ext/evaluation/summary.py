@@ -17,6 +17,8 @@ __all__ = [
     "confidence_interval",
     "finite",
     "finite_mean",
+    "interval_text",
+    "number_text",
     "summarise",
     "summary_rows",
     "summary_table",
@@ -110,6 +112,16 @@ def _counts(rows: Iterable[Mapping]) -> dict[str, int]:
     return {status: statuses.count(status) for status in STATUSES}
 
 
+def number_text(value: float | None, form: str) -> str:
+    """A number in a format such as ``.3f``; "n/a" where there is none."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def interval_text(ends: Sequence[float] | None, form: str) -> str:
+    """Both ends of an interval in a format such as ``.3f``; "n/a" where there is none."""
+    return " to ".join(f"{end:{form}}" for end in ends) if ends and not math.isnan(ends[0]) else "n/a"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Text in columns, the first one to the left and the others to the right."""
     rows = [head, *rows]
@@ -139,10 +151,6 @@ def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _table_row(name: str, entry: Mapping[str, Any]) -> list[str]:
-    means = [
-        "n/a" if entry[metric]["mean"] is None else f"{entry[metric]['mean']:.{METRICS[metric].digits}f}"
-        for metric in METRICS
-    ]
-    ends = entry["dice"]["ci95"]
-    means.insert(1, f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "n/a")
-    return [name, *means, *map(str, (entry["dice"]["n"], entry["missed"], entry["spurious"]))]
+    dice, *others = (number_text(entry[name]["mean"], f".{metric.digits}f") for name, metric in METRICS.items())
+    counts = (entry["dice"]["n"], entry["missed"], entry["spurious"])
+    return [name, dice, interval_text(entry["dice"]["ci95"], ".3f"), *others, *map(str, counts)]

@@ -20,10 +20,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import wilcoxon
 
-from pgl_ext.evaluation.figures import draw_points
+from pgl_ext.evaluation.figures import draw_points, organ_panels, save_panels
 from pgl_ext.evaluation.metrics import METRICS
-from pgl_ext.evaluation.summary import AVERAGE, confidence_interval, finite, finite_mean, table
-from pgl_ext.figures.base import BLUE, GREY, ORANGE, name_ticks, organ_colors, save_figure, tidy
+from pgl_ext.evaluation.summary import (
+    AVERAGE,
+    confidence_interval,
+    finite,
+    finite_mean,
+    interval_text,
+    number_text,
+    table,
+)
+from pgl_ext.figures.base import BLUE, GREY, ORANGE, organ_colors
 from pgl_ext.files import read_csv, write_csv
 
 __all__ = [
@@ -47,6 +55,9 @@ _SAME = 1.01
 
 Scores = dict[str, dict[tuple[str, str], float]]
 """By metric, and by case and organ."""
+
+_ByOrgan = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""By metric, run and organ."""
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -275,7 +286,7 @@ def _names(folders: Sequence[Sequence[str]], names: Sequence[str] | None) -> lis
     return [str(name) for name in names]
 
 
-def _for_each(values: Mapping[str, Mapping[str, Mapping[str, Any]]], function: Callable[[Any], Any]) -> dict[str, Any]:
+def _for_each(values: _ByOrgan, function: Callable[[Any], Any]) -> _ByOrgan:
     """A function of the values by metric, run and organ."""
     return {
         metric: {run: {organ: function(value) for organ, value in organs.items()} for run, organs in runs.items()}
@@ -283,36 +294,27 @@ def _for_each(values: Mapping[str, Mapping[str, Mapping[str, Any]]], function: C
     }
 
 
-def _text(statistics: Mapping[str, Mapping[str, Mapping[str, Any]]], reference: str, cases: int) -> str:
-    parts = [f"{cases} cases, paired; differences are to {reference}"]
+def _text(statistics: _ByOrgan, reference: str, cases: int) -> str:
+    tables = [f"{cases} cases, paired; differences are to {reference}"]
     for metric, runs in statistics.items():
         for name, organs in runs.items():
             head = (METRICS[metric].title, reference, name, "difference", "95 % CI", "Wilcoxon p", "cases")
             digits = METRICS[metric].digits + 1
-            parts.append(table(head, [_text_row(organ, values, digits) for organ, values in organs.items()]))
-    return "\n\n".join(parts)
+            tables.append(table(head, [_text_row(organ, values, digits) for organ, values in organs.items()]))
+    return "\n\n".join(tables)
 
 
 def _text_row(organ: str, values: Mapping[str, float], digits: int) -> list[str]:
-    def text(name: str, form: str) -> str:
-        return f"{values[name]:{form}}" if math.isfinite(values[name]) else "n/a"
-
-    plain, signed = f".{digits}f", f"+.{digits}f"
-    low, high = text("ci95_low", signed), text("ci95_high", signed)
-    interval = low if low == "n/a" else f"{low} to {high}"
-    means = (text("mean_a", plain), text("mean_b", plain), text("difference", signed))
-    return [organ, *means, interval, text("p", ".3g"), str(values["n"])]
+    means = [number_text(values[name], f".{digits}f") for name in ("mean_a", "mean_b")]
+    difference = number_text(values["difference"], f"+.{digits}f")
+    interval = interval_text((values["ci95_low"], values["ci95_high"]), f"+.{digits}f")
+    return [organ, *means, difference, interval, number_text(values["p"], ".3g"), str(values["n"])]
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------
 
 
-def plot_differences(
-    differences: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
-    intervals: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]],
-    out_path: str | Path,
-    reference: str,
-) -> Figure:
+def plot_differences(differences: _ByOrgan, intervals: _ByOrgan, out_path: str | Path, reference: str) -> Figure:
     """Paired differences to a reference per organ: every case as a point, the mean with its confidence interval.
 
     Args:
@@ -327,18 +329,14 @@ def plot_differences(
     runs = next(iter(differences.values()))
     organs = list(next(iter(runs.values())))
     width = max(4.5, 1.8 + 0.32 * len(organs) * (len(runs) + 1))
-    figure = Figure((width, 3.3 * len(differences) + 0.8), dpi=120, layout="constrained")
-    panels = figure.subplots(len(differences), 1, squeeze=False, sharex=True)[:, 0]
+    figure, panels = organ_panels(len(differences), (width, 3.3 * len(differences) + 0.8))
     for axes, metric in zip(panels, differences, strict=True):
         axes.axhline(0, color=GREY, linewidth=1)
         _draw_runs(axes, differences[metric], intervals[metric])
         better = "higher" if METRICS[metric].higher_is_better else "lower"
         axes.set_ylabel(f"{METRICS[metric].title} minus {reference}\n({better} is better)", fontsize=9)
-        axes.set_xlim(-0.6, len(organs) - 0.4)
-        tidy(axes)
-    name_ticks(panels[-1], organs)
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
-    save_figure(figure, out_path)
+    save_panels(figure, organs, out_path)
     return figure
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from pgl_ext import __version__
 from pgl_ext.evaluation.metrics import METRICS
-from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.evaluation.summary import AVERAGE, interval_text, number_text
 from pgl_ext.files import read_csv, read_json, write_text
 
 __all__ = ["render_page", "write_report"]
@@ -165,8 +165,8 @@ def _picture(path: Path) -> str | None:
 
 
 def _score(value: float | None, digits: int = 3) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
+    return number_text(value, f".{digits}f")
 
 
 def _interval(ends: list[float] | None, digits: int = 3) -> str:
-    return "" if ends is None else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
+    return interval_text(ends, f".{digits}f") if ends else ""
