@@ -22,7 +22,7 @@ from pgl_ext.distributed import launched_rank_and_world_size, rank_and_world_siz
 from pgl_ext.files import write_atomically
 from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
-from pgl_ext.weights.records import EncoderRecord, flat_entries
+from pgl_ext.weights.records import EncoderRecord, InputRecord, flat_entries
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
 
@@ -103,7 +103,7 @@ class CheckpointHandler:
     Raises:
         FileExistsError: as training starts, where the folder holds another run's checkpoints and neither ``resume`` nor
             ``overwrite`` is true.
-        ValueError: where ``interval`` or ``keep_last`` is less than 1.
+        ValueError: where ``interval`` or ``keep_last`` is less than 1, or ``input`` is not as a record has it.
     """
 
     def __init__(
@@ -128,6 +128,8 @@ class CheckpointHandler:
         self.encoder_path = encoder_path
         self.decoder_path = decoder_path
         self.description = dict(description or {})
+        # Now, and not as the first checkpoint is written.
+        InputRecord.from_json(self.description.get("input", {}), "the config's description")
         self.interval = check_positive(
             interval, "checkpoint_interval", "to save only at the end, set it above max_epochs"
         )

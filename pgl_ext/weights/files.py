@@ -81,14 +81,12 @@ def _safetensors() -> ModuleType:
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
-    """``torch.load`` on the CPU, tensors and plain values only, with an error that names the file.
-
-    A file ending in ``.safetensors`` is read as such.
+    """Read a PyTorch file, tensors and plain values only, or a ``.safetensors`` file; tensors are on the CPU.
 
     Raises:
-        FileNotFoundError: where the file is missing.
+        FileNotFoundError: the file is missing.
         ImportError: ``safetensors`` is needed and not installed.
-        ValueError: where it is truncated, damaged, holds more than tensors and plain values, or no dict of names.
+        ValueError: it is truncated, damaged, holds more than tensors and plain values, or no dict of names.
     """
     path = Path(path)
     if not path.is_file():
