@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds them complete or not at all, and reading JSON."""
+"""Reading files, and writing them so that a reader finds them complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 
-__all__ = ["read_json", "write_atomically", "write_csv", "write_nifti", "write_text"]
+__all__ = ["read_csv", "read_json", "write_atomically", "write_csv", "write_json", "write_nifti", "write_text"]
 
 # Fields of a NIfTI header that say where its voxels lie.
 _GRID_FIELDS = (
@@ -70,6 +70,17 @@ def read_json(path: str | os.PathLike, kind: str = "File", remedy: str = "restor
     if not isinstance(content, dict):
         raise ValueError(f"{kind} {path} holds a {type(content).__name__}, not an object: {remedy}.")
     return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is complete or absent; its folder is made if missing."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

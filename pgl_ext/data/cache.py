@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ import blosc2
 import numpy as np
 import torch
 from monai.transforms import Compose, RandomizableTrait
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from pgl_ext.data.datalist import item_name
@@ -320,10 +319,11 @@ def _without_error_logging(transform: Callable) -> Callable:
     return transform
 
 
-def _can_be_sent(cache: VolumeCache) -> bool:
+def _can_be_sent(value: object) -> bool:
+    """Whether another process receives an object as it is."""
     try:
-        pickle.dump(cache, io.BytesIO())
-    except (pickle.PicklingError, AttributeError, TypeError):
+        pickle.loads(pickle.dumps(value))
+    except Exception:  # classes may raise what they like
         return False
     return True
 
@@ -342,5 +342,7 @@ class _Preparation(Dataset):
         try:
             self.cache._write(self.items[index])
         except Exception as error:  # raised in the calling process, where it is not wrapped in the loader's words
+            if get_worker_info() is not None and not _can_be_sent(error):
+                error = RuntimeError(f"{type(error).__name__}: {error}")
             return item_name(self.items[index]), error
         return item_name(self.items[index]), None

@@ -1,7 +1,6 @@
-"""Intensity augmentations, batched, on any device: the PGL paper's (section 3.2, steps 3 to 6) and patch swapping.
+"""Intensity augmentations of batches (B, C, X, Y, Z) on any device, with parameters drawn per sample.
 
-Each takes ``(B, C, X, Y, Z)``, draws its parameters per sample from its own MONAI random state, and changes only the
-samples that it is applied to. They run after loading, on the device that trains.
+The PGL paper's (section 3.2, steps 3 to 6) and patch swapping.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.transforms import Compose, Randomizable
-from monai.utils import ensure_tuple_rep
 
 from pgl_ext.geometry import resample_axes
+from pgl_ext.transforms.crops import checked_size
+from pgl_ext.transforms.deformations import rescale_to_unit
 
 __all__ = [
     "BatchIntensityd",
@@ -121,8 +121,8 @@ class RandBatchBrightness(_RandBatchTransform):
         super().__init__(prob, factor)
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        lowest, highest = _range(images)
-        return torch.clamp(images * values, lowest, highest)
+        voxels = (1, 2, 3, 4)
+        return torch.clamp(images * values, images.amin(voxels, keepdim=True), images.amax(voxels, keepdim=True))
 
 
 class RandBatchGamma(_RandBatchTransform):
@@ -139,17 +139,14 @@ class RandBatchGamma(_RandBatchTransform):
             raise ValueError(f"gamma must be positive, got {tuple(gamma)}.")
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        lowest, highest = _range(images)
-        # A constant sample has no range: it stays as it is.
-        span = (highest - lowest).clamp_min(1e-7)
-        return ((images - lowest) / span).clamp(0, 1).pow(values) * span + lowest
+        scaled, lowest, span = rescale_to_unit(images)
+        return scaled.clamp(0, 1).pow(values) * span + lowest
 
 
 class RandBatchPatchSwap(_RandBatchTransform):
-    """Swap pairs of patches within a sample, after context restoration (Chen et al. 2019).
+    """Swap pairs of disjoint patches within a sample, after context restoration (Chen et al. 2019).
 
-    A sample's patches are disjoint: they lie on a grid as coarse as they are large, shifted at random. All values stay
-    in the sample, in another place.
+    The patches lie on a grid as coarse as they are large, shifted at random.
 
     Args:
         prob: probability per sample.
@@ -163,9 +160,7 @@ class RandBatchPatchSwap(_RandBatchTransform):
         super().__init__(prob, fraction)
         if not 0 <= fraction[0] <= fraction[1] <= 1:
             raise ValueError(f"fraction must lie in [0, 1], got {tuple(fraction)}.")
-        self.patch_size = ensure_tuple_rep(patch_size, 3)
-        if min(self.patch_size) < 1:
-            raise ValueError(f"patch_size must be positive, got {self.patch_size}.")
+        self.patch_size = checked_size("patch_size", patch_size)
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         size = tuple(images.shape[2:])
@@ -174,8 +169,9 @@ class RandBatchPatchSwap(_RandBatchTransform):
         if most == 0:
             return images
         corners = np.stack([self._disjoint_corners(size, 2 * most) for _ in images])
-        voxels = _flat_index(corners, size, images.device)[..., None]
-        voxels = voxels + _flat_index(np.indices(self.patch_size).reshape(3, -1).T, size, images.device)
+        places = corners[:, :, None] + np.indices(self.patch_size).reshape(3, -1).T
+        voxels = torch.from_numpy(np.ravel_multi_index(tuple(np.moveaxis(places, -1, 0)), size))
+        voxels = voxels.to(images.device, non_blocking=True)
         # Patches i and i + most are a pair. A sample swaps only as many pairs as were drawn for it.
         swaps = (values.view(-1, 1) * pairs_of_all).round()
         swapped = (torch.arange(most, device=images.device) < swaps).repeat(1, 2)[..., None]
@@ -197,16 +193,6 @@ class RandBatchPatchSwap(_RandBatchTransform):
         shift = self.R.randint(size - cells * patch_size + 1)
         chosen = self.R.choice(cells.prod(), count, replace=False)
         return shift + patch_size * np.stack(np.unravel_index(chosen, cells), axis=-1)
-
-
-def _flat_index(voxels: np.ndarray, size: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Number (...) of voxels (..., 3) within an image of a size."""
-    index = np.ravel_multi_index(tuple(np.moveaxis(voxels, -1, 0)), size)
-    return torch.from_numpy(index).to(device, non_blocking=True)
-
-
-def _range(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return images.amin((1, 2, 3, 4), keepdim=True), images.amax((1, 2, 3, 4), keepdim=True)
 
 
 class BatchIntensityd(Randomizable):

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 
-from pgl_ext.transforms.views import RandOverlappingViewsd, check_factors, checked_size, cut_view
+from pgl_ext.transforms.crops import check_factors, checked_size, cut_view, draw_crop_sizes
+from pgl_ext.transforms.views import RandOverlappingViewsd
 
 __all__ = ["RandGlobalLocalViewsd"]
 
@@ -19,8 +20,7 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
 
     The global views are those of :class:`RandOverlappingViewsd`. The local crops' sizes are drawn per crop and axis
     from ``local_scale_range`` times ``local_size``; their centres lie anywhere in the bounding box of both global
-    crops, as far as that lies in the volume. Where a local crop hangs over the volume it is padded, and it is resized
-    and flipped as the global ones are.
+    crops, as far as that lies in the volume. They are padded, resized and flipped as the global ones are.
 
     With ``min_overlap`` m the intersection over union of the global crops is at least m / (2 - m): with crops of V_1
     and V_2 voxels that share s >= m max(V_1, V_2), it is s / (V_1 + V_2 - s) >= m / (2 - m).
@@ -63,14 +63,11 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
         self.local_size = checked_size("local_size", local_size)
         self.local_scale_range = tuple(local_scale_range)
         self.num_local = num_local
-        self.local_start = np.zeros((num_local, 3), dtype=np.int64)
-        self.local_crop_size = np.ones((num_local, 3), dtype=np.int64)
-        self.local_flip = np.zeros((num_local, 3), dtype=bool)
 
     def randomize(self, volume_size: Sequence[int]) -> None:
-        """Draw the global crops, then the local ones, in voxels of the volume, and the flips."""
+        """Draw the global crops, then the local ones (num_local, 3), in voxels of the volume, and the flips."""
         super().randomize(volume_size)
-        self.local_crop_size = self._draw_sizes(self.num_local, self.local_size, self.local_scale_range)
+        self.local_crop_size = draw_crop_sizes(self.R, self.num_local, self.local_size, self.local_scale_range)
         # A centre outside the volume could leave a crop without any voxel.
         lower = np.maximum(self.crop_start.min(axis=0), 0)
         upper = np.minimum((self.crop_start + self.crop_size).max(axis=0), volume_size)
@@ -81,7 +78,7 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
         self.local_flip = self.R.random_sample((self.num_local, 3)) < self.flip_prob
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = super().__call__(data)
+        sample = super().__call__(data)
         boxes = zip(self.local_start, self.local_crop_size, self.local_flip, strict=True)
-        d["local_views"] = torch.stack([cut_view(d[self.keys[0]], *box, self.local_size) for box in boxes])
-        return d
+        local_views = [cut_view(data[self.keys[0]], *box, self.local_size) for box in boxes]
+        return {**sample, "local_views": torch.stack(local_views)}

@@ -1,4 +1,4 @@
-"""Label maps, masks of organs and names, turned into each other."""
+"""Conversions between label maps, masks of organs and names."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ class SplitCased(MapTransform):
 
 
 class NameToIndexd(MapTransform):
-    """Replace a name by its place in a list of names; a batch then holds (B,) int64.
+    """Replace a name by its index in a list of names; a batch then holds (B,) int64.
 
     Args:
         keys: keys of the names.
-        names: all names that may occur, in the order that numbers them from 0.
+        names: all names that may occur.
 
     Raises:
         ValueError: from a call, where a name is not in the list.
@@ -94,12 +94,12 @@ class NameToIndexd(MapTransform):
 
     def __init__(self, keys: KeysCollection, names: Sequence[str]) -> None:
         super().__init__(keys)
-        self.numbers = {str(name): number for number, name in enumerate(names)}
+        self.indices = {str(name): index for index, name in enumerate(names)}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.keys:
-            if str(d[key]) not in self.numbers:
-                raise ValueError(f"{key} {d[key]!r} is not among the names {list(self.numbers)}: add it to them.")
-            d[key] = self.numbers[str(d[key])]
+            if str(d[key]) not in self.indices:
+                raise ValueError(f"{key} {d[key]!r} is not among the names {list(self.indices)}: add it to them.")
+            d[key] = self.indices[str(d[key])]
         return d

@@ -10,8 +10,8 @@ import pytest
 import torch
 from programs import fine_tuning_arguments, probing_arguments, run
 
-from pgl_ext.evaluation.compare import compare_runs
 from pgl_ext.networks import ResNetEncoder
+from pgl_ext.tools.compare import compare_runs
 from pgl_ext.tools.phantom import write_dataset
 from pgl_ext.weights import save_encoder
 
