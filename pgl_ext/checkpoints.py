@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 
 from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
 from pgl_ext.files import write_atomically
@@ -44,7 +44,7 @@ class CheckpointFolder:
         ValueError: ``keep_last`` is less than 1.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep_last: int = 3) -> None:
+    def __init__(self, folder: PathLike, keep_last: int = 3) -> None:
         self.folder = Path(folder)
         self.keep_last = check_positive(keep_last, "keep_last", "a run is resumed from the last one")
 
@@ -107,17 +107,17 @@ class CheckpointHandler:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: PathLike,
         network: torch.nn.Module,
         objects: Mapping[str, Any],
         sampler: Any,
-        encoder_path: str | os.PathLike | None = None,
+        encoder_path: PathLike | None = None,
         description: Mapping[str, Any] | None = None,
         interval: int = 5,
         keep_last: int = 3,
         resume: bool = False,
         rank: int | None = None,
-        decoder_path: str | os.PathLike | None = None,
+        decoder_path: PathLike | None = None,
         overwrite: bool = False,
     ) -> None:
         self.folder = CheckpointFolder(folder, keep_last)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -150,7 +150,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        output_dir: PathLike,
         evaluator: Engine,
         samples_per_epoch: int,
         columns: Sequence[str],
@@ -254,7 +254,7 @@ class PretrainMetricsLog(MetricsLog):
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        output_dir: PathLike,
         evaluator: Engine,
         pairs_per_epoch: int,
         interval: int = 10,
@@ -297,7 +297,7 @@ class ViewPictures:
         ValueError: ``interval`` is less than 1.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, interval: int = 50) -> None:
+    def __init__(self, output_dir: PathLike, interval: int = 50) -> None:
         self.folder = Path(output_dir)
         self.interval = check_positive(interval, "picture_interval", "to draw only once, set it above max_epochs")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from monai.config import PathLike
 from monai.utils import ensure_tuple
 
 from pgl_ext.files import read_json
@@ -39,8 +40,8 @@ def item_name(item: Mapping) -> str:
 
 
 def load_datalist(
-    data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
-    dataset_dir: str | os.PathLike | None = None,
+    data_list_file_path: PathLike | Sequence[PathLike],
+    dataset_dir: PathLike | None = None,
     key: str = "training",
     keep: Iterable[str] = (),
 ) -> list[dict]:
@@ -73,7 +74,7 @@ def load_datalist(
     return items
 
 
-def _read_list(path: Path, dataset_dir: str | os.PathLike | None, key: str, keep: Iterable[str]) -> list[dict]:
+def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterable[str]) -> list[dict]:
     content = _read_content(path, key)
     task = content.get("task", content.get("name"))
     sources = {"task": task, "group": content.get("group", task)}
@@ -105,13 +106,13 @@ def _read_content(path: Path, key: str) -> dict[str, Any]:
     return content
 
 
-def listed_path(path: str, data_list_file_path: str | os.PathLike, dataset_dir: str | os.PathLike | None = None) -> str:
+def listed_path(path: str, data_list_file_path: PathLike, dataset_dir: PathLike | None = None) -> str:
     """The absolute path that a data list means by ``path``: relative ones start from ``dataset_dir``, or the list."""
     base = os.path.abspath(Path(data_list_file_path).parent if dataset_dir is None else dataset_dir)
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
 
 
-def _to_item(entry: object, index: int, dataset_dir: str | os.PathLike | None, path: Path, kept: Iterable[str]) -> dict:
+def _to_item(entry: object, index: int, dataset_dir: PathLike | None, path: Path, kept: Iterable[str]) -> dict:
     entry = {"image": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or not _is_path(entry.get("image")):
         raise ValueError(
@@ -174,8 +175,8 @@ def source_names(items: Iterable[Mapping], field: str) -> list[str]:
 
 
 def labelled_items(
-    data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
-    dataset_dir: str | os.PathLike | None = None,
+    data_list_file_path: PathLike | Sequence[PathLike],
+    dataset_dir: PathLike | None = None,
     key: str = "training",
     annotated_key: str | None = None,
 ) -> list[dict]:

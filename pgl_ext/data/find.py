@@ -7,6 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from monai.config import PathLike
+
 from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, unique_names, without_suffix
 from pgl_ext.transforms.formats import (
     DICOM_SUFFIXES,
@@ -28,7 +30,7 @@ _LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "image
 _CASE_FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
 
 
-def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
+def find_volumes(dataset_dir: PathLike) -> list[dict]:
     """Find every volume in a folder and the folders below it.
 
     NIfTI, NRRD and MetaImage files and DICOM series are found. Files of other types and hidden files are passed
@@ -114,7 +116,7 @@ def _series_and_slices(path: str) -> tuple[str, int]:
     return uid, int(header.get("NumberOfFrames") or 1)
 
 
-def find_cases(dataset_dir: str | os.PathLike) -> list[dict]:
+def find_cases(dataset_dir: PathLike) -> list[dict]:
     """Pair the images and label maps in the folders ``imagesTr`` and ``labelsTr``, or ``images`` and ``labels``.
 
     An image and its label map have the same path below their folders but for the file type, or the image's name ends
@@ -178,8 +180,8 @@ def _case_name(path: str, folder: str) -> str:
 
 
 def find_scans(
-    dataset_dir: str | os.PathLike | None = None,
-    data_list_file_path: str | os.PathLike | None = None,
+    dataset_dir: PathLike | None = None,
+    data_list_file_path: PathLike | None = None,
     data_list_key: str = "training",
     passed_over: Sequence[str] = (),
 ) -> list[dict]:
