@@ -15,6 +15,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import torch
+from monai.config import PathLike
 from monai.transforms import Compose, RandomizableTrait
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
@@ -71,7 +72,7 @@ class VolumeCache:
         affine = np.array(volume.vlmeta["affine"])    # voxel index of the preprocessed volume -> mm
     """
 
-    def __init__(self, cache_dir: str | os.PathLike, preprocessing: Callable, num_workers: int = 0) -> None:
+    def __init__(self, cache_dir: PathLike, preprocessing: Callable, num_workers: int = 0) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}.")
         random = sorted({type(t).__name__ for t in _steps(preprocessing) if isinstance(t, RandomizableTrait)})

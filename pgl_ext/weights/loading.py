@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.config import PathLike
 from torch import nn
 
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
@@ -74,7 +74,7 @@ def compare_states(state: Mapping[str, torch.Tensor], target: Mapping[str, torch
 # --- into a network -------------------------------------------------------------------------------------------------
 
 
-def load_encoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
+def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     """Load an encoder file into a network's encoder: all of its tensors, or none.
 
     Args:
@@ -110,7 +110,7 @@ def load_encoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
     return report
 
 
-def load_decoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
+def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
     """Load whatever fits of a decoder file into a network's pyramid pooling and decoder.
 
     The last convolution, which was trained for another task's classes, is never loaded. A decoder of another layout,
@@ -142,7 +142,7 @@ def load_decoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
 
 
 def load_model(
-    network: nn.Module, path: str | os.PathLike, device: torch.device | str = "cpu", encoder_only: bool = False
+    network: nn.Module, path: PathLike, device: torch.device | str = "cpu", encoder_only: bool = False
 ) -> nn.Module:
     """Load a file of weights into the network it belongs to, all of its tensors.
 
@@ -173,7 +173,7 @@ def load_model(
     return network.to(device).eval()
 
 
-def _load(path: str | os.PathLike, kind: str, remedy: str) -> dict[str, Any]:
+def _load(path: PathLike, kind: str, remedy: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind} {Path(path).absolute()} does not exist: give {remedy}.")
     return load_state(path)
@@ -193,8 +193,8 @@ def _without_shortcut_bias(state: dict[str, torch.Tensor], target: Mapping[str, 
 
 def load_pretrained(
     network: nn.Module,
-    encoder: str | os.PathLike | None = None,
-    decoder: str | os.PathLike | None = None,
+    encoder: PathLike | None = None,
+    decoder: PathLike | None = None,
     input: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
@@ -226,7 +226,7 @@ def load_pretrained(
     return network
 
 
-def _input_differences(path: str | os.PathLike, here: InputRecord) -> list[str]:
+def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
     """What is said of a file's input that differs from the input here, or that nothing is said."""
     if not Path(path).with_suffix(".json").is_file():
         return ["there is no JSON beside it, so that its normalisation and spacing are not known"]
@@ -252,7 +252,7 @@ def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: An
 # --- networks of files ----------------------------------------------------------------------------------------------
 
 
-def build_encoder(path: str | os.PathLike | None = None, load: bool = True, **overrides: Any) -> nn.Module:
+def build_encoder(path: PathLike | None = None, load: bool = True, **overrides: Any) -> nn.Module:
     """Build the encoder that an encoder file belongs to, and load the file.
 
     The architecture is the one recorded in the JSON beside the file; where there is none, the default ResNet-50.
@@ -273,7 +273,7 @@ def build_encoder(path: str | os.PathLike | None = None, load: bool = True, **ov
     return encoder
 
 
-def build_network(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+def build_network(path: PathLike, device: torch.device | str = "cpu") -> nn.Module:
     """Build the segmentation network that a model file belongs to, as recorded beside it, with its weights.
 
     Raises:
@@ -283,6 +283,6 @@ def build_network(path: str | os.PathLike, device: torch.device | str = "cpu") -
     return load_model(network_of(ModelRecord.load(path), path), path, device)
 
 
-def network_of(record: ModelRecord, source: str | os.PathLike = "a model") -> nn.Module:
+def network_of(record: ModelRecord, source: PathLike = "a model") -> nn.Module:
     """Build the segmentation network of a record with random weights; errors name the source."""
     return build(NETWORKS, record.network, f"model file {source}")

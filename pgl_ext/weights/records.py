@@ -6,11 +6,12 @@ A record is a JSON file of the weights' name. It is data: nothing in it is impor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from monai.config import PathLike
 
 from pgl_ext import __version__
 from pgl_ext.files import read_json
@@ -59,7 +60,7 @@ class InputRecord:
         return cls(**_of_known_kinds(cls, {"channels": channels, **content}, source))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> InputRecord | None:
+    def load(cls, path: PathLike) -> InputRecord | None:
         """Read it from the JSON beside a file of weights, of whatever kind; None where that does not say.
 
         Raises:
@@ -128,7 +129,7 @@ class _Record:
         return cls(**_of_known_kinds(cls, known, source), others=content)
 
     @classmethod
-    def load(cls: type[_R], path: str | os.PathLike) -> _R:
+    def load(cls: type[_R], path: PathLike) -> _R:
         """Read the record beside a file of weights, which itself need not exist.
 
         Raises:
@@ -169,7 +170,7 @@ class EncoderRecord(_Record):
     _needed = ("architecture", "input")
 
     @classmethod
-    def load_or_default(cls, path: str | os.PathLike | None) -> EncoderRecord:
+    def load_or_default(cls, path: PathLike | None) -> EncoderRecord:
         """Read the record beside an encoder file; where there is none, that of the paper's ResNet-50 and its input."""
         if path is not None and Path(path).with_suffix(".json").is_file():
             return cls.load(path)
@@ -215,7 +216,7 @@ class ModelRecord(_Record):
         return record
 
     @classmethod
-    def load_or_default(cls, path: str | os.PathLike, metadata: str | os.PathLike) -> ModelRecord:
+    def load_or_default(cls, path: PathLike, metadata: PathLike) -> ModelRecord:
         """Read the record beside a model file; where there is no file yet, that of the bundle's default task.
 
         The checks of bundles build the network of a bundle that comes without weights.
@@ -243,7 +244,7 @@ class ModelRecord(_Record):
         )
 
 
-def _read(weights: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+def _read(weights: PathLike) -> tuple[Path, dict[str, Any]]:
     """The JSON file beside a file of weights, and what it holds."""
     name, path = Path(weights).name, Path(weights).with_suffix(".json")
     if not path.is_file():
