@@ -79,13 +79,15 @@ class SegmentationTask:
 
     def masks_of_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Masks of the organs (..., organs, X, Y, Z) of a label map with the files' values (..., 1, X, Y, Z)."""
-        masks = []
-        for values in self.organs.values():
-            mask = labels == values[0]
-            for value in values[1:]:
-                mask |= labels == value
-            masks.append(mask)
-        return torch.cat(masks, dim=-4)
+        return torch.cat([self.mask_of_labels(labels, organ) for organ in self.names], dim=-4)
+
+    def mask_of_labels(self, labels: torch.Tensor, organ: str) -> torch.Tensor:
+        """Mask of one organ (..., 1, X, Y, Z) of a label map with the files' values (..., 1, X, Y, Z)."""
+        first, *further = self.organs[organ]
+        mask = labels == first
+        for value in further:
+            mask |= labels == value
+        return mask
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
         """What the output channels should be, 0 or 1 in float32 (..., out_channels, X, Y, Z), of a label map."""
