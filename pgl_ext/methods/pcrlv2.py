@@ -126,7 +126,7 @@ class PCRLv2(Method):
         return {"loss": loss, **logged, "beta": beta, "feature_std": feature_std(finest.flatten(0, 1))}
 
     def _encode(self, views: torch.Tensor) -> tuple[list[torch.Tensor], list[_Embedding]]:
-        """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z) at all decoder levels, coarse to fine."""
+        """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z), level by level, coarse to fine."""
         stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
         maps = self.decoder(self.aspp(deepest), [level.shape[2:] for level in (stage2, stage1, stem)])
         embedded = []
