@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ class PCRLv2(Method):
         for module in (self.aspp, self.decoder, self.restorations):
             initialise_convolutions(module)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the loss, in [-2, 4].
 
         Args:
