@@ -87,8 +87,7 @@ def plot_views(
         axes.set_title(title, fontsize=10)
     for row, pair, prior in zip(panels, images, priors, strict=True):
         _draw_pair(row, pair, prior, num_points)
-    if out_path is not None:
-        save_figure(figure, out_path)
+    save_figure(figure, out_path)
     return figure
 
 
