@@ -54,16 +54,13 @@ class PriorGuidedAligner(nn.Module):
         self.sampling_ratio = check_positive(sampling_ratio, "sampling_ratio", "the paper's aligner takes 2")
 
     def forward(self, features: torch.Tensor, affines: torch.Tensor, view_size: Sequence[int]) -> torch.Tensor:
-        """Align.
+        """Align features (B, V, C, x, y, z) to (B, V, C, *output_size).
 
         Args:
-            features: (B, V, C, x, y, z).
+            features: of all views.
             affines: view voxel index to source voxel index, (B, V, 4, 4); best on the CPU, where checking them costs no
                 wait for the accelerator.
             view_size: (X, Y, Z) in voxels.
-
-        Returns:
-            (B, V, C, \\*output_size).
 
         Raises:
             ValueError: where shapes do not fit, an affine is rotated or sheared, or views do not overlap.

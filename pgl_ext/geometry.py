@@ -79,31 +79,18 @@ def overlap_extent(affines: torch.Tensor, view_size: Sequence[int]) -> tuple[tor
 
 
 def cell_samples(lower: torch.Tensor, upper: torch.Tensor, cells: int, sampling_ratio: int) -> torch.Tensor:
-    """Sample points that lie evenly in the cells of an interval, as in RoIAlign.
-
-    Args:
-        lower: lower edges (...).
-        upper: upper edges (...).
-        cells: number of cells the interval is cut into.
-        sampling_ratio: points per cell.
-
-    Returns:
-        positions (..., cells, sampling_ratio).
-    """
+    """Points (..., cells, sampling_ratio) evenly in the cells of intervals with these edges (...), as in RoIAlign."""
     fraction = torch.arange(cells * sampling_ratio, dtype=lower.dtype, device=lower.device)
     fraction = ((fraction + 0.5) / (cells * sampling_ratio)).view(cells, sampling_ratio)
     return lower[..., None, None] + (upper - lower)[..., None, None] * fraction
 
 
 def linear_interpolation_matrix(positions: torch.Tensor, size: int) -> torch.Tensor:
-    """Matrix whose row i averages the linear interpolation weights of the sample points of output cell i.
+    """Weights (..., cells, size) of linear interpolation, averaged over the sample points of each cell.
 
     Args:
         positions: sample points (..., cells, samples) in grid coordinates; clamped to [0, size - 1].
         size: number of grid points.
-
-    Returns:
-        weights (..., cells, size); every row is non-negative and sums to 1.
     """
     positions = positions.clamp(0, size - 1)
     grid = torch.arange(size, dtype=positions.dtype, device=positions.device)
@@ -173,11 +160,7 @@ def roi_align_3d(
 
 
 def derive_stride(view_size: Sequence[int], feature_size: Sequence[int]) -> tuple[int, ...]:
-    """Output stride per axis, in view voxels.
-
-    Raises:
-        ValueError: where the feature size does not divide the view size.
-    """
+    """Output stride per axis, in view voxels; a ValueError where the feature size does not divide the view size."""
     if any(p % n for p, n in zip(view_size, feature_size, strict=True)):
         raise ValueError(
             f"view size {tuple(view_size)} is not a multiple of the feature map's size {tuple(feature_size)}: choose a "

@@ -62,9 +62,6 @@ def plot_metrics(csv_path: str | Path, out_path: str | Path, healthy_std: float 
         out_path: picture to write; the ending sets the format.
         healthy_std: feature std of L2-normalised features spread evenly over C dimensions, 1 / sqrt(C); drawn dashed.
 
-    Returns:
-        The figure.
-
     Raises:
         ValueError: if the file has no rows, no column ``step``, or none of the columns above.
     """

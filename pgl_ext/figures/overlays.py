@@ -45,9 +45,6 @@ def plot_overlay(
         out_path: picture to write; None: only return the figure.
         title: heading of the picture.
 
-    Returns:
-        The figure.
-
     Raises:
         ValueError: there are no masks, or shapes, names or spacing do not fit.
     """

@@ -26,14 +26,11 @@ _TITLES = ("view 1", "view 2", "overlap, from view 1", "overlap, from view 2", "
 
 
 def source_to_view(affines: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Where points of the source lie in each view: v = (source - b) / a per axis.
+    """Where points (N, 3) of the source lie in each view, (..., N, 3) in voxels.
 
     Args:
         affines: (..., 4, 4), view voxel index to source voxel index, axis-aligned.
-        points: (N, 3) in source voxels.
-
-    Returns:
-        (..., N, 3) in view voxels.
+        points: in source voxels.
 
     Raises:
         ValueError: if an affine rotates, shears or is singular.
@@ -61,9 +58,6 @@ def plot_views(
         out_path: picture to write; None: only return the figure.
         num_pairs: the first so many samples are shown, at most B.
         num_points: numbered points per pair, at most; they are set where the overlap shows structure.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: for other shapes, num_pairs < 1, affines with rotation or shear, and views without overlap.
@@ -113,14 +107,10 @@ def _draw_pair(panels: Sequence[Axes], views: torch.Tensor, affines: torch.Tenso
 
 
 def _middle_slices(views: torch.Tensor, affines: torch.Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Axial slices through the middle of the overlap, in [0, 1].
-
-    Args:
-        views: (2, X, Y, Z).
-        affines: (2, 4, 4).
+    """Axial slices (X, Y) in [0, 1] through the middle of the overlap of views (2, X, Y, Z).
 
     Returns:
-        a slice (X, Y) of each view, and one of the overlap in each view on one common grid of (X, Y) cells.
+        a slice of each view, and one of the overlap in each view, on a common grid of X x Y cells.
     """
     size = views.shape[1:]
     aligner = PriorGuidedAligner([*size[:2], 1], sampling_ratio=1)

@@ -29,8 +29,7 @@ class HSSL(Method, SegmentationNet):
 
     ``loss = image_loss + task_weight * task_loss + group_weight * group_loss + voxel_loss``
 
-    - ``image_loss``: NT-Xent of the two views' projections (encoder, global average pool, projector) among all views of
-      the micro-batch;
+    - ``image_loss``: NT-Xent of the views' projections (encoder, global average pool, projector) in a micro-batch;
     - ``task_loss``, ``group_loss``: cross-entropy of a linear classifier on the pooled features, over the source data
       sets, and over the groups that these are merged into ("abdomen CT", "head-and-neck CT");
     - ``voxel_loss``: NT-Xent of the cells of the decoder's output, in which both views are aligned through the known

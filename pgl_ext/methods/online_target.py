@@ -33,8 +33,8 @@ class OnlineTargetMethod(Method):
         self.encoder = encoder
         self.projector = projector
         self.predictor = predictor
-        self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
-        self.target_projector = deepcopy(self.projector).requires_grad_(False)
+        self.target_encoder = deepcopy(encoder).requires_grad_(False)
+        self.target_projector = deepcopy(projector).requires_grad_(False)
         self.loss = LocalConsistencyLoss()
         self.feature_channels = feature_channels
 

@@ -63,7 +63,7 @@ def prepare_network(
     compile: bool = False,
     sync_batch_norm: bool = False,
 ) -> nn.Module:
-    """Make a method or segmentation network ready to train, in place; its parameter names stay as they are.
+    """Make a method or segmentation network ready to train, in place, and return it; parameters keep their names.
 
     Args:
         network: what is trained.
@@ -71,9 +71,6 @@ def prepare_network(
         channels_last: memory layout ``channels_last_3d``, which tensor cores like.
         compile: ``torch.compile`` the network's parts (not the aligner, whose checks look at values).
         sync_batch_norm: batch-norm statistics over all processes, of online and target networks.
-
-    Returns:
-        the same network.
     """
     if parse_bool(sync_batch_norm, "sync_batch_norm"):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)

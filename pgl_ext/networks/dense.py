@@ -14,10 +14,7 @@ class DenseFeatures(nn.Module):
     Feature j lies on input voxel ``stride * j``, per axis. The module can be scripted.
 
     Args:
-        encoder: maps (B, C, X, Y, Z) to its feature maps, finest first; has ``stride``.
-
-    Attributes:
-        stride: output stride per axis, in voxels.
+        encoder: maps (B, C, X, Y, Z) to its feature maps, finest first; has ``stride``, in voxels per axis.
 
     Example:
         >>> network = DenseFeatures(ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.25))

@@ -94,15 +94,10 @@ class SegmentationNet(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling on a reduced number of channels.
+    """Atrous spatial pyramid pooling of (B, in_channels, X, Y, Z) to (B, channels, X, Y, Z).
 
-    A 1x1x1 convolution first reduces the channels. The branches are a 1x1x1 convolution, separable 3x3x3 convolutions
-    of several dilations, and the global mean; a last 1x1x1 convolution joins them.
-
-    Args:
-        in_channels: channels of the encoder's deepest map.
-        channels: channels of every branch and of the output.
-        dilations: of the separable convolutions, in cells of that map.
+    A 1x1x1 convolution reduces the channels. The branches are a 1x1x1 convolution, separable 3x3x3 convolutions of
+    several dilations (in cells), and the global mean; a last 1x1x1 convolution joins them.
     """
 
     def __init__(self, in_channels: int, channels: int = 256, dilations: Sequence[int] = (2, 4, 8)) -> None:
@@ -116,7 +111,6 @@ class ASPP(nn.Module):
         self.join = _conv((len(dilations) + 2) * channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, in_channels, X, Y, Z) to (B, channels, X, Y, Z)."""
         x = self.reduce(x)
         outputs = [branch(x) for branch in self.branches]
         # Expanded before its batch norm, which refuses a single value per channel: a batch of one.

@@ -31,11 +31,10 @@ class BadVolumeError(ValueError):
 
 
 class BadVolumesError(ValueError):
-    """Some volumes of a data set cannot be used for training; the message lists them.
+    """Some of ``total`` volumes cannot be used for training; the message lists them.
 
     Args:
         bad: reason by volume.
-        total: number of volumes looked at.
         can_skip: whether the program has the option to leave them out.
     """
 

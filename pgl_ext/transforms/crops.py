@@ -68,8 +68,7 @@ def read_crop(volume: Any, start: Sequence[int], size: Sequence[int]) -> tuple[t
         size: of the crop, in voxels.
 
     Returns:
-        the part as float32 (C, x, y, z), and per axis (3, 2) how many voxels of the crop lie before and after the
-        volume.
+        the part as float32 (C, x, y, z), and how many voxels of the crop lie before and after the volume (3, 2).
     """
     stop = np.add(start, size)
     first, last = np.maximum(start, 0), np.minimum(stop, volume.shape[1:])

@@ -3,6 +3,8 @@
 Each takes a patch (C, X, Y, Z) of intensities in [0, 1] and returns one of the same shape and range. The method's
 random flips are those of the views. MONAI's ``RandCoarseShuffle`` shuffles what earlier regions left, and its
 ``RandCoarseDropout`` draws the number of regions uniformly.
+
+All raise a ValueError where an argument is out of range, or a patch is not (C, X, Y, Z).
 """
 
 from __future__ import annotations
@@ -60,9 +62,6 @@ class RandLocalShuffle(_RandDeformation):
     Args:
         prob: probability per patch.
         blocks: number of blocks. Of 10,000 many are covered by later ones or hold a single voxel.
-
-    Raises:
-        ValueError: where an argument is out of range, or a patch is not (C, X, Y, Z).
     """
 
     def __init__(self, prob: float = 0.5, blocks: int = 10_000) -> None:
@@ -103,9 +102,6 @@ class RandBezierIntensity(_RandDeformation):
 
     Args:
         prob: probability per patch.
-
-    Raises:
-        ValueError: where ``prob`` is out of range, or a patch is not (C, X, Y, Z).
     """
 
     def randomize(self, size: Sequence[int]) -> None:
@@ -131,9 +127,6 @@ class RandPaint(_RandDeformation):
     Args:
         prob: probability per patch.
         inpaint_prob: probability of in-painting where anything is painted; else it is out-painting.
-
-    Raises:
-        ValueError: where an argument is out of range, or a patch is not (C, X, Y, Z).
     """
 
     def __init__(self, prob: float = 0.9, inpaint_prob: float = 0.2) -> None:
@@ -168,11 +161,7 @@ class RandPaint(_RandDeformation):
 
 
 class RandSteps(Randomizable):
-    """Several transforms of a tensor that draw from one random state.
-
-    Args:
-        transforms: the steps in their order.
-    """
+    """Transforms of a tensor in their order, which draw from one random state."""
 
     def __init__(self, transforms: Sequence[Callable]) -> None:
         self.transforms = Compose(list(transforms), map_items=False)
@@ -211,10 +200,7 @@ class RandDeformedCopyd(RandSteps, MapTransform):
 
 
 def rescale_to_unit(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rescale each patch to [0, 1] by its own smallest and largest value; a constant one becomes 0.
-
-    Args:
-        patches: (B, C, X, Y, Z).
+    """Rescale each patch (B, C, X, Y, Z) to [0, 1] by its own smallest and largest value; a constant one becomes 0.
 
     Returns:
         the rescaled patches, and smallest value and span (B, 1, 1, 1, 1) that map them back.

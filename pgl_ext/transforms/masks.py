@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_tensor
 
 from pgl_ext.task import SegmentationTask
@@ -15,17 +15,13 @@ from pgl_ext.transforms.crops import read_crop
 __all__ = ["LabelMapd", "NameToIndexd", "OrganMasksd", "SplitCased"]
 
 
-class OrganMasksd(MapTransform):
-    """Turn logits and label map into masks of the organs (organs, X, Y, Z), for metrics.
+class OrganMasksd(Transform):
+    """Turn logits and label map into masks of the task's organs (organs, X, Y, Z), for metrics.
 
     The entry ``pred`` has logits (out_channels, X, Y, Z), ``label`` a label map (1, X, Y, Z) with the files' values.
-
-    Args:
-        task: the organs.
     """
 
     def __init__(self, task: SegmentationTask) -> None:
-        super().__init__(("pred", "label"))
         self.task = task
 
     def __call__(self, data: dict) -> dict:
@@ -38,10 +34,6 @@ class LabelMapd(MapTransform):
     """Turn masks of organs (organs, X, Y, Z) into a label map (1, X, Y, Z) with the values of the task's files.
 
     The masks stay available as ``organs``.
-
-    Args:
-        keys: key of the masks.
-        task: the organs.
     """
 
     def __init__(self, keys: KeysCollection, task: SegmentationTask) -> None:

@@ -19,10 +19,8 @@ from pgl_ext.task import SegmentationTask
 
 __all__ = ["RestoreOrgansd", "predictive_entropy"]
 
-# Voxels by which the farthest sample may be off where rotation and shear are taken for rounding.
-_TOLERANCE = 1e-2
-# Values of all channels that are held at the size of the file at a time.
-_SLAB_VALUES = 2**24
+_TOLERANCE = 1e-2  # voxels by which the farthest sample may be off where rotation and shear are taken for rounding
+_SLAB_VALUES = 2**24  # of all channels, held at the size of the file at a time
 
 
 class RestoreOrgansd(MapTransform):
@@ -128,7 +126,6 @@ def _resampled_slabs(
     """Resample channels (C, x, y, z) onto the grid of the file.
 
     Args:
-        scores: the channels.
         to_scores: voxel index of the file to that of the scores (4, 4).
         shape: (X, Y, Z) of the file.
 

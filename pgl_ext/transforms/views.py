@@ -134,8 +134,7 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
     from ``local_scale_range`` times ``local_size``; their centres lie anywhere in the bounding box of both global
     crops, as far as that lies in the volume. They are padded, resized and flipped as the global ones are.
 
-    With ``min_overlap`` m the intersection over union of the global crops is at least m / (2 - m): with crops of V_1
-    and V_2 voxels that share s >= m max(V_1, V_2), it is s / (V_1 + V_2 - s) >= m / (2 - m).
+    With ``min_overlap`` m the intersection over union of the global crops is at least m / (2 - m).
 
     Adds to the sample: ``views`` (2, C, X, Y, Z), ``affines`` (2, 4, 4) and ``local_views``
     (num_local, C, *local_size), float32.

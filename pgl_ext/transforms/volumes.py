@@ -47,10 +47,6 @@ def loading(keys: KeysCollection = "image", task: SegmentationTask | None = None
     Args:
         keys: key of the image, and of its label map where there is one.
         task: what the label map shows; needed with one.
-
-    Returns:
-        a transform whose :class:`~pgl_ext.transforms.LoadVolumed`, ``CheckVolumed`` and ``CheckLabeld`` raise what they
-        say.
     """
     image, *labels = ensure_tuple(keys)
     steps = [LoadVolumed([image, *labels]), CheckVolumed(image)]
