@@ -7,7 +7,7 @@ random flips are those of the views. MONAI's ``RandCoarseShuffle`` shuffles what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,7 +208,7 @@ class RandDeformedCopyd(RandSteps, MapTransform):
         if len(self.keys) != 1:
             raise ValueError(f"views have one key, but keys are {self.keys}.")
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         scaled, lowest, span = rescale_to_unit(data[self.keys[0]])
         deformed = torch.stack([self.transforms(view) for view in scaled])
         return {**data, "deformed": deformed * span + lowest}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -110,7 +109,7 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         # Concentric crops overlap as much as any two of these sizes can.
         return np.clip(first + (size_1 - size_2) // 2, lowest, highest)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         volume = data[self.keys[0]]
         if len(volume.shape) != 4:
             raise ValueError(f"expected a volume (C, X, Y, Z), got shape {tuple(volume.shape)}.")
@@ -190,7 +189,7 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
         self.local_start = self.R.randint(lowest, highest + 1)
         self.local_flip = self.R.random_sample((self.num_local, 3)) < self.flip_prob
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         sample = super().__call__(data)
         boxes = zip(self.local_start, self.local_crop_size, self.local_flip, strict=True)
         local_views = [cut_view(data[self.keys[0]], *box, self.local_size) for box in boxes]
