@@ -21,9 +21,8 @@ from monai.bundle import ckpt_export, onnx_export
 from timing import interleaved_times
 from torch import nn
 
-from pgl_ext.weights import build_network
 from pgl_ext.networks import SegmentationNet
-from pgl_ext.weights import save_weights
+from pgl_ext.weights import build_network, save_weights
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "pgl_segmentation" / "configs"
 SMALL = {

@@ -36,8 +36,8 @@ import numpy as np
 import yaml
 
 from pgl_ext.data.datalist import labelled_items
-from pgl_ext.tools.packaging import package_bundles
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.packaging import package_bundles
 from pgl_ext.tools.task_config import task_config
 
 ROOT = Path(__file__).resolve().parents[1]

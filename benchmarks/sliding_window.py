@@ -28,10 +28,10 @@ import torch
 from monai.data.utils import affine_to_spacing
 from timing import interleaved_times
 
-from pgl_ext.tools.phantom import generate_case
 from pgl_ext.segmentation.inferers import FlipInferer, VolumeInferer
-from pgl_ext.weights import build_network, recorded_model
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.phantom import generate_case
+from pgl_ext.weights import build_network, recorded_model
 
 CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "pgl_segmentation" / "configs" / "inference.json"
 NO_FILE = "absent.pt"  # of which the bundle's defaults are recorded

@@ -6,9 +6,11 @@ python benchmarks/training_step.py [--batch_size 4] [--steps 4]
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import torch
-from pretraining import measure
+from pretraining import make_dataset, measure
 
 
 def main() -> None:
@@ -17,17 +19,9 @@ def main() -> None:
     parser.add_argument("--micro_batch_size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4, help="the first one warms up and does not count")
     settings = parser.parse_args()
-    result = measure(
-        "cpu",
-        settings.batch_size,
-        settings.micro_batch_size,
-        settings.steps,
-        amp=False,
-        num_workers=0,
-        volumes=4,
-        shape=(256, 256, 64),
-        memory_limit_gib=1,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = make_dataset(Path(folder), volumes=4, shape=(256, 256, 64), memory_limit_gib=1)
+        result = measure("cpu", dataset, settings.batch_size, settings.micro_batch_size, settings.steps)
     print(f"{torch.get_num_threads()} threads, {result['pairs']:.0f} pairs per step")
     print(f"bare networks   {result['bare']:8.2f} s")
     print(f"training step   {result['step']:8.2f} s, of which data {result['data']:.3f} s")

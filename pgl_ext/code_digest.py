@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["code_digests", "digest"]
+__all__ = ["code_digests", "defining_module", "digest"]
 
 _PACKAGE = __package__
+_FOLDER = Path(__file__).parent
 
 
 def digest(content: str | bytes) -> str:
@@ -18,33 +19,56 @@ def digest(content: str | bytes) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
-def code_digests(modules: Iterable[str]) -> dict[str, str]:
+def code_digests(names: Iterable[str]) -> dict[str, str]:
     """Digests of modules of this package and of all that they import, whatever their comments and docstrings.
 
-    Imports within functions do not count: they are of optional packages, and of pictures, which change no result.
+    Only imports at the top level of a module count: those within functions are of optional packages, and of pictures,
+    which change no result. Files are read anew each time.
 
     Args:
-        modules: dotted names, of modules of this package; others are passed over.
+        names: dotted names, of modules or of something in them; those of other packages are passed over.
 
     Returns:
-        by dotted name.
+        by dotted name of the module.
     """
-    found: dict[str, str] = {}
-    waiting = [name for name in modules if f"{name}.".startswith(f"{_PACKAGE}.")]
+    digests: dict[str, str] = {}
+    followed: set[str] = set()
+    waiting = set(names)
     while waiting:
         name = waiting.pop()
-        path = _path(name)
-        if name not in found and path is not None:
+        followed.add(name)
+        module = defining_module(name)
+        path = _path(module)
+        if module not in digests and path is not None:
             source = path.read_text(encoding="utf-8")
-            found[name] = _source_digest(source)
-            waiting += _imports(source)
-    return dict(sorted(found.items()))
+            digests[module] = _source_digest(source)
+            waiting |= {*_imports(source).values()} - followed
+    return dict(sorted(digests.items()))
+
+
+def defining_module(name: str) -> str:
+    """The module that a dotted name, of a module or of something in one, leads to; packages hand names on.
+
+    Args:
+        name: such as ``pgl_ext.transforms.LoadVolumed``, which is defined in ``pgl_ext.transforms.load``.
+    """
+    module, attribute = name, ""
+    while _path(module) is None and "." in module:
+        module, _, attribute = module.rpartition(".")
+    path = _path(module)
+    if path is None or path.name != "__init__.py" or not attribute:
+        return module
+    origin = _imports(path.read_text(encoding="utf-8")).get(attribute)
+    return module if origin is None else defining_module(origin)
 
 
 def _path(module: str) -> Path | None:
-    parts = module.split(".")[1:]
-    base = Path(__file__).parent.joinpath(*parts)
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if parts and path.is_file()), None)
+    """File of a module of this package; None of any other, and of the package itself, which has no code."""
+    top, *parts = module.split(".")
+    if top != _PACKAGE or not parts:
+        return None
+    base = _FOLDER.joinpath(*parts)
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
 @lru_cache(maxsize=1024)
@@ -62,33 +86,12 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _imports(source: str) -> list[str]:
-    """Modules of this package that a module imports when it is imported itself."""
-    return [name for node in ast.parse(source).body for name in _imported(node)]
-
-
-def _imported(node: ast.stmt) -> Iterator[str]:
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(f"{_PACKAGE}."):
-        for alias in node.names:
-            yield defining_module(f"{node.module}.{alias.name}")
-
-
-def defining_module(name: str) -> str:
-    """The module that a dotted name, of a module or of something in one, leads to; packages hand names on.
-
-    Args:
-        name: such as ``pgl_ext.transforms.LoadVolumed``, which is defined in ``pgl_ext.transforms.load``.
-    """
-    module, attributes = name, []
-    while _path(module) is None and "." in module:
-        module, _, attribute = module.rpartition(".")
-        attributes.append(attribute)
-    path = _path(module)
-    if path is None or path.name != "__init__.py" or not attributes:
-        return module
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == attributes[-1] for a in node.names):
-            return defining_module(f"{node.module}.{attributes[-1]}")
-    return module
+def _imports(source: str) -> dict[str, str]:
+    """Names of this package that a module imports when it is imported itself, by those that they have in it."""
+    names = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return {name: origin for name, origin in names.items() if origin.startswith(f"{_PACKAGE}.")}

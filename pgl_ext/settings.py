@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 __all__ = ["check_positive", "parse_bool"]
 
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -25,6 +27,8 @@ def parse_bool(value: bool | int | str, name: str) -> bool:
 
 def check_positive(value: int, name: str, remedy: str) -> int:
     """Return a setting that counts something, such as epochs; a ValueError with the remedy where it is less than 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}: {remedy}.")
     return value

@@ -1,18 +1,21 @@
-"""Study files for tests, and cells that look as if they had been run."""
+"""Study files for tests, and runs that look as if they had been run."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+import pgl_ext
 from pgl_ext.files import write_csv
-from pgl_ext.tools.study.cells import Cell
-from pgl_ext.tools.study.plan import Study, read_study
+from pgl_ext.tools.study.plan import Study
+from pgl_ext.tools.study.runs import Run
 
 FINGERPRINT = {"code": {}, "versions": {}, "settings": {}, "data": {}, "encoder": None}
 
@@ -58,24 +61,32 @@ def write_study(folder: Path, **entries: Any) -> Path:
     return path
 
 
+def copy_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package's code that fingerprints are made of from now on."""
+    package = folder / "pgl_ext"
+    shutil.copytree(Path(pgl_ext.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("pgl_ext.code_digest._FOLDER", package)
+    return package
+
+
 def make_study(folder: Path, overrides: Mapping[str, Any] | None = None, **entries: Any) -> Study:
-    return read_study(write_study(folder, **entries), folder / "runs", overrides=overrides)
+    return Study(write_study(folder, **entries), folder / "runs", overrides=overrides)
 
 
-def finish(cell: Cell, dice: Mapping[str, list[float]] | None = None, **noted: Any) -> None:
-    """Leave what a finished cell leaves, of a fine-tuning with these Dice by organ; NaN becomes an empty cell."""
+def finish(run: Run, dice: Mapping[str, list[float]] | None = None, **noted: Any) -> None:
+    """Leave what a finished run leaves, of a fine-tuning with these Dice by organ; NaN becomes an empty field."""
     cost = {"seconds": 60.0, "cost": 0.5, "unit": "CPU-core-hours"}
     result = (
-        {"steps": 10, "pairs": 160} if cell.is_pretraining else {"steps": 10, "val_mean_dice": 0.5, "mean_dice": 0.6}
+        {"steps": 10, "pairs": 160} if run.is_pretraining else {"steps": 10, "val_mean_dice": 0.5, "mean_dice": 0.6}
     )
-    write = {"started.json": {"fingerprint": FINGERPRINT, "runs": []}, "cell.json": {**result, **cost, **noted}}
-    cell.folder.mkdir(parents=True, exist_ok=True)
+    write = {"started.json": {"fingerprint": FINGERPRINT, "attempts": []}, "run.json": {**result, **cost, **noted}}
+    run.folder.mkdir(parents=True, exist_ok=True)
     for name, content in write.items():
-        (cell.folder / name).write_text(json.dumps(content))
+        (run.folder / name).write_text(json.dumps(content))
     if dice is not None:
         rows = [
             {"case": f"case_{number}", "organ": organ, "dice": value, "iou": value / (2 - value), "hd95_mm": 10 - value}
             for organ, values in dice.items()
             for number, value in enumerate(values)
         ]
-        write_csv(cell.folder / "evaluation" / "cases.csv", rows)
+        write_csv(run.folder / "evaluation" / "cases.csv", rows)

@@ -21,7 +21,7 @@ from pgl_ext.engines import PretrainTrainer
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.transforms import BatchIntensityd, RandBatchGamma, RandBatchNoise, RandOverlappingViewsd
-from pgl_ext.weights import load_encoder, read_description
+from pgl_ext.weights import EncoderRecord, load_encoder
 
 
 class TestCheckpointFolder:
@@ -117,7 +117,7 @@ class Run:
             {"target_ema": self.ema},
             self.sampler,
             folder / "models" / "pgl_encoder.pt",
-            {"version": "0", "data": {"training_volumes": 5}},
+            {"version": "0", "data": {"training_volumes": 5}, "lr": 0.2},
             interval=settings["interval"],
             resume=resume,
             rank=settings.get("rank", 0),
@@ -181,6 +181,12 @@ def stopped(run: Run) -> Run:
         run.trainer.run()
     assert stop.value.code == 143
     return run
+
+
+def describe(run: Run, **entries) -> None:
+    """Change what the newest checkpoint says of its run."""
+    path, content = run.handler.folder.newest_intact()
+    torch.save({**content, "description": content["description"] | entries}, path)
 
 
 class TestResume:
@@ -265,7 +271,7 @@ class TestResume:
             for process in processes:
                 process.start()
             for process in processes:
-                process.join(120)
+                process.join()
             assert [process.exitcode for process in processes] == [0, 0]
             return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -302,11 +308,57 @@ class TestResume:
         stopped(start(stop_at=1))
         second = start(resume=True)
         second.handler.description = {"data": {"training_volumes": 5}, "lr": 0.1, "pretrained_encoder": "moved.pt"}
-        path, content = second.handler.folder.newest_intact()
-        content["description"] |= {"lr": 0.2, "pretrained_encoder": "encoder.pt"}
-        torch.save(content, path)
+        describe(second, lr=0.2, pretrained_encoder="encoder.pt")
         with pytest.raises(ValueError, match=r"other settings: lr was 0\.2 and is 0\.1\. Resume with the same ones"):
             second.trainer.run()
+
+    def test_with_other_input(self, start):
+        """Every entry that differs is named, however deep it lies, and none that is equal."""
+        stopped(start(stop_at=1))
+        second = start(resume=True)
+        second.handler.description = {
+            "input": {"hu_window": (-1024, 325), "spacing": [1, 1, 2], "patch_size": [32, 32, 16]},
+            "views": {"flip_prob": 0.5, "min_overlap": 0.2},
+            "data": {"training_volumes": 5},
+        }
+        describe(
+            second,
+            input={"hu_window": [-1024, 325], "spacing": None, "patch_size": [32, 32, 16]},
+            views={"flip_prob": 0.5, "min_overlap": 0.1},
+        )
+        with pytest.raises(ValueError, match="other settings") as error:
+            second.trainer.run()
+        expected = (
+            "other settings: input#spacing was None and is [1, 1, 2]; views#min_overlap was 0.1 and is 0.2. Resume"
+        )
+        assert expected in str(error.value)
+
+    def test_with_the_description_of_an_earlier_version(self, start):
+        """Which had the input among the other entries, and an architecture without a family."""
+        stopped(start(stop_at=1))
+        path, content = start(resume=True).handler.folder.newest_intact()
+        recorded = content["description"]
+        del recorded["input"]
+        recorded["architecture"] = recorded["architecture"]["arguments"]
+        recorded |= {
+            "normalization": {"clip_hu": [0, 9]},
+            "orientation": "RAS",
+            "spacing": None,
+            "view_size": [32, 32, 16],
+        }
+        torch.save(content, path)
+        second, third = start(resume=True), start(resume=True)
+        second.handler.description = {"input": {"hu_window": [0, 8], "spacing": None, "patch_size": [32, 32, 16]}}
+        with pytest.raises(ValueError, match=r"settings: input#hu_window was \[0, 9\] and is \[0, 8\]\. Resume"):
+            second.trainer.run()
+        third.handler.description = {"input": {"hu_window": [0, 9], "spacing": None, "patch_size": [32, 32, 16]}}
+        third.trainer.run()
+        assert list(third.losses) == [2, 3, 4, 5, 6]
+
+    def test_input_that_is_none_is_refused_at_once(self, start):
+        run = start()
+        with pytest.raises(ValueError, match=r"^the config's description gives spacing as 2, which"):
+            CheckpointHandler(run.folder, run.method, {}, run.sampler, description={"input": {"spacing": 2}})
 
     def test_rounds_in_one_process_are_one_run(self, start):
         """As in federated learning, where an engine runs again and again."""
@@ -382,6 +434,7 @@ class TestSaving:
         # 2 of 3 steps with 5 pairs per epoch.
         assert description == {
             "architecture": encoder.architecture,
+            "input": {"hu_window": None, "spacing": None, "patch_size": None, "channels": 1, "orientation": "RAS"},
             "stride": [16, 16, 8],
             "channels": [8, 8, 16, 32, 64],
             "method": "PGL",
@@ -389,10 +442,20 @@ class TestSaving:
             "pairs": 3,
             "version": "0",
             "data": {"training_volumes": 5},
+            "lr": 0.2,
         }
+        # A checkpoint says the same.
+        assert run.content()["description"] == description
 
     def test_other_ranks_write_nothing(self, start):
         run = start(rank=1)
+        run.trainer.run()
+        assert not run.folder.exists()
+
+    def test_the_rank_is_that_of_torchrun(self, start, monkeypatch):
+        run = start()
+        monkeypatch.setenv("RANK", "1")
+        run.handler.rank = CheckpointHandler(run.folder, run.method, {}, run.sampler).rank
         run.trainer.run()
         assert not run.folder.exists()
 
@@ -457,8 +520,8 @@ class TestDecoderFile:
         own = {key: value for key, value in run.method.state_dict().items() if key.startswith(("aspp.", "decoder."))}
         assert_same(state, own)
         encoder_path = run.handler.encoder_path
-        assert read_description(run.handler.decoder_path) == read_description(encoder_path)
-        assert read_description(encoder_path)["steps"] == 2
+        assert EncoderRecord.load(run.handler.decoder_path) == EncoderRecord.load(encoder_path)
+        assert EncoderRecord.load(encoder_path).steps == 2
 
     def test_of_a_method_without_one_is_not_written(self, start):
         run = self.saved(start(stop_at=1))

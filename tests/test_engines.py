@@ -17,14 +17,13 @@ from pgl_ext.data.dataset import EpochBatchSampler
 from pgl_ext.engines import PretrainEvaluator, PretrainTrainer, SegmentationTrainer, TrainerEvents
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import Method
-from pgl_ext.networks.build import prepare_network
 from pgl_ext.retrieval import correspondence_retrieval
 
 
 class ToyEncoder(nn.Conv3d):
     """One convolution: without batch norm, each sample's gradient is its own."""
 
-    architecture = {"toy": True}  # noqa: RUF012
+    architecture = {"family": "toy", "arguments": {}}  # noqa: RUF012
     stride = (2, 2, 2)
     channels = (3,)
 
@@ -418,25 +417,6 @@ def test_distributed_training_leaves_the_batch_where_the_trainer_has_placed_it(c
     network = json.loads((configs / "multi_gpu_train.json").read_text())["network"]
     assert network["_target_"].endswith("DistributedDataParallel")
     assert network.get("device_ids") is None
-
-
-class TestPrepareNetwork:
-    def test_keeps_the_parameter_names(self, make_pgl):
-        keys = list(make_pgl().state_dict())
-        method = make_pgl()
-        assert prepare_network(method, "cpu", channels_last=True, compile=True) is method
-        assert list(method.state_dict()) == keys
-        weight = method.encoder.layer1[0].conv1.weight
-        assert weight.is_contiguous(memory_format=torch.channels_last_3d)
-
-    def test_batch_norm_is_synchronised_on_both_networks(self, make_pgl):
-        method = prepare_network(make_pgl(), "cpu", sync_batch_norm=True)
-        norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        assert norms
-        assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
-        assert any(isinstance(m, nn.SyncBatchNorm) for m in method.target_encoder.modules())
-        # The target that momentum follows is the converted one.
-        assert all(target in list(method.modules()) for _, target in method.momentum_pairs())
 
 
 class ToySegmentation(nn.Module):

@@ -140,7 +140,7 @@ class TestPretrainMetricsLog:
     @pytest.fixture(autouse=True)
     def _no_picture(self, monkeypatch):
         # Drawing takes longer than all else.
-        monkeypatch.setattr(handlers, "plot_metrics", lambda *args, **kwargs: None)
+        monkeypatch.setattr("pgl_ext.figures.curves.plot_metrics", lambda *args, **kwargs: None)
 
     def run(
         self, folder, steps: range, validate_at: tuple = (0,), state: dict | None = None, **settings
@@ -197,12 +197,12 @@ class TestPretrainMetricsLog:
         assert (row["extra"], row["never"]) == ("3", "")
 
     def test_picture_at_the_end(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(handlers, "plot_metrics", plot_metrics)
+        monkeypatch.setattr("pgl_ext.figures.curves.plot_metrics", plot_metrics)
         self.run(tmp_path, range(0, 4), healthy_std=0.25)
         assert imread(tmp_path / "metrics.png").std() > 0
 
     def test_no_picture_of_a_run_that_ends_before_its_first_row(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(handlers, "plot_metrics", plot_metrics)
+        monkeypatch.setattr("pgl_ext.figures.curves.plot_metrics", plot_metrics)
         self.run(tmp_path, range(0, 4), validate_at=(), interval=10)
         assert read_rows(tmp_path / "metrics.csv") == []
         assert not (tmp_path / "metrics.png").exists()
@@ -236,8 +236,11 @@ class TestPretrainMetricsLog:
             self.run(tmp_path, range(0, 4))
         assert [int(row["step"]) for row in read_rows(tmp_path / "metrics.csv")] == [0, 2, 4]
 
-    def test_other_ranks_write_nothing(self, tmp_path):
-        self.run(tmp_path / "out", range(0, 4), rank=1)
+    @pytest.mark.parametrize(("launched", "rank"), [("0", 1), ("1", None)])
+    def test_other_ranks_write_nothing(self, tmp_path, monkeypatch, launched, rank):
+        """What is not given is that of torchrun."""
+        monkeypatch.setenv("RANK", launched)
+        self.run(tmp_path / "out", range(0, 4), rank=rank)
         assert not (tmp_path / "out").exists()
 
     def test_speed(self, tmp_path, monkeypatch):
@@ -285,6 +288,10 @@ class TestCollapseWarning:
         assert self.warnings(caplog, [0.01, 0.01, 0.2] * 10, patience=3) == []
         assert self.warnings(caplog, [0.2, 0.01, 0.01, 0.01, 0.2], patience=3) == [4]
 
+    def test_comes_from_the_first_process(self, caplog, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        assert self.warnings(caplog, [0.0] * 45, patience=2) == []
+
     @pytest.mark.parametrize(("value", "expected"), [(0.051, []), (0.049, [3])])
     def test_a_fifth_of_the_healthy_value_is_the_limit(self, caplog, value, expected):
         assert self.warnings(caplog, [value] * 3, patience=3) == expected
@@ -303,6 +310,12 @@ def test_view_pictures(tmp_path, make_batch):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     # At the first step, and after every second epoch.
     assert [event.step for event in events.Images("views")] == [1, 2]
+
+
+def test_view_pictures_are_drawn_in_the_first_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run_engine(2, ViewPictures(tmp_path / "out", interval=1))
+    assert not (tmp_path / "out").exists()
 
 
 class TestProgressBar:
@@ -330,6 +343,12 @@ class TestProgressBar:
         run_engine(3, ProgressBar(), process=process, epochs=2)
         assert (bars[0].total, bars[0].n, bars[0].closed) == (6, 6, True)
         assert bars[0].postfix == "loss=1.235, lr=0.1"
+
+    @pytest.mark.parametrize("rank", ["0", "1"])
+    def test_there_is_one_in_the_first_process(self, bars, monkeypatch, rank):
+        monkeypatch.setenv("RANK", rank)
+        run_engine(3, ProgressBar())
+        assert len(bars) == (rank == "0")
 
     def test_closes_on_an_error_and_passes_it_on(self, bars):
         def process(engine, batch):

@@ -7,7 +7,7 @@ from pgl_ext.checkpoints import CheckpointHandler
 from pgl_ext.engines import PretrainTrainer
 from pgl_ext.handlers import PretrainMetricsLog, ViewPictures
 from pgl_ext.segmentation.handlers import OverlayPictures, SegmentationMetricsLog
-from pgl_ext.settings import check_positive
+from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.task import SegmentationTask
 
 TASK = SegmentationTask({"liver": 1})
@@ -46,3 +46,25 @@ def test_a_setting_that_counts_is_refused_at_once(setting, value):
 def test_one_is_enough(setting):
     MADE_WITH[setting](1)
     assert check_positive(1, "n", "") == 1
+
+
+@pytest.mark.parametrize("setting", MADE_WITH)
+@pytest.mark.parametrize("value", [1.5, "2", True, [1]], ids=str)
+def test_only_whole_numbers_count(setting, value):
+    name, *_ = setting.split()
+    with pytest.raises(ValueError, match=rf"^{name} must be a whole number, got "):
+        MADE_WITH[setting](value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(True, True), (False, False), (1, True), (0, False), ("true", True), ("False", False), (" no ", False)],
+)
+def test_words_that_switch(value, expected):
+    assert parse_bool(value, "overwrite") is expected
+
+
+@pytest.mark.parametrize("value", ["", "maybe", None, 2, [True]])
+def test_other_words(value):
+    with pytest.raises(ValueError, match=r"^overwrite must be true or false, got"):
+        parse_bool(value, "overwrite")

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import torch
+from monai.config import PathLike
 from monai.transforms import Compose, RandomizableTrait
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from pgl_ext.data.datalist import item_name
@@ -39,15 +37,15 @@ _BLOCK = (1, 32, 32, 8)
 _COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE]}
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _ABANDONED_AFTER = 24 * 3600  # seconds; no volume takes that long to write
+_ABOUT_THE_FILE = (BadVolumeError, FileNotFoundError)
 
 
 class VolumeCache:
     """Preprocessed volumes as float16 files that crops are read from.
 
-    A volume of 512 x 512 x 200 voxels takes about a second to read from a ``.nii.gz`` file, and two crops of it some
-    milliseconds from its cache file. Each volume is written once: its file is named by the source (path, size, time
-    of change), the preprocessing and the file format, and written anew when one of them changes; the outdated file of
-    the same source is then removed. For two preprocessings in turn use two folders.
+    Each volume is written once: its file is named by the source (path, size, time of change), the preprocessing and the
+    file format, and written anew when one of them changes; the outdated file of the same source is then removed. For
+    two preprocessings in turn use two folders.
 
     Of a labelled case, an item with ``"label"``, image and label map are kept as channels of one volume: end the
     preprocessing with ``ConcatItemsd(["image", "label"], name="image", dim=0)``. Label values up to 2048 stay exact.
@@ -74,7 +72,7 @@ class VolumeCache:
         affine = np.array(volume.vlmeta["affine"])    # voxel index of the preprocessed volume -> mm
     """
 
-    def __init__(self, cache_dir: str | os.PathLike, preprocessing: Callable, num_workers: int = 0) -> None:
+    def __init__(self, cache_dir: PathLike, preprocessing: Callable, num_workers: int = 0) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}.")
         random = sorted({type(t).__name__ for t in _steps(preprocessing) if isinstance(t, RandomizableTrait)})
@@ -101,9 +99,6 @@ class VolumeCache:
     def key(self, item: Mapping) -> str:
         """Digest of an item's source files as they are now, the preprocessing and the file format.
 
-        Args:
-            item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series and ``"label"`` for a labelled case.
-
         Raises:
             FileNotFoundError: a source does not exist.
         """
@@ -124,10 +119,8 @@ class VolumeCache:
             item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series and ``"label"`` for a labelled case.
 
         Returns:
-            Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta`` holds ``"affine"``
-            (4 x 4 lists: voxel index of the preprocessed volume -> mm), ``"source"`` (the path),
-            ``"series_uid"``, ``"source_shape"`` and ``"source_affine"``, each ``None`` if not known. Keep the array
-            while using ``vlmeta``, which only refers to it.
+            Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta``, which lives as long
+            as it does, holds ``"affine"`` (4 x 4: voxel index of the preprocessed volume -> mm) and ``"source"``.
 
         Raises:
             FileNotFoundError: the source does not exist.
@@ -171,11 +164,10 @@ class VolumeCache:
         missing = []
         for item in items:
             try:
-                path = self.path(item)
+                path = self._paths[item_name(item)] = self.path(item)
             except OSError as error:
-                bad[item_name(item)] = _one_line(error)
+                bad[item_name(item)] = str(error)
                 continue
-            self._paths[item_name(item)] = path
             if _open_file(path) is None:
                 missing.append(dict(item))
         progress = tqdm(
@@ -194,29 +186,21 @@ class VolumeCache:
         if workers and not _can_be_sent(self):
             logger.warning("The preprocessing cannot be sent to worker processes (a lambda?): working in this one.")
             workers = 0
-        if not workers:
-            yield from map(self._prepare_one, items)
-            return
         # Not fork: the calling process may hold CUDA, and has threads.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(self,))
+        context = "spawn" if workers else None
+        loader = DataLoader(_Preparation(self, items), None, num_workers=workers, multiprocessing_context=context)
         try:
-            for future in as_completed([pool.submit(_prepare_in_worker, item) for item in items]):
-                yield future.result()
-        except BrokenProcessPool as error:
+            for name, error in loader:
+                if error is not None and not isinstance(error, _ABOUT_THE_FILE):
+                    raise error
+                yield name, error and " ".join(str(error).split())
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
             raise RuntimeError(
                 f"A worker process died while preparing volumes for {self.cache_dir}, for lack of memory, or since a "
                 "script lacks `if __name__ == '__main__':`. Use fewer workers, or num_workers=0 for none."
             ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _prepare_one(self, item: Mapping) -> tuple[str, str | None]:
-        try:
-            self._write(item)
-        except (BadVolumeError, FileNotFoundError) as error:
-            return item_name(item), _one_line(error)
-        return item_name(item), None
 
     def _write(self, item: Mapping) -> Path:
         """Preprocess an item, write its file, remove its outdated ones, and return the path."""
@@ -255,12 +239,8 @@ class VolumeCache:
             blocks=tuple(map(min, _BLOCK, voxels.shape)),
             cparams={**_COMPRESSION, "nthreads": 1},
         )
-        meta = getattr(image, "meta", {})
-        volume.vlmeta["affine"] = _as_list(getattr(image, "affine", np.eye(4)))
-        volume.vlmeta["source"] = str(item["image"])
-        volume.vlmeta["series_uid"] = item.get("series_uid")
-        volume.vlmeta["source_shape"] = _as_list(meta.get("spatial_shape"))
-        volume.vlmeta["source_affine"] = _as_list(meta.get("original_affine"))
+        volume.vlmeta["affine"] = np.asarray(getattr(image, "affine", np.eye(4))).tolist()
+        volume.vlmeta["source"] = name
         return volume.to_cframe()
 
     def _preprocessed(self, item: Mapping) -> np.ndarray | torch.Tensor:
@@ -269,7 +249,7 @@ class VolumeCache:
         except Exception as error:
             cause = transform_error(error)
         # What is not about the file is a bug of a transform, and must not pass for a bad file.
-        if not isinstance(cause, (BadVolumeError, FileNotFoundError)):
+        if not isinstance(cause, _ABOUT_THE_FILE):
             logger.error("preparing %s failed", item_name(item))
         raise cause
 
@@ -324,14 +304,6 @@ def _open_file(path: Path) -> blosc2.NDArray | None:
         return None
 
 
-def _as_list(value: object) -> list | None:
-    return None if value is None else np.asarray(value).tolist()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _steps(transform: Callable) -> Iterable[Callable]:
     """The transforms of nested ``Compose``; ``Compose`` itself is randomizable whatever it holds."""
     if isinstance(transform, Compose):
@@ -348,24 +320,30 @@ def _without_error_logging(transform: Callable) -> Callable:
     return transform
 
 
-def _can_be_sent(cache: VolumeCache) -> bool:
+def _can_be_sent(value: object) -> bool:
+    """Whether another process receives an object as it is."""
     try:
-        pickle.dump(cache, io.BytesIO())
-    except (pickle.PicklingError, AttributeError, TypeError):
+        pickle.loads(pickle.dumps(value))
+    except Exception:  # classes may raise what they like
         return False
     return True
 
 
-_worker_cache: VolumeCache | None = None
+class _Preparation(Dataset):
+    """Each item's name, and the error that preparing it ended with, if any."""
 
+    def __init__(self, cache: VolumeCache, items: Sequence[Mapping]) -> None:
+        self.cache = cache
+        self.items = items
 
-def _start_worker(cache: VolumeCache) -> None:
-    # Sent once, not with every item.
-    global _worker_cache
-    _worker_cache = cache
-    # The workers share the cores.
-    torch.set_num_threads(1)
+    def __len__(self) -> int:
+        return len(self.items)
 
-
-def _prepare_in_worker(item: dict) -> tuple[str, str | None]:
-    return _worker_cache._prepare_one(item)
+    def __getitem__(self, index: int) -> tuple[str, Exception | None]:
+        try:
+            self.cache._write(self.items[index])
+        except Exception as error:  # raised in the calling process, where it is not wrapped in the loader's words
+            if get_worker_info() is not None and not _can_be_sent(error):
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            return item_name(self.items[index]), error
+        return item_name(self.items[index]), None

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from pgl_ext.data.memory import available_memory
 from pgl_ext.distributed import launched_rank_and_world_size, local_world_size
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms.checks import BadVolumeError
 
 __all__ = ["CaseDataset", "EpochBatchSampler", "TrainingLoader", "VolumeDataset", "default_workers", "delay_sigterm"]
 
@@ -72,7 +74,10 @@ class VolumeDataset(Dataset):
             limit -= self.cache.nbytes(item)
             if limit < 0:
                 break
-            volumes[index] = self.cache.open(item)[:]
+            try:
+                volumes[index] = self._open(index)[:]
+            except _ReadError as error:
+                logger.warning("not held in memory, %s: %s", item_name(item), error)
         return volumes
 
     def __len__(self) -> int:
@@ -91,10 +96,9 @@ class VolumeDataset(Dataset):
         for skipped in range(len(self.data)):
             volume = (index + skipped) % len(self.data)
             seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
-            self.transform.set_random_state(seed)
             try:
-                sample = self._read_and_transform(volume)
-            except OSError as error:
+                sample = self._read_and_transform(volume, seed)
+            except _ReadError as error:
                 logger.warning("skipped %s: %s", item_name(self.data[volume]), error)
                 continue
             return {**sample, "read_errors": skipped}
@@ -105,35 +109,48 @@ class VolumeDataset(Dataset):
         item = self.data[volume]
         return {"image": array, **{field: item[field] for field in SOURCE_FIELDS if field in item}}
 
-    def _read_and_transform(self, volume: int) -> dict[str, Any]:
-        if volume in self._in_memory:
-            return self.transform(self.inputs(volume, self._in_memory[volume]))
+    def _read_and_transform(self, volume: int, seed: int) -> dict[str, Any]:
         for attempt in range(_READ_ATTEMPTS):
+            # Anew each time: a transform may have drawn before it reads.
+            self.transform.set_random_state(seed)
             try:
-                return self.transform(self.inputs(volume, _CachedArray(self.cache.open(self.data[volume]))))
-            except (OSError, RuntimeError) as error:  # MONAI makes a RuntimeError of what its transforms raise
+                return self.transform(self.inputs(volume, self._array(volume)))
+            except Exception as error:
                 # Network file systems fail for moments; a broken cache file is rebuilt by open().
                 cause = transform_error(error)
-                if not isinstance(cause, OSError):
+                if not isinstance(cause, _ReadError):
                     raise
                 if attempt == _READ_ATTEMPTS - 1:
-                    raise OSError(f"{type(cause).__name__}: {cause}") from error
+                    raise cause from cause.__cause__
                 time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
         raise AssertionError("unreachable")
 
+    def _array(self, volume: int) -> Any:
+        return self._in_memory[volume] if volume in self._in_memory else self._open(volume)
+
+    def _open(self, volume: int) -> _CachedArray:
+        try:
+            return _CachedArray(self.cache.open(self.data[volume]))
+        except (OSError, BadVolumeError) as error:
+            raise _ReadError(f"{type(error).__name__}: {error}") from error
+
+
+class _ReadError(OSError):
+    """A cached volume cannot be read; unlike any error of a transform, nothing to stop for."""
+
 
 class _CachedArray:
-    """An array on disk whose reading fails with an OSError, whatever its library raises."""
+    """An array on disk; where it cannot be read, a :class:`_ReadError` tells this from errors of its user."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
-        self.shape = array.shape
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
 
     def __getitem__(self, place: Any) -> np.ndarray:
         try:
             return self._array[place]
-        except (RuntimeError, ValueError) as error:
-            raise OSError(f"a cached volume cannot be read: {error}") from error
+        except (OSError, RuntimeError) as error:  # blosc2 has the latter for damaged blocks
+            raise _ReadError(f"{type(error).__name__}: {error}") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
@@ -308,7 +325,7 @@ def default_workers() -> int:
 
 
 def delay_sigterm(worker: int) -> None:
-    """For ``worker_init_fn``: let a loading process go on for 30 s after SIGTERM.
+    """For ``worker_init_fn``: let a loading process go on for 30 s after a SIGTERM of others than its training process.
 
     Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
     and saves a checkpoint, which it could not do if those that load for it ended at once.
@@ -316,4 +333,13 @@ def delay_sigterm(worker: int) -> None:
     Args:
         worker: number of the process, not used.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    # A handler would not be told who sent the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_after_sigterm, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after_sigterm(parent: int) -> None:
+    sent = signal.sigwaitinfo({signal.SIGTERM})
+    while sent is not None and sent.si_pid != parent:
+        sent = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_AFTER_SIGTERM)
+    os._exit(0)

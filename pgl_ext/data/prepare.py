@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from monai.config import PathLike
 
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, source_names, unique_names
@@ -212,8 +213,8 @@ def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task
 
 
 def evaluation_cases(
-    data_list_file_path: str | os.PathLike | None,
-    dataset_dir: str | os.PathLike | None = None,
+    data_list_file_path: PathLike | None,
+    dataset_dir: PathLike | None = None,
     data_list_key: str = "validation",
     annotated_key: str | None = None,
 ) -> list[dict]:
@@ -268,10 +269,7 @@ def check_items(items: Sequence[Mapping], loading: Callable[[Mapping], Any]) -> 
 
 
 def resolve_bad(
-    bad: Mapping[str, str],
-    items: Sequence[Mapping],
-    skip_bad_files: bool = False,
-    report_path: str | os.PathLike | None = None,
+    bad: Mapping[str, str], items: Sequence[Mapping], skip_bad_files: bool = False, report_path: PathLike | None = None
 ) -> list[dict]:
     """Leave out the volumes that cannot be used, or stop because of them.
 
@@ -300,10 +298,7 @@ def resolve_bad(
 
 
 def prepare_items(
-    cache: VolumeCache,
-    items: Sequence[Mapping],
-    skip_bad_files: bool = False,
-    report_path: str | os.PathLike | None = None,
+    cache: VolumeCache, items: Sequence[Mapping], skip_bad_files: bool = False, report_path: PathLike | None = None
 ) -> list[dict]:
     """Check and cache items, each process of a distributed run its share, and leave out or stop at the bad ones.
 

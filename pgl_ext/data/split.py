@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from monai.config import PathLike
 
 from pgl_ext.data.datalist import item_name
 from pgl_ext.files import write_text
@@ -132,14 +132,12 @@ def _validation_count(items: int, fraction: float) -> int:
 # --- the file that records a split ----------------------------------------------------------------------------------
 
 
-def write_split(path: str | os.PathLike, settings: Mapping[str, object], split: Mapping[str, list[dict]]) -> None:
+def write_split(path: PathLike, settings: Mapping[str, object], split: Mapping[str, list[dict]]) -> None:
     """Record a split with the settings that it was made with, as a data list with the keys :data:`PARTS`."""
     write_text(Path(path), json.dumps({**settings, **split}, indent=2) + "\n")
 
 
-def recorded_split(
-    path: str | os.PathLike, settings: Mapping[str, object], cases: Sequence[Mapping]
-) -> dict[str, list[dict]]:
+def recorded_split(path: PathLike, settings: Mapping[str, object], cases: Sequence[Mapping]) -> dict[str, list[dict]]:
     """The split in a file.
 
     Args:

@@ -25,30 +25,33 @@ NETWORKS: dict[str, type[nn.Module]] = {"resnet": SegmentationNet}
 """Classes of segmentation networks by the family of their encoder."""
 
 
-def build(classes: Mapping[str, type[nn.Module]], architecture: Mapping[str, Any], source: Any) -> nn.Module:
+def build(
+    classes: Mapping[str, type[nn.Module]], architecture: Mapping[str, Any], source: Any, **overrides: Any
+) -> nn.Module:
     """Build a network with random weights.
 
     Args:
         classes: :data:`ENCODERS` or :data:`NETWORKS`.
         architecture: ``family`` and ``arguments``, as a record has them.
         source: the file that they are recorded for, for messages.
+        overrides: arguments that replace the recorded ones.
 
     Raises:
-        ValueError: the family is unknown, or an argument is not one of its constructor's.
+        ValueError: the family is unknown, or an argument is not one that its constructor takes.
     """
     family, arguments = architecture.get("family"), architecture.get("arguments")
-    if family not in classes or not isinstance(arguments, Mapping):
+    if family not in list(classes) or not isinstance(arguments, Mapping):
         raise ValueError(
             f"The architecture {dict(architecture)} of {source} is not known, the families are {', '.join(classes)}: "
             "install the version of pgl_ext that wrote the file."
         )
-    network = classes[family]
+    network, arguments = classes[family], {**arguments, **overrides}
     try:
         inspect.signature(network).bind(**arguments)
         return network(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The architecture {dict(arguments)} of {source} is not one of {network.__name__}: {error}. Install the "
+            f"The architecture {arguments} of {source} is not one of {network.__name__}: {error}. Install the "
             "version of pgl_ext that wrote the file."
         ) from error
 

@@ -100,8 +100,8 @@ def study(
         file: study file.
         out: folder of the study.
         bundles: folder of pgl_pretrain and pgl_segmentation, if not beside the package.
-        jobs: cells at a time; by default one on each GPU, or one.
-        dry_run: only list the cells and estimate the time.
+        jobs: runs at a time; by default one on each GPU, or one.
+        dry_run: only list the runs and estimate the time.
     """
     from pgl_ext.tools.study.run import run_study
 

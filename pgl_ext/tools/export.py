@@ -67,5 +67,5 @@ def _part(
             f"{source} holds no {name} (keys: {sorted(network)[:8]}): give a training checkpoint, or the {name} file "
             "of one."
         )
-    record = EncoderRecord.from_json(content["description"], source) if checkpoint else EncoderRecord.load(source)
+    record = EncoderRecord.from_json(content.get("description"), source) if checkpoint else EncoderRecord.load(source)
     return state, record

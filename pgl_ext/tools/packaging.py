@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,30 +18,22 @@ import yaml
 
 from pgl_ext import __version__
 from pgl_ext.task import SegmentationTask
-from pgl_ext.tools.task_config import task_config, write_start_model
-from pgl_ext.weights import read_description
+from pgl_ext.tools.task_config import task_config, write_initial_model
+from pgl_ext.weights import EncoderRecord, ModelRecord
 
-__all__ = ["package_bundles", "rewrite_config", "rewrite_module", "rewrite_text"]
+__all__ = ["package_bundles"]
 
 logger = logging.getLogger(__name__)
 
-_PACKAGE = Path(__file__).parent
-_BUNDLES = [_PACKAGE.parent / "bundles" / name for name in ("pgl_pretrain", "pgl_segmentation")]
+_PACKAGE = Path(__file__).parents[1]
+_PRETRAINING, _SEGMENTATION = "pgl_pretrain", "pgl_segmentation"
+_BUNDLES = [_PACKAGE.parent / "bundles" / name for name in (_PRETRAINING, _SEGMENTATION)]
 _SHARED = ("LICENSE", "configs", "docs")
 _HASHES = "SHA256SUMS"
-_TEXT_SUFFIXES = {".py", ".html", ".json", ".yaml", ".md", ".txt", ".conf"}
+_METADATA = "configs/metadata.json"
+_ENCODER = "models/pgl_encoder.pt"
+_MODEL = "models/model.pt"  # the name that the zoo and monai.bundle.load look for
 _LARGE = 25_000_000  # bytes; larger files are not taken into the Model Zoo's repository
-_SEGMENTATION = "pgl_segmentation"
-
-# A dotted name such as pgl_ext.losses, or the command; not what is in scripts already, and no path.
-_NAME = re.compile(r"(?<![\w./])pgl_ext(?=\.[a-z])|(?<=python -m )pgl_ext\b")
-
-# MONAI puts a bundle's folder on the path no sooner than it runs it, but components are wanted without a run too; and
-# where another bundle's `scripts` has been imported, the code is found in that one only if told where else to look.
-_FIND_SCRIPTS = [
-    "$sys.path.insert(1, @bundle_root)",
-    "$getattr(sys.modules.get('scripts'), '__path__', []).append(@bundle_root + '/scripts')",
-]
 
 
 def package_bundles(
@@ -58,8 +49,8 @@ def package_bundles(
     """Write bundles as the MONAI Model Zoo takes them; the same input gives the same bytes.
 
     ``out`` then holds ``models/NAME`` and ``ci/unit_tests/test_NAME.py``, as the zoo's repository does, and
-    ``NAME_vVERSION.zip``. In a bundle, ``scripts/pgl_ext`` is the package, and ``SHA256SUMS`` the hash of every file,
-    for ``sha256sum --check``, with that of all these lines in its header.
+    ``NAME_vVERSION.zip``. In a bundle, ``pgl_ext`` is the package without its tools, and ``SHA256SUMS`` the hash of
+    every file, for ``sha256sum --check``, with that of all these lines in its header.
 
     With a model, an encoder or overlays, the ``train.json`` of pgl_segmentation is that of their task and network, as
     programs need it that take a bundle as it is, such as MONAI Label. With overlays and no model, ``models/model.pt``
@@ -85,8 +76,8 @@ def package_bundles(
         FileExistsError: in the place of a package lies something else.
         ValueError: version and changelog do not agree with the package's version, or what weights need is not given.
     """
-    folders = [Path(bundle).resolve() for bundle in bundles or _BUNDLES]
-    if (model or overlays) and all(folder.name != _SEGMENTATION for folder in folders):
+    folders = {Path(bundle).resolve().name: Path(bundle).resolve() for bundle in bundles or _BUNDLES}
+    if (model or overlays) and _SEGMENTATION not in folders:
         option = f"--model {model}" if model else f"--overlays {','.join(overlays)}"
         raise ValueError(
             f"{option} belongs to {_SEGMENTATION}, which is not packaged: package it too, or leave it out."
@@ -95,104 +86,75 @@ def package_bundles(
         raise ValueError(
             "weights need --data_license FILE: a text that says which data they were trained on, and its terms."
         )
-    for weights in (model, encoder):
-        if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"{weights} does not exist: give a file that training wrote.")
-    contents = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for folder in folders:
-            files = _bundle_files(folder)
-            if folder.name == _SEGMENTATION and (overlays or model or encoder):
-                config = task_config(folder / "configs", overlays, model, encoder)
-                files["configs/train.json"] = rewrite_config(json.dumps(config)).encode()
-                if model is None and overlays:
-                    model = Path(scratch) / "model.pt"
-                    write_start_model(config, model, encoder)
-            for path, source, url in _weights(folder.name, model, encoder, model_url, encoder_url):
-                _add_weights(files, path, Path(source), url)
-            if data_license is not None:
-                files["docs/data_license.txt"] = Path(data_license).read_bytes()
-            contents[folder] = {**dict(sorted(files.items())), _HASHES: _hashes(folder.name, files)}
-    return [_write(folder, files, Path(out)) for folder, files in contents.items()]
+    encoder_weights = _read_weights(encoder, EncoderRecord, encoder_url)
+    model_weights = _read_weights(model, ModelRecord, model_url)
+    contents = {name: _bundle_files(folder) for name, folder in folders.items()}
+    if _SEGMENTATION in folders and (model or encoder or overlays):
+        config = task_config(folders[_SEGMENTATION] / "configs", overlays, model, encoder)
+        contents[_SEGMENTATION]["configs/train.json"] = _json(config)
+        if overlays and model is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                write_initial_model(config, Path(scratch) / "model.pt", encoder)
+                model_weights = _read_weights(Path(scratch) / "model.pt", ModelRecord)
+    models = {_PRETRAINING: encoder_weights, _SEGMENTATION: model_weights}
+    for name, files in contents.items():
+        for path, weights in ((_ENCODER, encoder_weights), (_MODEL, models.get(name))):
+            if weights is not None:
+                _add_weights(files, path, weights)
+        if data_license is not None:
+            files["docs/data_license.txt"] = Path(data_license).read_bytes()
+    return [_write(folders[name], files, Path(out)) for name, files in contents.items()]
 
 
-def rewrite_module(source: str, path: str | os.PathLike) -> str:
-    """A module of this package, with imports that find the others wherever the package lies.
+@dataclass(frozen=True)
+class _Weights:
+    """A file of weights that comes with bundles, its record, and where it can be downloaded."""
 
-    Args:
-        source: its text.
-        path: where it lies in the package, such as ``data/cache.py``.
-
-    Raises:
-        ValueError: an import of the package is written in a way that has no relative form.
-    """
-    dots = "." * len(PurePosixPath(path).parts)
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            old, new = re.compile(r"from pgl_ext\b\.?"), f"from {dots}"
-            modules = [node.module]
-        elif isinstance(node, ast.Import):
-            old, new = re.compile(r"import pgl_ext$"), f"from {dots}. import pgl_ext"
-            modules = [alias.name for alias in node.names]
-        else:
-            continue
-        if not any(f"{module}.".startswith("pgl_ext.") for module in modules):
-            continue
-        line, start = lines[node.lineno - 1], node.col_offset
-        rewritten, count = old.subn(new, line[start:], count=1)
-        if not count:
-            raise ValueError(f"{path}, line {node.lineno}: {line.strip()!r} has no relative form: import with 'from'.")
-        lines[node.lineno - 1] = line[:start] + rewritten
-    return rewrite_text("".join(lines))
+    name: str
+    content: bytes
+    record: EncoderRecord | ModelRecord
+    url: str | None
 
 
-def rewrite_text(text: str) -> str:
-    """Names and commands in a text, as they are in a packaged bundle: ``scripts.pgl_ext.NAME``."""
-    return _NAME.sub("scripts.pgl_ext", text)
+def _read_weights(
+    path: str | os.PathLike | None, kind: type[EncoderRecord] | type[ModelRecord], url: str | None = None
+) -> _Weights | None:
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a file that training wrote.")
+    return _Weights(Path(path).name, Path(path).read_bytes(), kind.load(path), url)
 
 
-def rewrite_config(text: str) -> str:
-    """A JSON config, with the targets in ``scripts`` and, where it initialises something, ``scripts`` found first."""
-    config = json.loads(rewrite_text(text))
-    if "initialize" in config and config["initialize"][:2] != _FIND_SCRIPTS:
-        config["initialize"] = [*_FIND_SCRIPTS, *config["initialize"]]
-        if "$import sys" not in config["imports"]:
-            config["imports"].append("$import sys")
-    return _json(config)
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+def _json(content: Mapping[str, Any]) -> bytes:
+    """As the Model Zoo formats it."""
+    return (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()
 
 
 def _bundle_files(folder: Path) -> dict[str, bytes]:
-    """All files of a packaged bundle but its weights, by path."""
-    metadata = folder / "configs" / "metadata.json"
+    """All files of a packaged bundle but its weights, by path.
+
+    The configs find the package beside them by ``$sys.path.insert(1, @bundle_root)``: in ``initialize``, which MONAI
+    evaluates first in every workflow (of ``imports`` it evaluates import statements alone), and for ``network_def`` of
+    ``inference.json``, which its checks and exports build without a workflow.
+    """
+    metadata = folder / _METADATA
     if not metadata.is_file():
         raise FileNotFoundError(f"{folder} is not a bundle, it has no configs/metadata.json: give the folder of one.")
     _check_version(metadata)
-    files = {"scripts/__init__.py": b""}
-    for path in _files_in(_PACKAGE):
-        files[f"scripts/pgl_ext/{path}"] = _rewritten(_PACKAGE / path, path)
-    shared = (path for path in _files_in(folder) if path.split("/")[0] in _SHARED)
-    return files | {path: _rewritten(folder / path, path) for path in shared}
+    package = [path for path in _files_in(_PACKAGE) if not path.startswith("tools/")]
+    files = {f"pgl_ext/{path}": (_PACKAGE / path).read_bytes() for path in package}
+    for path in _files_in(folder):
+        if path.split("/")[0] in _SHARED:
+            content = (folder / path).read_bytes()
+            files[path] = _json(json.loads(content)) if path.endswith(".json") else content
+    return files
 
 
 def _files_in(folder: Path) -> list[str]:
     """Paths relative to the folder, without what Python and editors leave behind."""
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [path.as_posix() for path in paths if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
-
-
-def _rewritten(file: Path, path: str) -> bytes:
-    if file.suffix not in _TEXT_SUFFIXES:
-        return file.read_bytes()
-    # Bytes, so that line ends stay those of the file, on every system.
-    text = file.read_bytes().decode()
-    if file.suffix == ".py":
-        return rewrite_module(text, path).encode()
-    return (rewrite_config(text) if file.suffix == ".json" else rewrite_text(text)).encode()
 
 
 def _check_version(path: Path) -> None:
@@ -205,60 +167,41 @@ def _check_version(path: Path) -> None:
         )
 
 
-def _weights(
-    name: str,
-    model: str | os.PathLike | None,
-    encoder: str | os.PathLike | None,
-    model_url: str | None,
-    encoder_url: str | None,
-) -> list[tuple[str, str | os.PathLike, str | None]]:
-    """(path in the bundle, file, URL) of each file of weights."""
-    weights = [("models/pgl_encoder.pt", encoder, encoder_url)]
-    if name == _SEGMENTATION:
-        weights.append(("models/model.pt", model, model_url))
-    if name == "pgl_pretrain":
-        # The zoo and monai.bundle.load look for this name.
-        weights.append(("models/model.pt", encoder, encoder_url))
-    return [entry for entry in weights if entry[1] is not None]
-
-
-def _add_weights(files: dict[str, bytes], path: str, source: Path, url: str | None) -> None:
-    """Put weights and their JSON into a bundle, and what they are into its metadata."""
+def _add_weights(files: dict[str, bytes], path: str, weights: _Weights) -> None:
+    """Put weights and their record into a bundle, and what the model takes and gives into its metadata."""
     # Folders of the machine that trained are nobody else's business.
-    description = {
+    record = {
         key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-        for key, value in read_description(source).items()
+        for key, value in weights.record.to_json().items()
     }
-    files[str(PurePosixPath(path).with_suffix(".json"))] = _json(description).encode()
-    if path == "models/model.pt":
-        metadata = json.loads(files["configs/metadata.json"])
-        _describe(metadata, description)
-        files["configs/metadata.json"] = _json(metadata).encode()
-    large = source.stat().st_size > _LARGE
-    if large and url is None:
+    files[str(PurePosixPath(path).with_suffix(".json"))] = _json(record)
+    if path == _MODEL:
+        files[_METADATA] = _json(_described(json.loads(files[_METADATA]), weights.record))
+    large = len(weights.content) > _LARGE
+    if large and weights.url is None:
         logger.warning(
             "%s has %.0f MB, and the Model Zoo takes files over 25 MB by download only: to send the package there, "
             "upload the file and give its address with --model_url or --encoder_url.",
-            source.name,
-            source.stat().st_size / 1e6,
+            weights.name,
+            len(weights.content) / 1e6,
         )
-    if not large or url is None:
-        files[path] = source.read_bytes()
+    if not large or weights.url is None:
+        files[path] = weights.content
         return
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    digest = hashlib.sha256(weights.content).hexdigest()
     listed = yaml.safe_load(files.get("large_files.yml", b"large_files: []"))
-    listed["large_files"].append({"path": path, "url": url, "hash_val": digest, "hash_type": "sha256"})
+    listed["large_files"].append({"path": path, "url": weights.url, "hash_val": digest, "hash_type": "sha256"})
     files["large_files.yml"] = yaml.safe_dump(listed, sort_keys=False).encode()
 
 
-def _describe(metadata: dict[str, Any], description: Mapping[str, Any]) -> None:
-    """Say in the metadata what the weights in ``models/model.pt`` take and give."""
+def _described(metadata: dict[str, Any], record: EncoderRecord | ModelRecord) -> dict[str, Any]:
+    """The metadata, saying what the weights in ``models/model.pt`` take and give."""
     image = metadata["network_data_format"]["inputs"]["image"]
     pred = metadata["network_data_format"]["outputs"]["pred"]
-    if "task" in description:
-        task = SegmentationTask(**description["task"])
+    if isinstance(record, ModelRecord):
+        task = SegmentationTask(**record.task)
         names = task.names if task.multi_label else ["background", *task.names]
-        image["spatial_shape"] = pred["spatial_shape"] = list(description["patch_size"])
+        image["spatial_shape"] = pred["spatial_shape"] = list(record.input.patch_size)
         pred["num_channels"] = task.out_channels
         pred["channel_def"] = {str(channel): name for channel, name in enumerate(names)}
         if task.label_values != tuple(range(1, len(task.names) + 1)):
@@ -269,16 +212,15 @@ def _describe(metadata: dict[str, Any], description: Mapping[str, Any]) -> None:
             )
         metadata["pred_classes"] = f"one channel each: {', '.join(names)}"
     else:
-        stride = description["stride"]
-        image["spatial_shape"] = [f"{step}*n" for step in stride]
-        pred["num_channels"] = description["channels"][-1]
-        metadata["pred_classes"] = (
-            f"{pred['num_channels']} features per position, one every {' x '.join(map(str, stride))} voxels"
-        )
+        image["spatial_shape"] = [f"{step}*n" for step in record.stride]
+        pred["num_channels"] = record.channels[-1]
+        voxels = " x ".join(map(str, record.stride))
+        metadata["pred_classes"] = f"{record.channels[-1]} features per position, one every {voxels} voxels"
+    return metadata
 
 
 def _hashes(name: str, files: Mapping[str, bytes]) -> bytes:
-    lines = "".join(f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in sorted(files.items()))
+    lines = "".join(f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in files.items())
     whole = hashlib.sha256(lines.encode()).hexdigest()
     return f"# {name} {__version__}\n# {whole}: all of the lines below\n{lines}".encode()
 
@@ -290,6 +232,8 @@ def _write(bundle: Path, files: Mapping[str, bytes], out: Path) -> Path:
         if not (folder / _HASHES).is_file():
             raise FileExistsError(f"{folder} exists and is not a package that could be replaced: choose another --out.")
         shutil.rmtree(folder)
+    files = dict(sorted(files.items()))
+    files[_HASHES] = _hashes(bundle.name, files)
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)

@@ -1,24 +1,25 @@
-"""Phantom torso CTs: random, labelled and small, for demonstrations, tests and checks without patient data.
+"""Phantom torso CTs with label maps: random and free of patient data, for demonstrations and tests.
 
-A case is drawn in the coordinates of a standard torso (mm; x to the patient's right, y anterior, z superior, the origin
-in the middle of the body at the height of the diaphragm). Smooth random deformations, scales, organ positions, contrast
-phase, spacing and slice count make every case a different person in a different scanner. The anatomy is deliberately
-simple, but every place has something that tells it from its neighbours, which is what self-supervised methods that
-compare corresponding locations need.
-
-The phantoms show that a pipeline works. They say nothing about how well a method does on patients.
+A case is painted in the coordinates of a standard torso: mm, x to the patient's right, y to the front, z to the head,
+the origin in the middle of the body at the height of the diaphragm. Random deformations, sizes, positions, contrast and
+spacing make the cases differ. Results on phantoms show that a pipeline works; they say nothing about patients.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import from_matvec
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from scipy.interpolate import BSpline
+from scipy.ndimage import gaussian_filter
+
+from pgl_ext.files import write_atomically, write_text
 
 __all__ = ["LABELS", "ORIENTATIONS", "generate_case", "write_dataset"]
 
@@ -27,556 +28,240 @@ LABELS = ("background", "lungs", "ribs", "spine", "liver", "spleen", "kidneys", 
 #: Directions in which the voxel axes of a case may point.
 ORIENTATIONS = ("RAS", "LPS", "LAS")
 
-_LUNGS, _RIBS, _SPINE, _LIVER, _SPLEEN, _KIDNEYS, _AORTA, _STOMACH = range(1, len(LABELS))
-_VERSION = 1  # of the anatomy: a folder written by another version is another data set
-
-# HU by contrast phase.
-_PHASES = {
-    "native": {
-        "muscle": 52, "liver": 58, "vein": 42, "spleen": 50, "cortex": 36, "medulla": 32, "aorta": 43, "cava": 42,
-        "blood": 43, "myocardium": 50, "pancreas": 42,
-    },
-    "arterial": {
-        "muscle": 56, "liver": 68, "vein": 80, "spleen": 95, "cortex": 175, "medulla": 75, "aorta": 240, "cava": 75,
-        "blood": 215, "myocardium": 95, "pancreas": 100,
-    },
-    "portal": {
-        "muscle": 62, "liver": 105, "vein": 160, "spleen": 108, "cortex": 170, "medulla": 140, "aorta": 150,
-        "cava": 135, "blood": 140, "myocardium": 105, "pancreas": 85,
-    },
-}  # fmt: skip
-
-
-def _spline_weights(points: np.ndarray, wavelength: float) -> np.ndarray:
-    """Cubic B-spline weights (points, knots) for knots every `wavelength` mm that cover `points` (mm)."""
-    knots = int(np.ceil((points.max() - points.min()) / wavelength)) + 4
-    distance = np.abs((points - points.min())[:, None] / wavelength - (np.arange(knots)[None] - 1))
-    near = 2 / 3 - distance**2 + distance**3 / 2
-    far = np.clip(2 - distance, 0, None) ** 3 / 6
-    return np.where(distance < 1, near, far).astype(np.float32)
+_NONE, _LUNGS, _RIBS, _SPINE, _LIVER, _SPLEEN, _KIDNEYS, _AORTA, _STOMACH = range(len(LABELS))
+# Ellipsoids of the standard torso, painted in this order: label, HU without contrast agent, HU that the most contrast
+# agent adds, HU that vessels add, centre (mm), radii (mm).
+_PARTS = (
+    (_LUNGS, -850, 0, 850, (70, 0, 75), (55, 83, 122)),
+    (_LUNGS, -850, 0, 850, (-70, 0, 75), (55, 83, 114)),
+    (_NONE, 50, 50, 0, (-16, 24, 32), (60, 50, 50)),  # heart
+    (_NONE, 43, 140, 0, (-22, 20, 30), (36, 28, 30)),  # its blood
+    (_NONE, -980, 0, 0, (4, -2, 140), (9, 9, 70)),  # windpipe
+    (_LIVER, 58, 45, 25, (66, 8, -40), (64, 70, 66)),
+    (_LIVER, 58, 45, 25, (12, 38, -28), (56, 32, 34)),
+    (_SPLEEN, 48, 55, 0, (-92, -30, -34), (29, 46, 52)),
+    (_STOMACH, 62, 10, 0, (-56, 28, -38), (46, 42, 50)),
+    (_STOMACH, 20, 0, 0, (-56, 28, -40), (38, 34, 42)),  # its content
+    (_STOMACH, -950, 0, 0, (-56, 44, -40), (26, 12, 26)),  # and gas
+    (_KIDNEYS, 35, 130, 0, (60, -44, -108), (27, 24, 46)),
+    (_KIDNEYS, 35, 130, 0, (-60, -44, -96), (27, 24, 46)),
+    (_NONE, 43, 100, 0, (20, -24, -140), (13, 10, 150)),  # vena cava
+    (_AORTA, 45, 180, 0, (-14, -24, 0), (12, 12, 1000)),
+)
 
 
-def _separable(weights: Sequence[np.ndarray], values: np.ndarray) -> np.ndarray:
-    """Multiply one matrix (out, in) into each axis of `values`; z first, so that the small products come first."""
-    values = values @ weights[2].T
-    values = np.matmul(weights[1], values)
-    return (weights[0] @ values.reshape(values.shape[0], -1)).reshape(-1, *values.shape[1:])
-
-
-def _gaussian_matrix(size: int, sigma: float) -> np.ndarray:
-    """Matrix (size, size) that blurs one axis with a Gaussian of `sigma` voxels; rows sum to 1, also at the border."""
-    index = np.arange(size)
-    weights = np.exp(-0.5 * ((index[:, None] - index[None]) / sigma) ** 2)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
-def _blur(values: np.ndarray, sigma: Sequence[float]) -> np.ndarray:
-    return _separable([_gaussian_matrix(n, s) for n, s in zip(values.shape, sigma, strict=True)], values)
-
-
-def _smoothstep(values: np.ndarray, width: float) -> np.ndarray:
-    """0 below -width, 1 above width, smooth between."""
-    t = np.clip(values / (2 * width) + 0.5, 0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def _ellipsoid(
-    xyz: tuple[np.ndarray, np.ndarray, np.ndarray],
-    centre: Sequence[float],
-    radii: Sequence[float],
-    tilt_xy: float = 0.0,
-    tilt_xz: float = 0.0,
-) -> np.ndarray:
-    """Squared normalised radius: below 1 inside the ellipsoid; the tilts (radians) turn it in the x-y, x-z plane."""
-    x, y, z = (a - np.float32(c) for a, c in zip(xyz, centre, strict=True))
-    if tilt_xy:
-        c, s = np.float32(np.cos(tilt_xy)), np.float32(np.sin(tilt_xy))
-        x, y = c * x + s * y, c * y - s * x
-    if tilt_xz:
-        c, s = np.float32(np.cos(tilt_xz)), np.float32(np.sin(tilt_xz))
-        x, z = c * x + s * z, c * z - s * x
-    rx, ry, rz = (np.float32(1 / r) for r in radii)
-    return (x * rx) ** 2 + (y * ry) ** 2 + (z * rz) ** 2
-
-
-@dataclass
 class _Torso:
-    """One case while it is being painted: its grid in standard-torso coordinates, its HU and its labels."""
+    """One case while it is painted: arrays (X, Y, Z) of what each voxel holds, ``hu`` and ``label``, and where it is.
 
-    rng: np.random.Generator
-    axes: tuple[np.ndarray, np.ndarray, np.ndarray]  # mm along x, y, z, before deformation
-    tissue: dict[str, float]
-    xyz: tuple[np.ndarray, np.ndarray, np.ndarray] = field(init=False)
-    hu: np.ndarray = field(init=False)
-    label: np.ndarray = field(init=False)
-    wall: np.ndarray = field(init=False)  # mm outward from the inner wall of the trunk
-    diaphragm: np.ndarray = field(init=False)  # mm above the diaphragm
-    abdomen: np.ndarray = field(init=False)
+    ``xyz`` are coordinates (mm) in the standard torso; ``wall`` is 0 on the axis of the body and 1 at the inner side of
+    the wall of chest and abdomen; ``outline`` and ``texture`` are random fields that vary more and more quickly;
+    ``vessels`` is 1 on curved lines and 0 away from them.
+    """
 
-    def __post_init__(self) -> None:
-        shape = tuple(len(a) for a in self.axes)
-        self.hu = np.full(shape, -1000, np.float32)
-        self.label = np.zeros(shape, np.uint8)
-        self.xyz = self._deformed_coordinates()
-        self.wall = self._wall_distance()
-        self.diaphragm = self._diaphragm_height()
-        self.abdomen = (self.wall < -1) & (self.diaphragm < -2)
-
-    def noise(self, wavelength: float) -> np.ndarray:
-        """Smooth random field of unit variance with knots every `wavelength` mm."""
-        weights = [_spline_weights(a, wavelength) for a in self.axes]
-        knots = self.rng.standard_normal([w.shape[1] for w in weights], dtype=np.float32)
-        # A cubic B-spline of white noise has variance 151/315 per axis.
-        return _separable(weights, knots) * np.float32((315 / 151) ** 1.5)
-
-    def tubes(self, wavelength: float, width: float | np.ndarray) -> np.ndarray:
-        """Vessel tree stand-in in [0, 1]: the curves on which two smooth random fields are both zero."""
-        return np.exp(-(self.noise(wavelength) ** 2 + self.noise(wavelength) ** 2) / (2 * width * width))
+    def __init__(self, rng: np.random.Generator, axes: Sequence[np.ndarray]) -> None:
+        self.rng = rng
+        self.axes = axes
+        self.contrast = rng.random()
+        straight = np.meshgrid(*axes, indexing="ij")
+        self.xyz = [c / self.draw(1, 0.08) + 5 * self.noise(75) + 1.5 * self.noise(32) for c in straight]
+        self.wall = self._relative_distance()
+        self.outline = self.noise(28)
+        self.texture = self.noise(12)
+        self.vessels = np.exp(-40 * (self.noise(20) ** 2 + self.noise(20) ** 2))  # both are zero on lines only
+        self.hu = np.full_like(self.wall, -1000)
+        self.label = np.zeros(self.wall.shape, np.uint8)
 
     def draw(self, value: float, spread: float) -> float:
-        return value + self.rng.uniform(-spread, spread)
+        return self.rng.uniform(value - spread, value + spread)
 
-    def place(self, centre: Sequence[float], spread: float = 4.0) -> list[float]:
-        return [self.draw(c, spread) for c in centre]
+    def noise(self, wavelength: float) -> np.ndarray:
+        """Smooth random field of unit variance with one random number every ``wavelength`` mm, at any resolution."""
+        reach = 240 + 4 * wavelength  # mm from the origin: more than any case, so that the numbers are always the same
+        knots = np.arange(-reach, reach, wavelength)
+        values = self.rng.standard_normal([len(knots) - 4] * 3, dtype=np.float32)
+        for axis in self.axes:
+            weights = BSpline.design_matrix(axis, knots, 3).toarray().astype(np.float32)
+            values = np.tensordot(values, weights, (0, 1))
+        return values * (315 / 151) ** 1.5  # a cubic B-spline of white noise has variance 151/315 per axis
 
-    def size(self, radii: Sequence[float], spread: float = 0.1) -> list[float]:
-        scale = self.draw(1, spread)
-        return [r * scale * self.draw(1, spread / 2) for r in radii]
-
-    def paint(self, mask: np.ndarray, hu: float | np.ndarray, label: int = 0) -> None:
-        """Set HU (a number, or an array on the whole grid) and label inside `mask`; what is painted later wins."""
-        self.hu[mask] = hu[mask] if isinstance(hu, np.ndarray) else hu
+    def paint(self, mask: np.ndarray, hu: float | np.ndarray, label: int = _NONE) -> None:
+        """Set HU (a number, or an array of the whole grid) and label inside ``mask``, over what is there."""
+        np.copyto(self.hu, hu, where=mask)
         self.label[mask] = label
 
-    def _deformed_coordinates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        coordinates = np.meshgrid(*self.axes, indexing="ij")
-        scales = (self.draw(1, 0.09), self.draw(1, 0.09), self.draw(1, 0.07))
-        return tuple(
-            c / np.float32(s) + 5 * self.noise(75) + 1.5 * self.noise(32)
-            for c, s in zip(coordinates, scales, strict=True)
-        )
-
-    def _wall_distance(self) -> np.ndarray:
+    def _relative_distance(self) -> np.ndarray:
         x, y, z = self.xyz
-        chest = np.clip(z, 0, None) ** 2 * 1.2e-3
-        waist = _smoothstep(-z - 110, 50) * 8
-        a, b = self.draw(130, 5) - chest - waist, self.draw(88, 5) - 0.6 * chest - waist
-        n = 2.5  # between an ellipse and a box
-        normalised = (np.abs(x / a) ** n + np.abs(y / b) ** n) ** (1 / n)
-        distance = np.hypot(x, y)
-        return distance - distance / np.maximum(normalised, 1e-3)
-
-    def _diaphragm_height(self) -> np.ndarray:
-        x, y, z = self.xyz
-        drop = self.draw(42, 6)
-        right = self.draw(8, 5) - drop * (((x - 65) / 62) ** 2 + ((y - 12) / 95) ** 2)
-        left = self.draw(-6, 5) - drop * (((x + 65) / 62) ** 2 + ((y - 12) / 95) ** 2)
-        side = _smoothstep(x, 25)
-        # Between the domes the heart rests on a nearly flat centre.
-        centre = -22 - 20 * ((y - 20) / 80) ** 2
-        return z - np.maximum(side * right + (1 - side) * left, centre * np.exp(-((x / 45) ** 2)) - 60 * (x / 90) ** 2)
+        narrowing = 1.2e-3 * np.maximum(z, 0) ** 2  # towards the shoulders
+        x = x / (self.draw(119, 5) - narrowing)
+        y = y / (self.draw(86, 5) - 0.6 * narrowing)
+        power = 2.5  # between an ellipse and a rectangle
+        return (np.abs(x) ** power + np.abs(y) ** power) ** (1 / power)
 
 
-def _paint_trunk(t: _Torso) -> None:
-    """Skin, subcutaneous fat, the muscular wall, the back and psoas muscles, and fat in the cavity."""
-    x, y, z = t.xyz
-    back = np.exp(-((x / 62) ** 2)) * _smoothstep(-y - 40, 40)
-    shoulder = _smoothstep(z - 25, 60)  # pectoral and latissimus muscles
-    muscle = t.draw(13, 2) + 1.5 * t.noise(60) + 13 * back + 9 * shoulder * (1 + 0.5 * np.sin(np.abs(x) / 35))
-    fat = t.rng.uniform(9, 26) * (1 + 0.35 * np.tanh(y / 60) - 0.25 * np.tanh((z - 10) / 80)) + 2 * t.noise(70)
-    skin = muscle + np.maximum(fat, 4)
-    strands = t.tubes(16, 0.12)
-    t.paint(t.wall < skin, 15.0)
-    t.paint(t.wall < skin - 2.5, -108 + 8 * t.noise(20) + 70 * strands)
-    t.paint(t.wall < muscle, t.tissue["muscle"] - 12 * np.abs(t.noise(12)))
-    t.paint(t.wall < 0, -98 + 10 * t.noise(14) + 110 * t.tubes(22, 0.14))
-    sheath = np.abs(t.wall - 12 - 3 * t.noise(40)) < 1.3  # fat between the layers of muscle
-    t.paint(sheath & (t.wall < muscle - 2), -70.0)
-    for side in (-1, 1):
-        erector = _ellipsoid(t.xyz, (side * 31, -94, 0), t.size((29, 19, 1e4)))
-        t.paint((erector < 1) & (t.wall < muscle), t.tissue["muscle"] - 22 * np.abs(t.noise(11)))
-        psoas = _ellipsoid(t.xyz, (side * 38, -54, -190), t.size((19, 22, 118)))
-        t.paint((psoas < 1) & (t.wall < 2), t.tissue["muscle"] + 3 * t.noise(15))
-
-
-def _paint_thorax(t: _Torso) -> None:
-    """Mediastinum, lungs with vessels, diaphragm, heart, trachea and oesophagus."""
-    x, y, _ = t.xyz
-    cavity = (t.wall < -1) & (t.diaphragm > -2)
-    t.paint(cavity, 10 + 35 * t.noise(14))
-    medial = t.draw(17, 3) + t.draw(19, 3) * np.exp(-(((y + 8) / 34) ** 2)) + 2 * t.noise(35)
-    lungs = cavity & (t.diaphragm > 1.5) & (t.wall < -3) & (np.abs(x + 3) > medial)
-    hilum = np.minimum(*(_ellipsoid(t.xyz, (s * 38, -10, 62), (70, 70, 70)) for s in (-1, 1)))
-    near = np.exp(-hilum)
-    vessels = np.maximum(t.tubes(24, 0.09 + 0.2 * near), 0.75 * t.tubes(13, 0.1 + 0.1 * near))
-    parenchyma = t.draw(-855, 25) - 0.5 * y + 14 * t.noise(12) + 12 * t.noise(40)
-    t.paint(lungs, parenchyma + (40 - parenchyma) * vessels, _LUNGS)
-    _paint_heart(t)
-    _paint_tubes_of_the_chest(t)
-
-
-def _paint_heart(t: _Torso) -> None:
-    centre, radii = t.place((-20, 26, 24)), t.size((72, 53, 55))
-    heart = _ellipsoid(t.xyz, centre, radii, tilt_xy=-0.5, tilt_xz=0.35)
-    inside = (t.diaphragm > 0) & (t.wall < -4)
-    t.paint((heart < 1.12) & inside, -70.0)  # epicardial fat
-    t.paint((heart < 1) & inside, t.tissue["myocardium"] + 6 * t.noise(15))
-    for offset, size, gain in (((-24, -4, -6), (32, 21, 27), 1.0), ((20, 18, 0), (29, 22, 30), 0.85)):
-        chamber = _ellipsoid(t.xyz, [c + o for c, o in zip(centre, offset, strict=True)], size, tilt_xy=-0.5)
-        t.paint((chamber < 1) & (heart < 0.85) & inside, t.tissue["blood"] * gain)
-    atrium = _ellipsoid(t.xyz, (centre[0] + 22, centre[1] - 30, centre[2] + 22), (36, 20, 26))
-    t.paint((atrium < 1) & inside & (t.label != _LUNGS) & (heart > 0.7), t.tissue["blood"] * 0.9)
-
-
-def _paint_tubes_of_the_chest(t: _Torso) -> None:
-    x, y, z = t.xyz
-    above = t.diaphragm > 0
-    oesophagus = np.hypot(x + 6 + 0.05 * (40 - z), y + 28 - 0.06 * (40 - z))
-    t.paint((oesophagus < 8) & above, 45.0)
-    t.paint((oesophagus < 2.5) & above, -200.0)
-    # The trachea divides into the two main bronchi.
-    split = t.draw(92, 6)
-    bronchi = np.hypot(np.abs(x) - np.clip(split - z, 0, 60) * 0.9, y + 12) * np.where(z < split, 0.75, 1)
-    airway = above & (z > split - 48)
-    t.paint((bronchi < 9.5) & airway, 30.0)
-    t.paint((bronchi < 7) & airway, -985.0)
+def _paint_body(t: _Torso) -> None:
+    """Fat under the skin, the muscular wall, soft tissue in the chest, and in the abdomen fat and loops of bowel."""
+    _, y, z = t.xyz
+    muscle = 1.16 + 0.02 * t.noise(60)
+    fat = t.draw(0.14, 0.06) + 0.02 * t.noise(70)
+    t.paint(t.wall < muscle + fat, -105 + 8 * t.texture + 60 * t.vessels)
+    t.paint(t.wall < muscle, 52 - 15 * np.abs(t.texture))
+    t.paint(t.wall < 1, 10 + 30 * t.texture)
+    abdomen = (t.wall < 1) & (z < -30)
+    t.paint(abdomen, -98 + 10 * t.texture + 110 * t.vessels)
+    room = abdomen & (t.wall < 0.95) & (y > -25) & (z < t.draw(-62, 6))
+    depth = np.abs(t.outline)
+    t.paint(room & (depth > 0.15), 55)
+    t.paint(room & (depth > 0.45), 25 + 25 * t.texture)
+    t.paint(room & (depth > 1.3), -900)
 
 
 def _paint_ribs(t: _Torso) -> None:
-    """Ribs that fall towards the front, costal cartilage and sternum."""
+    """Arches in the wall that fall towards the front and are open there."""
     x, y, z = t.xyz
-    height = z + t.draw(0.42, 0.05) * (y + 88) + 2 * t.noise(60)
-    spacing, start = t.draw(27, 2), t.rng.uniform(0, 27)
-    index = np.round((height - start) / spacing)
-    along = np.abs(height - start - index * spacing)
-    origin = start + index * spacing  # height of the rib at the spine
-    front = np.clip(t.draw(25, 5) + 0.75 * origin, -60, 74)
-    shell = np.hypot((t.wall - 5) / 4.6, along / 6.5)
-    rib = (shell < 1) & (origin > -110) & (np.abs(x) > 24)
-    t.paint(rib & (y < 88) & (origin > 40), 105 + 15 * t.noise(10))  # cartilage
-    t.paint(rib & (y < front), t.draw(260, 30) + 420 * _smoothstep(shell - 0.6, 0.3), _RIBS)
-    bone = (np.abs(x) < t.draw(17, 2)) & (t.wall > 0) & (t.wall < 10) & (y > 0) & (z > t.draw(-8, 6))
-    t.paint(bone, 190 + 160 * _smoothstep(np.abs(t.wall - 5) - 3, 2) + 30 * t.noise(10))
+    height = z + t.draw(0.42, 0.05) * y
+    level = np.mod(height + t.draw(15, 15), t.draw(27, 2))
+    arch = (np.abs(t.wall - 1.06) < 0.04) & (np.abs(x) > 24) & (y < 65) & (height > t.draw(-125, 10))
+    t.paint(arch & (level < 11), t.draw(450, 50) + 80 * t.texture, _RIBS)
+
+
+def _paint_parts(t: _Torso) -> None:
+    """The ellipsoids, each of random place and size with a slightly irregular outline, cut off by the wall."""
+    for label, hu, contrast, vessels, centre, radii in _PARTS:
+        size = t.draw(1, 0.08)
+        distance = 0.05 * t.outline
+        for coordinate, middle, radius in zip(t.xyz, centre, radii, strict=True):
+            distance += ((coordinate - t.draw(middle, 3)) / (size * t.draw(radius, 0.05 * radius))) ** 2
+        hu = hu + t.contrast * contrast + vessels * t.vessels + 6 * t.texture
+        t.paint((distance < 1) & (t.wall < 0.97), hu, label)
 
 
 def _paint_spine(t: _Torso) -> None:
-    """Vertebral bodies with a cortex, discs, the canal, and transverse and spinous processes."""
+    """Vertebrae with a hard rim, arch and process, soft discs between them, and the canal."""
     x, y, z = t.xyz
-    x = x - t.draw(0, 3) * np.sin(z / t.draw(70, 10))
-    y = y + 54 - t.draw(5, 2) * np.cos((z + 90) / 75)  # 0 in the middle of the vertebral body
-    period, disc, phase = t.draw(30, 2), t.draw(6.5, 1), t.rng.uniform(0, 30)
-    level = np.mod(z - phase + 0.1 * y, period)  # discs are tilted a little
-    grow = 1 + 0.0012 * np.clip(-z, -100, 150)
-    radius = np.hypot(x / (20.5 * grow), y / (16 * grow))
-    # The waist of each vertebra, narrower than its end plates.
-    body = radius + 0.12 * np.sin(np.pi * np.clip((level - disc) / (period - disc), 0, 1)) < 1.04
-    trabecular, cortex = t.draw(210, 40) + 18 * t.noise(7), t.draw(520, 60)
-    canal = np.hypot(x, y + 26 * grow)
-    middle = np.abs(level - disc - 0.45 * (period - disc))
-    arch = (canal < 15.5) & (middle < 10)
-    transverse = (np.abs(y + 27) + 0.12 * np.abs(x) < 7.5) & (np.abs(x) < 36) & (middle < 6)
-    lower = np.abs(np.mod(z - phase - disc - 0.25 * (y + 30), period) - 0.4 * (period - disc))
-    spinous = (np.abs(x) < 4.5) & (y < -34) & (y > -58) & (lower < 8.5)
-    pedicle = (np.abs(np.abs(x) - 13) < 4.5) & (y < -8) & (y > -30) & (middle < 8)
-    t.paint(arch | transverse | spinous | pedicle, cortex * 0.85 + 40 * t.noise(8), _SPINE)
-    edge = np.maximum(_smoothstep(radius - 0.85, 0.1), 1 - _smoothstep(np.minimum(level - disc, period - level) - 2, 1))
-    t.paint(body & (level >= disc), trabecular + (cortex - trabecular) * edge, _SPINE)
-    t.paint(body & (level < disc), t.draw(85, 10), _SPINE)
-    t.paint((canal < 9) & (radius > 1), 22.0)
-    t.paint(canal < 4.5, 38.0)  # the cord
-
-
-def _paint_bowel(t: _Torso) -> None:
-    """Loops with wall, content and gas, and the pancreas: unlabelled, to fill the abdomen with texture."""
-    x, y, z = t.xyz
-    room = t.abdomen & (t.wall < -5) & (y > -30 + 10 * t.noise(40)) & (z < t.draw(-62, 6) - 0.15 * y - 0.25 * x)
-    loops = t.noise(26)
-    inside = np.abs(loops) - 0.15
-    content = 25 + 25 * t.noise(11) + t.rng.choice([0.0, 150.0]) * (t.noise(45) > 0.3)
-    t.paint(room & (inside > 0), 55.0)
-    t.paint(room & (inside > 0.3), content)
-    t.paint(room & (inside > 0.65) & (y > 5) & (t.noise(30) > 0.5), -900.0)
-    curve = np.hypot(y - 12 + 0.0045 * (x - 10) ** 2, z + 72 - 0.18 * (10 - x))
-    pancreas = (curve < 11 + 2 * t.noise(25)) & (x > -72) & (x < 38) & t.abdomen
-    t.paint(pancreas, t.tissue["pancreas"] + 22 * np.minimum(t.noise(8), 0.5))
-
-
-def _paint_stomach(t: _Torso) -> None:
-    """Wall, content and, as the patient lies on the back, gas above a level."""
-    centre, radii = t.place((-54, 26, -38)), t.size((46, 42, 48))
-    fundus = _ellipsoid(t.xyz, centre, radii, tilt_xy=0.35)
-    antrum = _ellipsoid(t.xyz, (centre[0] + 42, centre[1] + 14, centre[2] - 34), t.size((46, 20, 19)), tilt_xz=0.3)
-    radius = np.minimum(fundus, antrum) + 0.05 * t.noise(25)
-    stomach = (radius < 1) & t.abdomen & (t.wall < -3)
-    level = centre[1] + t.rng.uniform(0, 14)
-    lying = np.broadcast_to(t.axes[1][None, :, None], t.hu.shape)  # gravity knows no deformation
-    content = t.rng.choice([12.0, 30.0, 120.0]) + 14 * t.noise(9)
-    t.paint(stomach, t.tissue["muscle"] + 12, _STOMACH)
-    lumen = stomach & (radius < 0.78) & (t.wall < -7) & (t.diaphragm < -6)
-    t.paint(lumen, content, _STOMACH)
-    t.paint(lumen & (lying > level), -960.0, _STOMACH)
-
-
-def _paint_liver(t: _Torso) -> None:
-    """Two lobes under the right dome with vessels, and the gallbladder."""
-    centre = t.place((72, 0, -46), 5)
-    right = _ellipsoid(t.xyz, centre, t.size((70, 77, 73)))
-    left = _ellipsoid(t.xyz, (centre[0] - 70, centre[1] + 38, centre[2] + 16), t.size((66, 32, 36)), tilt_xz=-0.2)
-    liver = (np.minimum(right, left) + 0.05 * t.noise(35) < 1) & t.abdomen & (t.wall < -3)
-    parenchyma = t.tissue["liver"] + 4 * t.noise(10) + 4 * t.noise(45)
-    vessels = t.tubes(28, 0.13)
-    t.paint(liver, parenchyma + (t.tissue["vein"] - parenchyma) * vessels, _LIVER)
-    bladder = _ellipsoid(t.xyz, t.place((42, 40, -92), 3), t.size((14, 17, 24)))
-    t.paint((bladder < 1) & t.abdomen, 60.0)
-    t.paint((bladder < 0.75) & t.abdomen, 12.0)
-
-
-def _paint_spleen(t: _Torso) -> None:
-    centre = t.place((-96, -30, -40))
-    spleen = _ellipsoid(t.xyz, centre, t.size((30, 50, 54), 0.12), tilt_xy=-0.4)
-    hilum = _ellipsoid(t.xyz, (centre[0] + 34, centre[1] + 16, centre[2]), (19, 26, 36))
-    body = (spleen + 0.05 * t.noise(25) < 1) & (hilum > 1) & t.abdomen & (t.wall < -3)
-    patchy = 0.14 if t.tissue["aorta"] > 200 else 0.04  # the arterial phase shows bands
-    t.paint(body, t.tissue["spleen"] * (1 + patchy * t.noise(13)), _SPLEEN)
-
-
-def _paint_kidneys(t: _Torso) -> None:
-    """Cortex, pyramids, and a hilum of fat with the renal pelvis; the right kidney lies lower."""
-    for side, height in ((1, -104), (-1, -90)):
-        centre, radii = t.place((side * 60, -42, height)), t.size((27, 25, 50))
-        tilts = {"tilt_xy": side * 0.5, "tilt_xz": side * 0.22}
-        radius = _ellipsoid(t.xyz, centre, radii, **tilts)
-        hilum = _ellipsoid(t.xyz, (centre[0] - side * 19, centre[1] + 9, centre[2]), (17, 13, 20), **tilts)
-        below = t.diaphragm < -4
-        t.paint((radius < 1.3) & t.abdomen & below, -100 + 8 * t.noise(15))
-        kidney = (radius < 1) & (hilum > 1) & below & (t.wall < 0)
-        columns = _smoothstep(radius - 0.52 + 0.25 * t.noise(13), 0.12)
-        medulla, cortex = t.tissue["medulla"], t.tissue["cortex"]
-        t.paint(kidney, medulla + (cortex - medulla) * columns, _KIDNEYS)
-        t.paint((hilum < 0.45) & below, 10.0)
-        t.paint(np.abs(hilum - 0.6) < 0.1, t.tissue["cava"])
-
-
-def _paint_great_vessels(t: _Torso) -> None:
-    """Aorta, left in front of the spine, and inferior vena cava on the right below the heart."""
-    x, y, z = t.xyz
-    aorta = np.hypot(x + t.draw(11, 2) + 0.06 * np.clip(z, -60, 90), y + t.draw(28, 2) + 0.06 * np.clip(z, -60, 90))
-    radius = t.draw(12, 1.5) + 0.02 * z
-    cava = np.hypot((x - t.draw(20, 2)) / 1.25, y + t.draw(24, 2) - 0.15 * np.clip(z + 60, 0, 60))
-    t.paint((cava < 11) & (z < t.draw(12, 4)), t.tissue["cava"] + 10 * t.noise(25))
-    t.paint(aorta < radius + 1.5, 48.0)
-    t.paint(aorta < radius, t.tissue["aorta"], _AORTA)
-
-
-def _paint_table(t: _Torso) -> None:
-    """Carbon-fibre shell with a foam core, straight along z."""
-    x, y, _ = np.meshgrid(*t.axes, indexing="ij", sparse=True)
-    body = np.flatnonzero((t.hu > -900).any((0, 2)))
-    top = t.axes[1][body[0]] + 0.0012 * x**2 - 4  # the body lies in a shallow trough
-    air = t.hu < -990
-    wide = np.abs(x) < 190
-    depth = np.broadcast_to(top - y, t.hu.shape)
-    t.paint(air & wide & (depth > 0) & (depth < 18), -930.0)
-    t.paint(air & wide & (((depth > 0) & (depth < 4)) | ((depth > 14) & (depth < 18))), -250.0)
+    level = np.mod(z + t.draw(15, 15), t.draw(30, 2))  # mm above the lower end of a disc
+    body = np.hypot(x / 21, (y + 52) / 17)
+    canal = np.hypot(x, y + 78)
+    process = (np.abs(x) < 5) & (np.abs(y + 95) < 8)
+    bone = t.draw(210, 40) + 18 * t.texture
+    t.paint(((canal < 16) | process) & (np.abs(level - 18) < 9), 2 * bone, _SPINE)
+    t.paint(body < 1, 2.2 * bone, _SPINE)
+    t.paint(body < 0.85, bone, _SPINE)
+    t.paint((body < 1) & (level < 6), 85, _SPINE)
+    t.paint((canal < 9) & (body > 1), 30)
 
 
 def _scan(t: _Torso) -> np.ndarray:
-    """What the scanner adds: partial volume, white and correlated noise, int16 HU."""
-    sigma = t.rng.uniform(0.45, 0.7)
-    image = _blur(t.hu, (sigma, sigma, 0.5))
-    white = t.rng.standard_normal(image.shape, dtype=np.float32)
-    grain = _blur(t.rng.standard_normal(image.shape, dtype=np.float32), (1.0, 1.0, 0.4)) * 4  # about unit variance
-    image += t.rng.uniform(5, 12) * white + t.rng.uniform(4, 9) * grain
-    return np.clip(np.rint(image), -1024, 3071).astype(np.int16)
-
-
-def _oriented(
-    arrays: Sequence[np.ndarray], spacing: np.ndarray, first: np.ndarray, orientation: str
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Turn RAS arrays whose voxel 0 lies at `first` (mm) to `orientation`, with the affine that says so."""
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = first
-    for axis, (wanted, positive) in enumerate(zip(orientation, "RAS", strict=True)):
-        if wanted != positive:
-            arrays = [np.flip(a, axis) for a in arrays]
-            affine[axis, 3] += affine[axis, axis] * (arrays[0].shape[axis] - 1)
-            affine[axis, axis] *= -1
-    return [np.ascontiguousarray(a) for a in arrays], affine
-
-
-def _check(seed: int, shape: Sequence[int] | None) -> None:
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
-    if shape is not None and (len(shape) != 3 or min(shape) < 16):
-        raise ValueError(f"shape must be three numbers of voxels, each at least 16, got {tuple(shape)}")
+    """HU (X, Y, Z) as int16, with the blur and the noise of a scanner."""
+    noise = t.rng.standard_normal(t.hu.shape, dtype=np.float32)
+    image = gaussian_filter(t.hu, t.draw(0.55, 0.1)) + gaussian_filter(t.draw(30, 10) * noise, 0.6)
+    return np.maximum(np.rint(image), -1024).astype(np.int16)
 
 
 def generate_case(
-    seed: int, shape: Sequence[int] | None = None, orientation: str | None = None, table: bool | None = None
+    seed: int, shape: Sequence[int] | None = None, orientation: str = "RAS"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw one phantom torso from the middle of the chest to the lower poles of the kidneys.
+    """Draw one phantom torso, from the middle of the chest to the lower ends of the kidneys.
 
-    The same arguments give the same arrays; numpy's global random state is neither read nor changed. `shape` sets the
-    resolution: the field of view is a property of the case (about 375 x 375 x 250 mm), so the spacing follows from it.
+    The same arguments give the same arrays. ``shape`` and ``orientation`` change the grid, not the patient.
 
     Args:
         seed: number that the case is drawn from, >= 0.
-        shape: voxels along x, y and z, each at least 16. None: 128 x 128 and 56 to 76 slices, drawn per case.
-        orientation: direction of the voxel axes, one of :data:`ORIENTATIONS`. None: drawn per case.
-        table: whether the patient table is seen. None: drawn per case.
+        shape: voxels along x, y and z, each at least 16, of about 380 x 380 x 250 mm. None: 128 x 128 and 56 to 76
+            slices, drawn per case.
+        orientation: direction of the voxel axes, one of :data:`ORIENTATIONS`.
 
     Returns:
-        image: int16 HU (X, Y, Z).
-        label: uint8 (X, Y, Z) with the values of :data:`LABELS`.
-        affine: float64 (4, 4), voxel index -> mm in RAS+ world coordinates.
+        HU as int16 (X, Y, Z), the values of :data:`LABELS` as uint8 (X, Y, Z), and the affine (4, 4) from voxel indices
+        to mm in RAS+ world coordinates.
 
     Raises:
         ValueError: for a negative seed, a shape that is not three numbers >= 16, or an unknown orientation.
-
-    Example:
-        >>> image, label, affine = generate_case(0, shape=(64, 64, 32))
-        >>> image.shape, int(label.max())
-        ((64, 64, 32), 8)
     """
-    if orientation not in (None, *ORIENTATIONS):
-        raise ValueError(f"orientation must be one of {ORIENTATIONS} or None, got {orientation!r}")
-    _check(seed, shape)
+    if seed < 0 or orientation not in ORIENTATIONS:
+        raise ValueError(f"seed must be >= 0 and orientation one of {ORIENTATIONS}, got {seed} and {orientation!r}")
+    if shape is not None and (len(shape) != 3 or min(shape) < 16):
+        raise ValueError(f"shape must be three numbers of voxels, each at least 16, got {tuple(shape)}")
     rng = np.random.default_rng(seed)
-    slices, drawn_orientation, drawn_table = rng.integers(56, 77), rng.choice(ORIENTATIONS), rng.random() < 0.7
-    shape = tuple(shape or (128, 128, int(slices)))
-
-    side = rng.uniform(350, 400)
-    extent = np.array([side, side, rng.uniform(232, 268)])
-    spacing = np.round(extent / shape, 4)
-    middle = np.array([rng.uniform(-8, 8), rng.uniform(-14, -2), rng.uniform(-30, -18)])
-    axes = tuple(
-        ((np.arange(n) - (n - 1) / 2) * s + m).astype(np.float32)
-        for n, s, m in zip(shape, spacing, middle, strict=True)
-    )
-    phase = _PHASES[str(rng.choice(list(_PHASES)))]
-    torso = _Torso(rng, axes, {name: hu * rng.uniform(0.94, 1.06) for name, hu in phase.items()})
-    for paint in (
-        _paint_trunk,
-        _paint_thorax,
-        _paint_ribs,
-        _paint_bowel,
-        _paint_stomach,
-        _paint_liver,
-        _paint_spleen,
-        _paint_kidneys,
-        _paint_spine,
-        _paint_great_vessels,
-    ):
-        paint(torso)
-    if drawn_table if table is None else table:
-        _paint_table(torso)
-    scanner_origin = np.round(rng.uniform(-150, 150, 3), 1)
-    first = np.array([a[0] for a in axes], np.float64) + scanner_origin
-    arrays, affine = _oriented([_scan(torso), torso.label], spacing, first, orientation or str(drawn_orientation))
-    return arrays[0], arrays[1], affine
+    slices = int(rng.integers(56, 77))
+    shape = tuple(shape or (128, 128, slices))
+    width, height = rng.uniform(365, 395), rng.uniform(232, 268)
+    spacing, middle = np.array([width, width, height]) / shape, rng.uniform((-8, -14, -30), (8, -2, -18))
+    first = middle - spacing * (np.array(shape) - 1) / 2
+    axes = [(f + s * np.arange(n)).astype(np.float32) for f, s, n in zip(first, spacing, shape, strict=True)]
+    torso = _Torso(rng, axes)
+    _paint_body(torso)
+    _paint_ribs(torso)
+    _paint_parts(torso)
+    _paint_spine(torso)
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
+    image, label = (np.ascontiguousarray(apply_orientation(array, turn)) for array in (_scan(torso), torso.label))
+    return image, label, from_matvec(np.diag(spacing), first) @ inv_ornt_aff(turn, shape)
 
 
-def _dataset_json(names: dict[str, list[str]]) -> dict:
-    def entries(part: str) -> list[dict[str, str]]:
-        return [{"image": f"./images{part}/{n}.nii.gz", "label": f"./labels{part}/{n}.nii.gz"} for n in names[part]]
+def _write_nifti(voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    image = nib.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("mm")
+    # Without the time of writing: the same case is the same file.
+    write_atomically(lambda file: file.write(gzip.compress(image.to_bytes(), 1, mtime=0)), path)
 
+
+def _data_list(cases: int, test_cases: int, description: str) -> dict:
+    """Content of ``dataset.json``."""
+    items = []
+    for number in range(cases + test_cases):
+        part = "Tr" if number < cases else "Ts"
+        name = f"phantom_{number:03d}.nii.gz"
+        items.append({"image": f"./images{part}/{name}", "label": f"./labels{part}/{name}"})
     return {
         "name": "Phantom torso",
-        "description": "Random labelled phantom torso CTs, written by pgl_ext.tools.phantom; no patient data.",
-        "reference": "pgl_ext",
+        "description": description,
         "licence": "Apache-2.0",
-        "release": f"{_VERSION}.0",
-        "tensorImageSize": "3D",
         "modality": {"0": "CT"},
         "labels": {str(value): name for value, name in enumerate(LABELS)},
-        "numTraining": len(names["Tr"]),
-        "numTest": len(names["Ts"]),
-        "training": entries("Tr"),
-        # MONAI cannot read an empty list.
-        **({"test": entries("Ts")} if names["Ts"] else {}),
+        "numTraining": cases,
+        "numTest": test_cases,
+        "training": items[:cases],
+        **({"test": items[cases:]} if test_cases else {}),  # MONAI cannot read an empty list
     }
-
-
-def _claim_folder(out: Path, settings: dict) -> None:
-    """Mark an empty folder as ours, or make sure that it is ours and was written with the same settings."""
-    record = out / "phantom.json"
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; give a folder")
-    if record.is_file():
-        written = json.loads(record.read_text())
-        if written != settings:
-            raise FileExistsError(
-                f"{out} holds phantoms written with other settings ({written}, not {settings}); give another folder"
-            )
-    elif out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty and was not written by this function; give a new or empty folder")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(settings) + "\n")
-
-
-def _save(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
-    """Write a NIfTI file so that an interruption leaves no half file under its name."""
-    image = nib.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
-    partial = path.with_name(f".partial-{path.name}")
-    nib.save(image, partial)
-    os.replace(partial, path)
 
 
 def write_dataset(
     out: str | Path, cases: int, seed: int = 0, test_cases: int = 0, shape: Sequence[int] | None = None
 ) -> Path:
-    """Write phantoms as a Medical Segmentation Decathlon style data set.
+    """Write phantoms and their label maps as a data set in the style of the Medical Segmentation Decathlon.
 
-    `imagesTr/`, `labelsTr/` and, where there are test cases, `imagesTs/`, `labelsTs/` hold `phantom_000.nii.gz`, ...;
-    `dataset.json` lists them (``training`` and ``test``, both with image and label) for
-    :func:`monai.data.load_decathlon_datalist`. The orientations take turns. A repeated call with the same settings does
-    nothing but write what is missing, so an interrupted one can be continued. Case number i depends on `seed`, `shape`
-    and i only.
+    ``imagesTr``, ``labelsTr``, ``imagesTs`` and ``labelsTs`` hold ``phantom_000.nii.gz`` and so on. ``dataset.json``,
+    written last, has the lists ``training`` and, if there are test cases, ``test``. Case i depends on ``seed``,
+    ``shape`` and i only.
 
     Args:
-        out: folder, new or empty, or written before with the same settings.
+        out: folder, new or empty; one that an equal call has filled is left as it is.
         cases: number of training cases, >= 1.
         seed: number that the data set is drawn from, >= 0.
         test_cases: number of further, held-out cases.
-        shape: see :func:`generate_case`.
+        shape: voxels along x, y and z, see :func:`generate_case`.
 
     Returns:
-        Path of `dataset.json`.
+        Path of ``dataset.json``.
 
     Raises:
         ValueError: for cases < 1, test_cases < 0, seed < 0 or a bad shape.
-        FileExistsError: if `out` holds anything else.
-        NotADirectoryError: if `out` is a file.
+        FileExistsError: if ``out`` holds anything else.
     """
-    if cases < 1:
-        raise ValueError(f"cases must be at least 1, got {cases}")
-    if test_cases < 0:
-        raise ValueError(f"test_cases must be >= 0, got {test_cases}")
-    _check(seed, shape)
-    out = Path(out)
-    settings = {
-        "version": _VERSION, "cases": cases, "test_cases": test_cases, "seed": seed,
-        "shape": None if shape is None else [int(n) for n in shape],
-    }  # fmt: skip
-    _claim_folder(out, settings)
-    names: dict[str, list[str]] = {"Tr": [], "Ts": []}
-    for number in range(cases + test_cases):
-        part, name = "Tr" if number < cases else "Ts", f"phantom_{number:03d}"
-        names[part].append(name)
-        image_path, label_path = (out / f"{kind}{part}" / f"{name}.nii.gz" for kind in ("images", "labels"))
-        if image_path.is_file() and label_path.is_file():
-            continue
-        image_path.parent.mkdir(exist_ok=True)
-        label_path.parent.mkdir(exist_ok=True)
+    if cases < 1 or test_cases < 0 or seed < 0:
+        raise ValueError(f"cases must be >= 1, seed and test_cases >= 0, got {cases}, {seed} and {test_cases}")
+    size = "128 x 128" if shape is None else " x ".join(map(str, shape))
+    content = _data_list(cases, test_cases, f"Random torso CTs, no patient data: version 2, seed {seed}, {size} voxels")
+    text = json.dumps(content, indent=2) + "\n"
+    path = Path(out) / "dataset.json"
+    if path.is_file() and path.read_text() == text:
+        return path
+    if path.parent.exists() and any(path.parent.iterdir()):
+        raise FileExistsError(f"{out} holds other files or an unfinished data set; give a new or empty folder")
+    for number, item in enumerate([*content["training"], *content.get("test", [])]):
         case_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         image, label, affine = generate_case(case_seed, shape, ORIENTATIONS[number % len(ORIENTATIONS)])
-        _save(image_path, image, affine)
-        _save(label_path, label, affine)
-    path = out / "dataset.json"
-    if not path.is_file():
-        path.write_text(json.dumps(_dataset_json(names), indent=2) + "\n")
+        _write_nifti(image, affine, path.parent / item["image"])
+        _write_nifti(label, affine, path.parent / item["label"])
+    write_text(path, text)
     return path

@@ -6,23 +6,22 @@ Programs that take a bundle as it is, such as MONAI Label, read ``train.json`` a
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 
-from pgl_ext import __version__
 from pgl_ext.networks.segmentation import SegmentationNet
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.study.configs import merged_config
-from pgl_ext.weights import load_encoder, read_description, recorded_model, save_weights
+from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, load_encoder, save_weights
 
-__all__ = ["task_config", "write_start_model"]
+__all__ = ["task_config", "write_initial_model"]
 
-# What of a model's JSON is an entry of train.json of the same name, and which of the network's arguments are.
-_RECORDED = ("hu_window", "spacing", "patch_size")
+# Entries of train.json that are arguments of the task, of the input's record, and of the network.
+_TASK = ("organs", "background_values", "multi_label")
+_INPUT = ("hu_window", "spacing", "patch_size")
 _NETWORK = ("in_channels", "aspp_channels", "decoder_channels")
 
 
@@ -52,18 +51,18 @@ def task_config(
     """
     config = merged_config([str(Path(configs) / "train.json"), *(_overlay(configs, name) for name in overlays)]).get()
     if encoder is not None:
-        config["encoder"] = _layout(encoder)
+        config["encoder"] = EncoderRecord.load(encoder).architecture["arguments"]
     if model is not None:
-        read_description(model)  # raises; a model without its JSON would pass for one of the default task
-        recorded = recorded_model(model)
-        layout = recorded["network"]["encoder"]
-        if encoder is not None and layout != config["encoder"]:
+        record = ModelRecord.load(model)
+        network = record.network["arguments"]
+        if encoder is not None and network["encoder"] != config["encoder"]:
             raise ValueError(
                 f"{encoder} does not fit {model}: the one is an encoder of {config['encoder']}, the other has one of "
-                f"{layout}. Package them one by one, or choose those that belong together."
+                f"{network['encoder']}. Package them one by one, or choose those that belong together."
             )
-        config |= {**recorded["task"], **{name: recorded[name] for name in _RECORDED}, "encoder": layout}
-        config["network_def"] |= {name: recorded["network"][name] for name in _NETWORK}
+        config |= {**record.task, **{name: getattr(record.input, name) for name in _INPUT}}
+        config["encoder"] = network["encoder"]
+        config["network_def"] |= {name: network[name] for name in _NETWORK}
     return config
 
 
@@ -74,45 +73,27 @@ def _overlay(configs: str | os.PathLike, name: str) -> str:
     return str(found[0])
 
 
-def _layout(encoder: str | os.PathLike) -> dict[str, Any]:
-    description = read_description(encoder)
-    if "architecture" not in description:
-        raise ValueError(
-            f"{Path(encoder).with_suffix('.json')} does not describe an encoder, it lacks 'architecture': give the "
-            "pgl_encoder.pt that pre-training wrote, with its JSON beside it."
-        )
-    return description["architecture"]
-
-
-def write_start_model(
-    config: dict[str, Any], path: str | os.PathLike, encoder: str | os.PathLike | None = None
-) -> dict[str, Any]:
+def write_initial_model(
+    config: Mapping[str, Any], path: str | os.PathLike, encoder: str | os.PathLike | None = None
+) -> None:
     """Write the network that training with a config would start from as a model file, its JSON beside it.
 
     Args:
         config: from :func:`task_config`.
         path: file to write, ending in ``.pt``.
         encoder: encoder file whose weights the network has; everything else is random, the same each time.
-
-    Returns:
-        what the JSON says.
     """
-    parser = ConfigParser(config)
-    task = SegmentationTask(**{name: config[name] for name in ("organs", "background_values", "multi_label")})
+    task = SegmentationTask(**{name: config[name] for name in _TASK})
     arguments = {name: config["network_def"][name] for name in _NETWORK}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = SegmentationNet(out_channels=task.out_channels, encoder=config["encoder"], **arguments)
     if encoder is not None:
         load_encoder(network, encoder)
-    description = {
-        "version": __version__,
-        "task": task.description(),
-        "network": network.architecture,
-        **{name: parser.get_parsed_content(f"description#{name}") for name in ("normalization", "orientation")},
-        **{name: config[name] for name in ("spacing", "patch_size")},
-        "pretrained_encoder": None if encoder is None else Path(encoder).name,
-        "steps": 0,
-    }
-    save_weights(network.state_dict(), path, description)
-    return description
+    record = ModelRecord(
+        task=task.description(),
+        network=network.architecture,
+        input=InputRecord(channels=arguments["in_channels"], **{name: config[name] for name in _INPUT}),
+        pretrained_encoder=None if encoder is None else Path(encoder).name,
+    )
+    save_weights(network.state_dict(), path, record)

@@ -6,13 +6,16 @@ A record is a JSON file of the weights' name. It is data: nothing in it is impor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from monai.config import PathLike
 
 from pgl_ext import __version__
+from pgl_ext.files import read_json
+from pgl_ext.task import SegmentationTask
 
 __all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries"]
 
@@ -38,6 +41,36 @@ class InputRecord:
     channels: int = 1
     orientation: str = "RAS"
 
+    @classmethod
+    def from_json(cls, content: Any, source: Any, channels: int = 1) -> InputRecord:
+        """Make one of what a record has as ``input``.
+
+        Args:
+            content: the entries.
+            source: the file, for messages.
+            channels: of the network, where the entries do not say.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        names = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(content) - names) if isinstance(content, Mapping) else [content]
+        if unknown:
+            raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
+        return cls(**_of_known_kinds(cls, {"channels": channels, **content}, source))
+
+    @classmethod
+    def load(cls, path: PathLike) -> InputRecord | None:
+        """Read it from the JSON beside a file of weights, of whatever kind; None where that does not say.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged.
+        """
+        source, content = _read(path)
+        content = _upgraded(content)
+        return cls.from_json(content["input"], source) if "input" in content else None
+
     def differences(self, other: InputRecord) -> list[str]:
         """What another preparation differs in, in words with the options that set it."""
         differences = []
@@ -46,6 +79,8 @@ class InputRecord:
         if _floats(self.spacing) != _floats(other.spacing):
             here = _floats(other.spacing) or "as stored"
             differences.append(f"spacing {self.spacing or 'as stored'}, here {here} mm (--spacing)")
+        if self.orientation != other.orientation:
+            differences.append(f"voxel axes {self.orientation}, here {other.orientation}")
         return differences
 
 
@@ -82,50 +117,33 @@ class _Record:
         Raises:
             ValueError: something is missing, or of another kind than it should be.
         """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{source} holds a {type(content).__name__}, no description: give {cls._remedy}.")
         content = _upgraded(content)
-        known = {part.name for part in fields(cls)} - {"others"}
-        missing = sorted(set(cls._needed()) - set(content))
+        missing = sorted(set(cls._needed) - set(content))
         if missing:
             raise ValueError(f"{source} does not describe {cls._what}, it lacks {missing}: give {cls._remedy}.")
-        inputs = content["input"]
-        unknown = sorted(set(inputs) - {part.name for part in fields(InputRecord)}) if _is_object(inputs) else [inputs]
-        if unknown:
-            raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
-        typed = {name: value for name, value in content.items() if name in known}
-        others = {name: value for name, value in content.items() if name not in known}
-        return cls(**{**typed, "input": InputRecord(**inputs), "others": others})
+        names = {entry.name for entry in fields(cls)} - {"others"}
+        known = {name: content.pop(name) for name in names & set(content)}
+        known["input"] = InputRecord.from_json(known["input"], source, _in_channels(known[cls._built]))
+        return cls(**_of_known_kinds(cls, known, source), others=content)
 
     @classmethod
-    def load(cls: type[_R], path: str | os.PathLike) -> _R:
+    def load(cls: type[_R], path: PathLike) -> _R:
         """Read the record beside a file of weights, which itself need not exist.
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: it is damaged, or describes something else.
         """
-        weights, path = Path(path), Path(path).with_suffix(".json")
-        if not path.is_file():
-            raise FileNotFoundError(f"no description {path} beside {weights.name}: copy both, they belong together.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged, no JSON ({error}): copy it again, together with {weights.name}."
-            ) from error
-        if not _is_object(content):
-            raise ValueError(
-                f"{path} holds a {type(content).__name__}, no description of {weights.name}: copy it again."
-            )
-        return cls.from_json(content, path)
-
-    @classmethod
-    def _needed(cls) -> tuple[str, ...]:
-        raise NotImplementedError
+        source, content = _read(path)
+        return cls.from_json(content, source)
 
     def to_json(self) -> dict[str, Any]:
         """All entries as plain values."""
-        content = {name: value for name, value in asdict(self).items() if name != "others"}
-        return json.loads(json.dumps({**content, **self.others}))
+        content = asdict(self)
+        others = content.pop("others")
+        return json.loads(json.dumps({**content, **others}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +166,11 @@ class EncoderRecord(_Record):
 
     _what = "an encoder"
     _remedy = "the pgl_encoder.pt that pre-training wrote, with its JSON beside it"
+    _built = "architecture"
+    _needed = ("architecture", "input")
 
     @classmethod
-    def _needed(cls) -> tuple[str, ...]:
-        return ("architecture", "input")
-
-    @classmethod
-    def load_or_default(cls, path: str | os.PathLike | None) -> EncoderRecord:
+    def load_or_default(cls, path: PathLike | None) -> EncoderRecord:
         """Read the record beside an encoder file; where there is none, that of the paper's ResNet-50 and its input."""
         if path is not None and Path(path).with_suffix(".json").is_file():
             return cls.load(path)
@@ -184,13 +200,23 @@ class ModelRecord(_Record):
 
     _what = "a segmentation model"
     _remedy = "the models/model.pt that fine-tuning wrote, with its JSON beside it"
+    _built = "network"
+    _needed = ("task", "network", "input")
 
     @classmethod
-    def _needed(cls) -> tuple[str, ...]:
-        return ("task", "network", "input")
+    def from_json(cls, content: Any, source: Any) -> ModelRecord:
+        """See :meth:`EncoderRecord.from_json`."""
+        record = super().from_json(content, source)
+        if record.input.patch_size is None:
+            raise ValueError(f"{source} does not describe {cls._what}, it lacks a patch_size: give {cls._remedy}.")
+        try:
+            SegmentationTask(**record.task)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source} describes a task that is none ({error}): give {cls._remedy}.") from error
+        return record
 
     @classmethod
-    def load_or_default(cls, path: str | os.PathLike, metadata: str | os.PathLike) -> ModelRecord:
+    def load_or_default(cls, path: PathLike, metadata: PathLike) -> ModelRecord:
         """Read the record beside a model file; where there is no file yet, that of the bundle's default task.
 
         The checks of bundles build the network of a bundle that comes without weights.
@@ -206,9 +232,10 @@ class ModelRecord(_Record):
                 f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with "
                 "--model_path FILE."
             )
-        data_format = json.loads(Path(metadata).read_text(encoding="utf-8"))["network_data_format"]
+        data_format = read_json(metadata)["network_data_format"]
         image, pred = data_format["inputs"]["image"], data_format["outputs"]["pred"]
-        organs = {name: [int(value)] for value, name in pred["channel_def"].items() if name != "background"}
+        names = [name for name in pred["channel_def"].values() if name != "background"]
+        organs = {name: [value] for value, name in enumerate(names, start=1)}
         arguments = {"in_channels": image["num_channels"], "out_channels": pred["num_channels"]}
         return cls(
             task={"organs": organs, "background_values": [0], "multi_label": len(organs) == pred["num_channels"]},
@@ -217,23 +244,55 @@ class ModelRecord(_Record):
         )
 
 
-def _is_object(content: Any) -> bool:
-    return isinstance(content, Mapping)
+def _read(weights: PathLike) -> tuple[Path, dict[str, Any]]:
+    """The JSON file beside a file of weights, and what it holds."""
+    name, path = Path(weights).name, Path(weights).with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(f"no description {path} beside {name}: copy both, they belong together.")
+    return path, read_json(path, "Description", f"copy it again, together with {name}")
+
+
+def _in_channels(architecture: Any) -> Any:
+    """Channels of the input of a recorded network."""
+    arguments = architecture.get("arguments") if isinstance(architecture, Mapping) else None
+    return arguments.get("in_channels", 1) if isinstance(arguments, Mapping) else 1
+
+
+def _of_known_kinds(cls: type, content: Mapping[str, Any], source: Any) -> Mapping[str, Any]:
+    """The content, after making sure that each entry is what the fields of a record say that it is."""
+    for name, kind in get_type_hints(cls).items():
+        if name in content and not _is_a(content[name], kind):
+            raise ValueError(
+                f"{source} gives {name} as {content[name]!r}, which is not what it should be: copy it again, or "
+                "install the version that wrote it."
+            )
+    return content
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind such as ``Sequence[float] | None``; true and false are no numbers."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer is Sequence:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_a(v, inner[0]) for v in value)
+    if outer is Mapping:
+        return isinstance(value, Mapping)
+    if inner:
+        return any(_is_a(value, part) for part in inner)
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
 def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of records that were written before architectures had families and inputs an entry of their own."""
     content = dict(content)
     for name in ("architecture", "network"):
-        if _is_object(content.get(name)) and "family" not in content[name]:
+        if isinstance(content.get(name), Mapping) and "family" not in content[name]:
             content[name] = {"family": "resnet", "arguments": content[name]}
-    if "normalization" in content:
-        window = content.pop("normalization").get("clip_hu")
-        size = content.pop("view_size", None) or content.pop("patch_size", None)
+    if "normalization" in content and "input" not in content:
+        window = content.pop("normalization")
         content["input"] = {
-            "hu_window": window,
+            "hu_window": window.get("clip_hu") if isinstance(window, Mapping) else window,
             "spacing": content.pop("spacing", None),
-            "patch_size": size,
+            "patch_size": content.pop("view_size", None) or content.pop("patch_size", None),
             "orientation": content.pop("orientation", "RAS"),
         }
     return content
@@ -241,7 +300,7 @@ def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat_entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """All values of nested entries by id, such as ``input#spacing``; lists count as values."""
-    if not _is_object(content) or not content:
+    if not isinstance(content, Mapping) or not content:
         yield name, content
         return
     for key, value in content.items():

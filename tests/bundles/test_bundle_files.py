@@ -28,9 +28,15 @@ def test_licence_is_the_same_everywhere(bundle):
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: str(path.relative_to(ROOT / "bundles")))
-def test_json_is_indented_by_four(path):
-    text = path.read_text()
-    assert text == json.dumps(json.loads(text), indent=4, ensure_ascii=False) + "\n"
+def test_a_package_beside_the_configs_is_found_before_it_is_needed(path):
+    """By every workflow, and by checks and exports, which build the network of ``inference.json`` without one."""
+    config, find = json.loads(path.read_text()), "$sys.path.insert(1, @bundle_root)"
+    if "initialize" in config:
+        assert config["initialize"][0] == find
+        assert "$import sys" in config["imports"]
+    if path.name == "inference.json":
+        assert list(config["network_def"])[:2] == ["_target_", "_requires_"]
+        assert config["network_def"]["_requires_"] == find
 
 
 @either_bundle

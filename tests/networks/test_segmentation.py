@@ -209,8 +209,8 @@ class TestDropout:
 )
 def test_architecture_builds_the_same_network(arguments):
     network = make(**arguments)
-    again = SegmentationNet(**network.architecture)
-    assert again.architecture == network.architecture
+    again = SegmentationNet(**network.arguments)
+    assert again.architecture == network.architecture == {"family": "resnet", "arguments": network.arguments}
     shapes = [{key: value.shape for key, value in n.state_dict().items()} for n in (network, again)]
     assert shapes[0] == shapes[1]
     again.load_state_dict(network.state_dict())
@@ -220,7 +220,19 @@ def test_architecture_builds_the_same_network(arguments):
 
 def test_architecture_of_a_given_encoder():
     network = make(encoder=ResNetEncoder(**TINY_ENCODER))
-    assert SegmentationNet(**network.architecture).state_dict().keys() == network.state_dict().keys()
+    assert network.arguments["encoder"] == network.encoder.arguments
+    assert SegmentationNet(**network.arguments).state_dict().keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_parameter_groups(factor):
+    network = make()
+    groups = network.parameter_groups(0.2, factor)
+    assert [group["lr"] for group in groups] == [0.2 * factor, 0.2]
+    encoder, others = (group["params"] for group in groups)
+    assert all(a is b for a, b in zip(encoder, network.encoder.parameters(), strict=True))
+    rest = [parameter for name, parameter in network.named_parameters() if not name.startswith("encoder.")]
+    assert all(a is b for a, b in zip(others, rest, strict=True))
 
 
 class TestParts:

@@ -10,7 +10,6 @@ from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.handlers import ValidationHandler
 from monai.inferers import SimpleInferer
-from monai.optimizers import generate_param_groups
 from PIL import Image
 
 from pgl_ext import __version__
@@ -19,11 +18,11 @@ from pgl_ext.evaluation.metrics import organ_scores
 from pgl_ext.evaluation.summary import case_means
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.segmentation.handlers import BestModel, OverlayPictures, SegmentationMetricsLog, ValidationDice
-from pgl_ext.segmentation.losses import DiceCrossEntropyLoss, SegmentationLoss
+from pgl_ext.segmentation.losses import SegmentationLoss
 from pgl_ext.segmentation.schedule import fine_tuning_schedule
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.masks import OrganMasksd
-from pgl_ext.weights import build_network, load_model, recorded_model
+from pgl_ext.weights import InputRecord, ModelRecord, build_network
 
 TASK = SegmentationTask({"liver": [1], "kidneys": [2, 3]})
 NETWORK = {
@@ -32,12 +31,7 @@ NETWORK = {
     "aspp_channels": 8,
     "decoder_channels": (8, 6, 4),
 }
-DESCRIPTION = {
-    "task": TASK.description(),
-    "normalization": {"clip_hu": [-1024, 325]},
-    "spacing": None,
-    "patch_size": [32, 32, 16],
-}
+INPUT = {"hu_window": [-1024, 325], "spacing": None, "patch_size": [32, 32, 16]}
 
 
 def make_network(seed: int = 0) -> SegmentationNet:
@@ -47,12 +41,7 @@ def make_network(seed: int = 0) -> SegmentationNet:
 
 def make_optimizer(network, lr: float = 0.1, encoder_lr_factor: float = 1.0) -> torch.optim.SGD:
     """As the bundle's config does."""
-    groups = generate_param_groups(
-        network,
-        layer_matches=[lambda n: getattr(n, "module", n).encoder],
-        match_types=["select"],
-        lr_values=[lr * encoder_lr_factor],
-    )
+    groups = network.parameter_groups(lr, encoder_lr_factor)
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
@@ -112,7 +101,7 @@ def make_trainer(network, batches: int = 3, epochs: int = 4, frozen_epochs: int 
         network,
         optimizer,
         fine_tuning_schedule(optimizer, batches * epochs, batches * frozen_epochs),
-        loss_function=SegmentationLoss(TASK, DiceCrossEntropyLoss(False, batch=True)),
+        loss_function=SegmentationLoss(TASK),
         **settings,
     )
 
@@ -156,26 +145,6 @@ class TestEncoder:
         assert losses[-1] < 0.75 * losses[0]
 
 
-class TestOrganMasks:
-    @pytest.mark.parametrize("task", [TASK, SegmentationTask({"a": [1, 2], "b": [2]}, [0, 3], multi_label=True)])
-    def test_prediction_and_label_become_masks(self, task):
-        logits = torch.randn(task.out_channels, 5, 4, 3)
-        label = torch.randint(0, 4, (1, 5, 4, 3)).float()
-        data = {"pred": logits, "label": label, "image": 1}
-        result = OrganMasksd(task)(data)
-        for key in ("pred", "label"):
-            assert result[key].shape == (2, 5, 4, 3)
-            assert result[key].dtype == torch.bool
-        organs = [[1], [2, 3]] if task is TASK else [[1, 2], [2]]
-        assert torch.equal(result["label"], torch.cat([torch.isin(label, torch.tensor(v)) for v in organs]))
-        expected = logits.argmax(0) if task is TASK else None
-        for index in range(2):
-            mask = expected == index + 1 if task is TASK else torch.sigmoid(logits[index]) > 0.5
-            assert torch.equal(result["pred"][index], mask)
-        assert result["image"] == 1
-        assert data["pred"] is logits
-
-
 class FakeEvaluator(Engine):
     """Its runs give prescribed scores."""
 
@@ -203,7 +172,7 @@ class Run:
         self.trainer = Engine(self.step)
         self.evaluator = FakeEvaluator(scores)
         self.path = folder / "models" / "model.pt"
-        description = {**DESCRIPTION, "network": self.network.architecture}
+        description = {"task": TASK.description(), "network": self.network.architecture, "input": INPUT, "seed": 7}
         self.best = BestModel(self.evaluator, self.network, self.path, description, **settings)
         self.epochs = len(scores) * interval if epochs is None else epochs
         self.start = start
@@ -253,22 +222,20 @@ class TestBestModel:
 
     def test_file_and_json_build_the_model(self, tmp_path):
         run = Run(tmp_path, [0.1, 0.3]).run()
-        recorded = recorded_model(run.path)
-        assert recorded == {
-            "task": TASK.description(),
-            "network": run.network.architecture,
-            "hu_window": [-1024, 325],
-            "spacing": None,
-            "patch_size": [32, 32, 16],
-            "annotated_key": None,
-        }
-        network = load_model(build_network(run.path), run.path)
+        record = ModelRecord.load(run.path)
+        assert record == ModelRecord(
+            task=TASK.description(),
+            network=run.network.architecture,
+            input=InputRecord(**INPUT),
+            steps=4,
+            epoch=2,
+            val_mean_dice=0.3,
+            others={"seed": 7},
+        )
+        assert record.version == __version__
+        network = build_network(run.path)
         for key, value in run.network.state_dict().items():
             assert torch.equal(network.state_dict()[key], value), key
-        described = json.loads(run.path.with_suffix(".json").read_text())
-        assert described["val_mean_dice"] == 0.3
-        assert (described["epoch"], described["steps"]) == (2, 4)
-        assert described["version"] == __version__
 
     @pytest.mark.parametrize(
         ("scores", "patience", "last"),
@@ -322,8 +289,11 @@ class TestBestModel:
         third.best.load_state_dict(first.best.state_dict())
         assert third.run().trainer.state.epoch == 5
 
-    def test_other_ranks_decide_alike_and_write_nothing(self, tmp_path):
-        run = Run(tmp_path, [0.5, 0.4, 0.3, 0.2], patience=2, rank=1).run()
+    @pytest.mark.parametrize(("launched", "rank"), [("0", 1), ("1", None)])
+    def test_other_ranks_decide_alike_and_write_nothing(self, tmp_path, monkeypatch, launched, rank):
+        """What is not given is that of torchrun."""
+        monkeypatch.setenv("RANK", launched)
+        run = Run(tmp_path, [0.5, 0.4, 0.3, 0.2], patience=2, rank=rank).run()
         assert run.trainer.state.epoch == 3
         assert list(tmp_path.iterdir()) == []
 
@@ -333,8 +303,8 @@ class TestBestModel:
         # Strictly JSON, which knows no infinity.
         described = json.loads(run.path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
         assert (described["epoch"], described["steps"]) == (3, 6)
-        assert "val_mean_dice" not in described
-        assert recorded_model(run.path)["task"] == TASK.description()
+        assert described["val_mean_dice"] is None
+        assert ModelRecord.load(run.path).task == TASK.description()
         assert "there was no validation" in caplog.text
 
     def test_a_run_that_was_interrupted_before_validation_has_no_model(self, tmp_path):
@@ -497,3 +467,14 @@ class TestOverlayPictures:
         OverlayPictures(make_evaluator(network), tmp_path, TASK).attach(trainer)
         trainer.run()
         assert not (tmp_path / "overlay.png").exists()
+
+    def test_are_drawn_in_the_first_process(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        network = make_network()
+        evaluator = make_evaluator(network)
+        trainer = make_trainer(network, batches=1, epochs=1)
+        OverlayPictures(evaluator, tmp_path, TASK, interval=1).attach(trainer)
+        ValidationHandler(1, evaluator).attach(trainer)
+        trainer.run()
+        assert evaluator.state.output
+        assert list(tmp_path.iterdir()) == []

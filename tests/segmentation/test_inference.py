@@ -3,24 +3,28 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK
 import torch
 from made_files import oblique, oblique_affine, save_dicom_series
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, Transform
+from scipy import ndimage
 
-from pgl_ext.segmentation.inference import KeepComponentsd, SaveSegmentations, scans_to_segment
+from pgl_ext.errors import root_cause
+from pgl_ext.segmentation.inference import SaveSegmentations, scans_to_segment
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed
 from pgl_ext.transforms.checks import BadVolumesError, CheckVolumed
 from pgl_ext.transforms.masks import LabelMapd
 
+INFERENCE = Path(__file__).parents[2] / "bundles" / "pgl_segmentation" / "configs" / "inference.json"
 SHAPE = (12, 10, 8)
 TASK = SegmentationTask({"liver": [2], "kidney": [5, 6], "tumour": [6]}, multi_label=True)
 LOADING = Compose([LoadVolumed("image"), CheckVolumed("image")])
@@ -59,7 +63,7 @@ def test_outputs_of_earlier_runs_are_passed_over(tmp_path, caplog):
 
 def test_only_outputs(tmp_path):
     save_scan(tmp_path / "a_seg.nii.gz")
-    with pytest.raises(ValueError, match="holds only segmentations"):
+    with pytest.raises(ValueError, match="holds only outputs of earlier runs"):
         scans_to_segment(tmp_path / "out", LOADING, tmp_path)
     items = scans_to_segment(tmp_path / "out", LOADING, tmp_path / "a_seg.nii.gz")
     assert [item["name"] for item in items] == ["a_seg"]
@@ -108,45 +112,78 @@ def test_nothing_is_overwritten(tmp_path, suffix):
 # --- components -----------------------------------------------------------------------------------------------------
 
 
+def keep_components(count: int | None, task: SegmentationTask = TASK) -> Transform | None:
+    """The transform of the bundle's config."""
+    parser = ConfigParser()
+    parser.read_config(str(INFERENCE))
+    parser.update({"task": task, "keep_components": count})
+    return parser.get_parsed_content("postprocessing#transforms#1")
+
+
+def largest(mask: np.ndarray, count: int) -> np.ndarray:
+    """The largest components by SciPy; voxels that touch at a corner are connected."""
+    labels, found = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    sizes = ndimage.sum_labels(mask, labels, range(1, found + 1))
+    return np.isin(labels, 1 + np.argsort(-sizes)[:count])
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_components_agree_with_simpleitk(count):
+def test_the_largest_components_of_each_organ_are_kept(count):
     masks = MetaTensor(torch.rand(3, 20, 18, 16, generator=torch.Generator().manual_seed(0)) < 0.06)
-    out = KeepComponentsd("pred", TASK, count)({"pred": masks})["pred"]
-    for found, mask in zip(out.numpy(), masks.numpy(), strict=True):
-        components = SimpleITK.ConnectedComponent(SimpleITK.GetImageFromArray(mask.astype(np.uint8)), True)
-        largest_first = SimpleITK.GetArrayFromImage(SimpleITK.RelabelComponent(components))
-        # Of components of the same size any may be kept.
-        assert found.sum() == ((largest_first > 0) & (largest_first <= count)).sum()
-        assert np.array_equal(np.unique(largest_first[found]).size, count)
-        assert not (found & ~mask).any()
+    before, affine = masks.clone(), masks.affine
+    out = keep_components(count)({"pred": masks})["pred"]
+    assert (out.dtype, out.shape) == (torch.bool, before.shape)
+    assert torch.equal(out.affine, affine)
+    for found, mask in zip(out.numpy(), before.numpy(), strict=True):
+        components, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+        # Of components of the same size any may be kept, but each of them whole.
+        assert found.sum() == largest(mask, count).sum()
+        kept = np.unique(components[found])
+        assert kept.size == count
+        assert np.array_equal(found, np.isin(components, kept) & mask)
 
 
-def test_components_by_organ():
+@pytest.mark.parametrize("count", [1, 2])
+def test_components_of_an_organ_do_not_depend_on_the_others(count):
+    """The first channel is an organ too, and no background; organs may overlap."""
     masks = torch.zeros(3, *SHAPE, dtype=torch.bool)
     masks[:, 1:4, 1:4, 1:4] = True
     masks[:, 4, 4, 4] = True  # touches at a corner
-    masks[:, 8:10, 6:9, 5:7] = True
-    masks[:, 11, 0, 0] = True
-    before = masks.clone()
-    out = KeepComponentsd("pred", TASK, {"kidney": 1, "tumour": 2})({"pred": MetaTensor(masks)})["pred"]
-    assert out.flatten(1).sum(1).tolist() == [27 + 1 + 12 + 1, 27 + 1, 27 + 1 + 12]
-    assert out[1, 4, 4, 4]
-    assert not out[1, 8:].any()
-    assert torch.equal(masks, before)
+    masks[:2, 8:10, 6:9, 5:7] = True
+    masks[0, 11, 0, 0] = True
+    out = keep_components(count)({"pred": MetaTensor(masks.clone())})["pred"]
+    assert out.flatten(1).sum(1).tolist() == [[28, 28, 28], [40, 40, 28]][count - 1]
+    assert out[:, 4, 4, 4].all()
+    for found, mask in zip(out.numpy(), masks.numpy(), strict=True):
+        assert np.array_equal(found, largest(mask, count))
+
+
+def test_the_only_organ_has_its_components_too():
+    task = SegmentationTask({"liver": [1]}, multi_label=True)
+    masks = torch.zeros(1, *SHAPE, dtype=torch.bool)
+    masks[0, :3], masks[0, 5:7] = True, True
+    out = keep_components(1, task)({"pred": MetaTensor(masks.clone())})["pred"]
+    assert torch.equal(out[0, :5].as_tensor(), masks[0, :5])
+    assert not out[0, 5:].any()
 
 
 def test_empty_masks_stay_empty():
     masks = MetaTensor(torch.zeros(3, *SHAPE, dtype=torch.bool))
-    assert not KeepComponentsd("pred", TASK, 1)({"pred": masks})["pred"].any()
+    assert not keep_components(1)({"pred": masks})["pred"].any()
+
+
+def test_all_components_stay_by_default():
+    assert keep_components(None) is None
 
 
 @pytest.mark.parametrize(
     ("components", "message"),
-    [({"lung": 1}, r"names \['lung'\]"), (0, "whole numbers from 1"), ({"liver": 1.5}, "1.5"), (True, "True")],
+    [(0, "at least 1, got 0"), ({"liver": 1}, "a whole number, got"), (1.5, r"1\.5"), (True, "True")],
 )
 def test_bad_components(components, message):
-    with pytest.raises(ValueError, match=message):
-        KeepComponentsd("pred", TASK, components)
+    with pytest.raises(RuntimeError) as error:
+        keep_components(components)
+    assert re.search(f"^keep_components must be .*{message}", str(root_cause(error.value)))
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------

@@ -3,9 +3,16 @@ import sys
 import pytest
 import torch
 
-from pgl_ext.__main__ import main
-from pgl_ext.tools.cli import phantom
-from pgl_ext.weights import load_encoder, read_description
+from pgl_ext.tools import phantom
+from pgl_ext.tools.cli import main
+from pgl_ext.weights import EncoderRecord, load_encoder
+
+DESCRIPTION = {
+    "architecture": {"family": "resnet", "arguments": {"layers": [1, 1, 1, 1]}},
+    "input": {"hu_window": [-1024, 325]},
+    "method": "PGL",
+    "steps": 3,
+}
 
 
 @pytest.fixture
@@ -23,7 +30,7 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def checkpoint(tmp_path, make_pgl):
     path = tmp_path / "checkpoint_00000003.pt"
-    torch.save({"network": make_pgl().state_dict(), "description": {"method": "PGL", "steps": 3}}, path)
+    torch.save({"network": make_pgl().state_dict(), "description": DESCRIPTION}, path)
     return path
 
 
@@ -33,7 +40,7 @@ def test_export_encoder(run, checkpoint, tmp_path, make_encoder):
     encoder = make_encoder(seed=1)
     load_encoder(encoder, out)
     assert torch.equal(encoder.conv1.weight, make_encoder(seed=0).conv1.weight)
-    assert read_description(out)["steps"] == 3
+    assert EncoderRecord.load(out).steps == 3
 
 
 def test_export_encoder_with_monai_keys(run, checkpoint, tmp_path, make_encoder):
@@ -42,7 +49,7 @@ def test_export_encoder_with_monai_keys(run, checkpoint, tmp_path, make_encoder)
 
 
 def test_export_decoder(run, tmp_path):
-    torch.save({"network": {"decoder.head.bias": torch.ones(2)}, "description": {"steps": 3}}, tmp_path / "c.pt")
+    torch.save({"network": {"decoder.head.bias": torch.ones(2)}, "description": DESCRIPTION}, tmp_path / "c.pt")
     assert run("export_decoder", tmp_path / "c.pt", tmp_path / "d.pt").strip() == str(tmp_path / "d.pt")
     assert torch.load(tmp_path / "d.pt", weights_only=True).keys() == {"decoder.head.bias"}
 

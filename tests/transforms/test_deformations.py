@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, Randomizable, RandomizableTransform
+from monai.transforms import Randomizable
 from scipy.interpolate import BPoly
 from scipy.optimize import brentq
 
@@ -51,22 +51,6 @@ class TestEach:
         assert type(tensor) is torch.Tensor
         np.testing.assert_array_equal(array, tensor)
 
-    @pytest.mark.parametrize("transform", DEFORMATIONS)
-    def test_input_is_not_modified(self, transform):
-        x = torch.from_numpy(patch())
-        before = x.clone()
-        result = transform(prob=1.0).set_random_state(0)(x)
-        assert torch.equal(x, before)
-        assert not torch.equal(result, before)
-
-    @pytest.mark.parametrize("transform", DEFORMATIONS)
-    def test_seed_decides(self, transform):
-        first, second, other = (transform(prob=1.0).set_random_state(seed)(patch()) for seed in (3, 3, 4))
-        np.testing.assert_array_equal(first, second)
-        assert not np.array_equal(first, other)
-        deform = transform(prob=1.0).set_random_state(3)
-        assert not np.array_equal(deform(patch()), deform(patch())), "a second call draws anew"
-
     @pytest.mark.parametrize(
         ("deform", "prob"), [(RandLocalShuffle(blocks=10), 0.5), (RandBezierIntensity(), 0.9), (RandPaint(), 0.9)]
     )
@@ -77,21 +61,7 @@ class TestEach:
         assert changed == pytest.approx(prob, abs=4 * (prob * (1 - prob) / 600) ** 0.5)
 
     @pytest.mark.parametrize("transform", DEFORMATIONS)
-    def test_prob_zero_is_identity(self, transform):
-        x = patch()
-        assert transform(prob=0.0)(x) is x
-
-    @pytest.mark.parametrize("transform", DEFORMATIONS)
-    def test_is_a_monai_random_transform(self, transform):
-        assert issubclass(transform, RandomizableTransform)
-        pipeline = Compose([transform(prob=1.0)])
-        first = pipeline.set_random_state(5)(patch())
-        np.testing.assert_array_equal(pipeline.set_random_state(5)(patch()), first)
-
-    @pytest.mark.parametrize("transform", DEFORMATIONS)
-    def test_bad_arguments(self, transform):
-        with pytest.raises(ValueError, match=r"prob must lie in \[0, 1\], got 1\.5"):
-            transform(prob=1.5)
+    def test_not_a_patch(self, transform):
         with pytest.raises(ValueError, match=r"expected a patch \(C, X, Y, Z\), got shape \(8, 8, 8\)"):
             transform()(np.zeros((8, 8, 8)))
 
@@ -322,12 +292,6 @@ class TestDeformedCopy:
         x = views(count=1).expand(4, -1, -1, -1, -1)
         copies = deformed_copy().set_random_state(0)({"views": x})["deformed"]
         assert len(copies.unique(dim=0)) == 4
-
-    def test_seed_decides(self):
-        pipeline = Compose([deformed_copy(0.7)])
-        first, second, other = (pipeline.set_random_state(seed)({"views": views()})["deformed"] for seed in (5, 5, 6))
-        assert torch.equal(first, second)
-        assert not torch.equal(first, other)
 
     def test_views_without_contrast(self):
         x = torch.full((2, 1, 16, 16, 16), -1.5)

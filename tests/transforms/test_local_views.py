@@ -46,14 +46,6 @@ class TestContract:
         assert torch.equal(sample["views"], plain["views"])
         assert torch.equal(sample["affines"], plain["affines"])
 
-    def test_a_function_of_the_random_state(self):
-        data = {"image": torch.rand(1, *VOLUME)}
-        first, second, other = (make(seed)(data)["local_views"] for seed in (4, 4, 5))
-        assert torch.equal(first, second)
-        assert not torch.equal(first, other)
-        transform = make()
-        assert not torch.equal(transform(data)["local_views"], transform(data)["local_views"])
-
 
 class TestPlaces:
     @pytest.mark.parametrize("volume_size", [(200, 200, 150), (40, 32, 18), (34, 120, 7), (12, 9, 5), (1, 1, 1)])

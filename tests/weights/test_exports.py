@@ -13,13 +13,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from made_weights import model_record
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export
 
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.task import SegmentationTask
-from pgl_ext.weights import build_network, load_model, save_weights
+from pgl_ext.weights import InputRecord, ModelRecord, build_network, network_of, save_weights
 
-CONFIGS = Path(__file__).parents[1] / "bundles" / "pgl_segmentation" / "configs"
+CONFIGS = Path(__file__).parents[2] / "bundles" / "pgl_segmentation" / "configs"
 INFERENCE = str(CONFIGS / "inference.json")
 TENSORRT = str(CONFIGS / "inference_trt.json")
 ONNX = str(CONFIGS / "onnx_export.yaml")
@@ -48,20 +49,16 @@ def model_file(tmp_path_factory) -> Path:
         elif key.endswith("running_var"):
             value.uniform_(1, 3)
     path = tmp_path_factory.mktemp("export") / "models" / "model.pt"
-    description = {
-        "task": SegmentationTask({"liver": [1], "spleen": [2]}).description(),
-        "network": network.architecture,
-        "normalization": {"clip_hu": None},
-        "spacing": None,
-        "patch_size": [16, 16, 8],
-    }
-    save_weights(network.state_dict(), path, description)
+    record = model_record(
+        network, SegmentationTask({"liver": [1], "spleen": [2]}), input=InputRecord(patch_size=[16, 16, 8])
+    )
+    save_weights(network.state_dict(), path, record)
     return path
 
 
 @pytest.fixture(scope="module")
 def network(model_file) -> SegmentationNet:
-    return load_model(build_network(model_file), model_file)
+    return build_network(model_file)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +118,11 @@ def test_onnx_file_says_what_is_open(onnx_file):
 @pytest.mark.slow
 def test_onnx_of_the_default_network(tmp_path):
     torch.manual_seed(0)
-    network = build_network(tmp_path / "model.pt").eval()
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    out = tmp_path / "model.onnx"
-    onnx_export(args_file=ONNX, config_file=INFERENCE, ckpt_file=str(tmp_path / "model.pt"), filepath=str(out))
+    record = ModelRecord.load_or_default(tmp_path / "model.pt", CONFIGS / "metadata.json")
+    network = network_of(record).eval()
+    path, out = tmp_path / "model.pt", tmp_path / "model.onnx"
+    save_weights(network.state_dict(), path, record)
+    onnx_export(args_file=ONNX, config_file=INFERENCE, ckpt_file=str(path), model_path=str(path), filepath=str(out))
     x = torch.randn(2, 1, 50, 33, 21)
     with torch.no_grad():
         expected = network(x)

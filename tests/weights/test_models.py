@@ -1,30 +1,34 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from ignite.engine import Engine
+from made_weights import as_trained, edit_json, encoder_record, input_record, model_record
 from monai.handlers import CheckpointLoader
 from monai.networks.nets import ResNet
 from torch import nn
 
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
+from pgl_ext.networks.build import prepare_network
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import (
+    ModelRecord,
     build_network,
     load_encoder,
     load_model,
-    recorded_model,
+    load_pretrained,
+    network_of,
     save_decoder,
     save_encoder,
     save_weights,
-    start_network,
 )
 
 ENCODER = {"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.0625}
 TASK = SegmentationTask({"kidney": [1, 2], "tumour": [2]}, multi_label=True)
-DESCRIPTION = {"normalization": {"clip_hu": [-1024, 325]}, "spacing": None, "method": "PGL", "steps": 7}
-SAME_INPUT = {"hu_window": [-1024, 325], "spacing": None}
+METADATA = Path(__file__).parents[2] / "bundles" / "pgl_segmentation" / "configs" / "metadata.json"
+SAME_INPUT = {"hu_window": [-1024, 325], "spacing": None, "patch_size": [192, 192, 48]}
 
 
 def make_network(seed: int = 0, encoder: dict = ENCODER, **arguments) -> SegmentationNet:
@@ -37,10 +41,7 @@ def make_network(seed: int = 0, encoder: dict = ENCODER, **arguments) -> Segment
 def make_encoder(seed: int = 1, **arguments) -> ResNetEncoder:
     """As after training: no tensor has its initial value."""
     torch.manual_seed(seed)
-    encoder = ResNetEncoder(**{**ENCODER, **arguments})
-    for value in encoder.state_dict().values():
-        value.copy_(torch.rand(value.shape) + 0.5 if value.is_floating_point() else torch.tensor(12))
-    return encoder
+    return as_trained(ResNetEncoder(**{**ENCODER, **arguments}))
 
 
 def assert_encoder_is(network: nn.Module, expected: dict) -> None:
@@ -52,15 +53,15 @@ def assert_encoder_is(network: nn.Module, expected: dict) -> None:
 @pytest.fixture
 def encoder_file(tmp_path):
     path = tmp_path / "pgl_encoder.pt"
-    save_encoder(make_encoder(), path, DESCRIPTION)
+    save_encoder(make_encoder(), path, encoder_record(make_encoder()))
     return path
 
 
-class TestStartNetwork:
+class TestLoadPretrained:
     def test_loads_all_of_the_encoder_and_nothing_else(self, encoder_file, caplog):
         network, untouched = make_network(), make_network().state_dict()
         with caplog.at_level(logging.INFO, logger="pgl_ext"):
-            assert start_network(network, "cpu", encoder_file, **SAME_INPUT) is network
+            assert load_pretrained(network, encoder_file, input=SAME_INPUT) is network
         expected = make_encoder().state_dict()
         assert_encoder_is(network, expected)
         for key, value in network.state_dict().items():
@@ -71,7 +72,7 @@ class TestStartNetwork:
 
     def test_says_what_is_loaded_later(self, encoder_file, caplog):
         """As MONAI Label loads, by a handler of MONAI that says nothing and takes what it finds."""
-        network = start_network(make_network(), "cpu")
+        network = load_pretrained(make_network())
         loader = CheckpointLoader(str(encoder_file), {"model": network}, strict=False)
         with caplog.at_level(logging.INFO, logger="pgl_ext"):
             loader(Engine(lambda *_: None))
@@ -82,7 +83,7 @@ class TestStartNetwork:
 
     @pytest.mark.parametrize("keys", ["none", "some"])
     def test_later_too_all_of_the_encoder_or_an_error(self, keys):
-        network = start_network(make_network(), "cpu")
+        network = load_pretrained(make_network())
         state = {f"encoder.{key}": value for key, value in make_encoder().state_dict().items()}
         state = {} if keys == "none" else {key: value for key, value in state.items() if "layer4" not in key}
         with pytest.raises(ValueError, match=r"tensors of its encoder are not among them: .*missing .*encoder file"):
@@ -92,7 +93,7 @@ class TestStartNetwork:
         network = make_network()
         before = {key: value.clone() for key, value in network.state_dict().items()}
         with caplog.at_level(logging.INFO, logger="pgl_ext"):
-            start_network(network, "cpu")
+            load_pretrained(network)
         assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
         assert "random initialisation" in caplog.text
 
@@ -101,8 +102,7 @@ class TestStartNetwork:
         [
             ({}, {"hu_window": [-200, 300]}, ["clipped to [-1024, 325] HU, here [-200.0, 300.0]", "--hu_window"]),
             ({}, {"hu_window": None}, ["[-1024, 325] HU, here None"]),
-            ({"normalization": {"clip_hu": None}}, {}, ["clipped to None HU, here [-1024.0, 325.0]"]),
-            ({"normalization": {}}, {}, ["clipped to None HU"]),
+            ({"hu_window": None}, {}, ["clipped to None HU, here [-1024.0, 325.0]"]),
             ({}, {"spacing": (2, 2, 3)}, ["spacing as stored, here [2.0, 2.0, 3.0] mm", "--spacing"]),
             ({"spacing": [1, 1, 1]}, {}, ["spacing [1, 1, 1], here as stored mm"]),
             ({"spacing": [1, 1, 1]}, {"spacing": [1, 1, 2]}, ["spacing [1, 1, 1], here [1.0, 1.0, 2.0] mm"]),
@@ -110,33 +110,34 @@ class TestStartNetwork:
     )
     def test_warns_of_other_input(self, tmp_path, caplog, recorded, task, words):
         path = tmp_path / "encoder.pt"
-        save_encoder(make_encoder(), path, {**DESCRIPTION, **recorded})
-        network = start_network(make_network(), "cpu", path, **{**SAME_INPUT, **task})
+        save_encoder(make_encoder(), path, encoder_record(make_encoder(), input=input_record(**recorded)))
+        network = load_pretrained(make_network(), path, input={**SAME_INPUT, **task})
         assert_encoder_is(network, make_encoder().state_dict())
         (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert all(word in warning for word in (*words, str(path)))
 
     def test_two_differences_are_two_warnings(self, encoder_file, caplog):
-        start_network(make_network(), "cpu", encoder_file, hu_window=[0, 1], spacing=[1, 1, 1])
+        load_pretrained(make_network(), encoder_file, input={"hu_window": [0, 1], "spacing": [1, 1, 1]})
         assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 2
 
     @pytest.mark.parametrize(("recorded", "given"), [([-1024, 325], (-1024.0, 325.0)), ([-1024.0, 325], [-1024, 325])])
     def test_equal_numbers_of_another_type_are_no_difference(self, tmp_path, caplog, recorded, given):
         path = tmp_path / "encoder.pt"
-        save_encoder(make_encoder(), path, {"normalization": {"clip_hu": recorded}, "spacing": [1, 2.0, 3]})
-        start_network(make_network(), "cpu", path, hu_window=given, spacing=(1.0, 2, 3))
+        record = encoder_record(make_encoder(), input=input_record(hu_window=recorded, spacing=[1, 2.0, 3]))
+        save_encoder(make_encoder(), path, record)
+        load_pretrained(make_network(), path, input={"hu_window": given, "spacing": (1.0, 2, 3)})
         assert not [r for r in caplog.records if r.levelno == logging.WARNING]
 
     def test_warns_where_there_is_no_json(self, encoder_file, caplog):
         encoder_file.with_suffix(".json").unlink()
-        network = start_network(make_network(), "cpu", encoder_file, **SAME_INPUT)
+        network = load_pretrained(make_network(), encoder_file, input=SAME_INPUT)
         assert_encoder_is(network, make_encoder().state_dict())
         assert "no JSON beside it" in caplog.text
 
     def test_damaged_json_is_named(self, encoder_file):
-        encoder_file.with_suffix(".json").write_text('{"normalization": ')
+        encoder_file.with_suffix(".json").write_text('{"input": ')
         with pytest.raises(ValueError, match=r"pgl_encoder\.json is damaged.*copy it again"):
-            start_network(make_network(), "cpu", encoder_file, **SAME_INPUT)
+            load_pretrained(make_network(), encoder_file, input=SAME_INPUT)
 
     @pytest.mark.parametrize("layout", ["plain", "MedicalNet", "with a classifier"])
     def test_other_layouts(self, tmp_path, layout):
@@ -156,7 +157,7 @@ class TestStartNetwork:
             state = {"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}
         path = tmp_path / "stock.pt"
         torch.save(state, path)
-        network = start_network(make_network(), "cpu", path, **SAME_INPUT)
+        network = load_pretrained(make_network(), path, input=SAME_INPUT)
         assert_encoder_is(network, stock.state_dict())
 
     def test_bottlenecks_of_the_default_encoder(self, tmp_path):
@@ -166,7 +167,7 @@ class TestStartNetwork:
         )
         torch.save(stock.state_dict(), tmp_path / "stock.pt")
         network = make_network(encoder={"widen_factor": 1 / 16})
-        assert_encoder_is(start_network(network, "cpu", tmp_path / "stock.pt"), stock.state_dict())
+        assert_encoder_is(load_pretrained(network, tmp_path / "stock.pt"), stock.state_dict())
 
     @pytest.mark.parametrize(
         ("other", "words"),
@@ -183,10 +184,10 @@ class TestStartNetwork:
     )
     def test_another_architecture(self, tmp_path, other, words):
         path = tmp_path / "other.pt"
-        save_encoder(make_encoder(**other), path, DESCRIPTION)
+        save_encoder(make_encoder(**other), path, encoder_record(make_encoder(**other)))
         network, before = make_network(), make_network().state_dict()
         with pytest.raises(ValueError, match="does not fit the encoder") as error:
-            start_network(network, "cpu", path)
+            load_pretrained(network, path)
         assert all(word in str(error.value) for word in (*words, "other.json"))
         assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
@@ -210,48 +211,53 @@ class TestStartNetwork:
         del state["layer2.0.conv1.weight"]
         torch.save(state, tmp_path / "part.pt")
         with pytest.raises(ValueError, match=r"missing \(1\): layer2\.0\.conv1\.weight"):
-            start_network(make_network(), "cpu", tmp_path / "part.pt")
+            load_pretrained(make_network(), tmp_path / "part.pt")
 
     def test_truncated_file(self, encoder_file):
         encoder_file.write_bytes(encoder_file.read_bytes()[:-3000])
         with pytest.raises(ValueError, match=r"pgl_encoder\.pt can not be read.*copy or export it again"):
-            start_network(make_network(), "cpu", encoder_file)
+            load_pretrained(make_network(), encoder_file)
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.pt"):
-            start_network(make_network(), "cpu", tmp_path / "none.pt")
+            load_pretrained(make_network(), tmp_path / "none.pt")
 
     def test_a_network_of_something_else(self, tmp_path):
         torch.save({"weight": torch.zeros(3)}, tmp_path / "linear.pt")
         with pytest.raises(ValueError, match=r"missing \(\d\d\).*unexpected \(1\): weight"):
-            start_network(make_network(), "cpu", tmp_path / "linear.pt")
+            load_pretrained(make_network(), tmp_path / "linear.pt")
 
-    def test_memory_layout_and_synchronised_batch_norm(self, encoder_file):
+    def test_prepared_for_training(self, encoder_file):
+        """As the bundle's config does, with another memory layout and synchronised batch norm."""
         network = make_network()
         keys = list(network.state_dict())
-        assert start_network(network, "cpu", encoder_file, channels_last=True, sync_batch_norm=True) is network
+        loaded = load_pretrained(network, encoder_file)
+        assert prepare_network(loaded, "cpu", channels_last=True, sync_batch_norm=True) is network
         assert list(network.state_dict()) == keys
         assert network.encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms
         assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
         assert_encoder_is(network, make_encoder().state_dict())
+        # What is loaded later is still checked.
+        with pytest.raises(ValueError, match="tensors of its encoder are not among them"):
+            network.load_state_dict({}, strict=False)
 
 
-class TestStartNetworkWithADecoder:
+class TestLoadPretrainedWithADecoder:
     """What ``weights.load_decoder`` loads, and what the user is told."""
 
     @pytest.fixture
     def decoder_file(self, tmp_path):
         path = tmp_path / "pgl_decoder.pt"
-        save_decoder(make_network(seed=5, out_channels=1), path, DESCRIPTION)
+        save_decoder(make_network(seed=5, out_channels=1), path, encoder_record(make_encoder()))
         return path
 
     def test_beside_an_encoder(self, encoder_file, decoder_file, caplog):
         network, untouched = make_network(), make_network().state_dict()
         source = torch.load(decoder_file, weights_only=True)
         with caplog.at_level(logging.INFO, logger="pgl_ext"):
-            start_network(network, "cpu", encoder_file, decoder_file, **SAME_INPUT)
+            load_pretrained(network, encoder_file, decoder_file, SAME_INPUT)
         assert_encoder_is(network, make_encoder().state_dict())
         for key, value in network.state_dict().items():
             if not key.startswith("encoder."):
@@ -263,7 +269,7 @@ class TestStartNetworkWithADecoder:
     def test_alone(self, decoder_file, caplog):
         network, before = make_network(), make_network().encoder.state_dict()
         with caplog.at_level(logging.INFO, logger="pgl_ext"):
-            start_network(network, "cpu", pretrained_decoder=decoder_file, **SAME_INPUT)
+            load_pretrained(network, decoder=decoder_file, input=SAME_INPUT)
         assert_encoder_is(network, before)
         assert torch.equal(
             network.aspp.join[0].weight, torch.load(decoder_file, weights_only=True)["aspp.join.0.weight"]
@@ -271,18 +277,18 @@ class TestStartNetworkWithADecoder:
         assert "no pretrained_encoder: random initialisation" in caplog.text
 
     def test_warns_of_other_input(self, decoder_file, caplog):
-        start_network(make_network(), "cpu", pretrained_decoder=decoder_file, **{**SAME_INPUT, "hu_window": [0, 1]})
+        load_pretrained(make_network(), decoder=decoder_file, input={**SAME_INPUT, "hu_window": [0, 1]})
         (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert f"{decoder_file} was pre-trained on other input" in warning
 
     def test_nothing_fits(self, decoder_file):
         network = make_network(aspp_channels=16, decoder_channels=(9, 7, 5))
         with pytest.raises(ValueError, match=r"nothing of .*pgl_decoder\.pt fits.*mismatched"):
-            start_network(network, "cpu", pretrained_decoder=decoder_file)
+            load_pretrained(network, decoder=decoder_file)
 
     def test_missing_file(self, encoder_file, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.pt"):
-            start_network(make_network(), "cpu", encoder_file, tmp_path / "none.pt")
+            load_pretrained(make_network(), encoder_file, tmp_path / "none.pt")
 
 
 @pytest.fixture
@@ -290,80 +296,95 @@ def model_file(tmp_path):
     """What fine-tuning writes, and the network it was written from."""
     network = make_network(seed=4, dropout=0.25)
     path = tmp_path / "models" / "model.pt"
-    description = {
-        "version": "1.2.3",
-        "task": TASK.description(),
-        "network": network.architecture,
-        "normalization": {"clip_hu": [-200, 300]},
-        "spacing": [1.5, 1.5, 3],
-        "patch_size": [32, 32, 16],
-    }
-    save_weights(network.state_dict(), path, description)
+    prepared = input_record(hu_window=[-200, 300], spacing=[1.5, 1.5, 3])
+    save_weights(network.state_dict(), path, model_record(network, TASK, version="1.2.3", input=prepared))
     return path, network.eval()
 
 
-def edit(path, change) -> None:
-    description = json.loads(path.with_suffix(".json").read_text())
-    change(description)
-    path.with_suffix(".json").write_text(json.dumps(description))
-
-
-class TestRecordedModel:
+class TestModelRecord:
     def test_content(self, model_file):
-        recorded = recorded_model(model_file[0])
-        assert SegmentationTask(**recorded["task"]).description() == TASK.description()
-        assert recorded["network"] == model_file[1].architecture
-        assert recorded["hu_window"] == [-200, 300]
-        assert recorded["spacing"] == [1.5, 1.5, 3]
-        assert recorded["patch_size"] == [32, 32, 16]
+        record = ModelRecord.load(model_file[0])
+        assert SegmentationTask(**record.task).description() == TASK.description()
+        assert record.network == model_file[1].architecture
+        assert record.input.hu_window == [-200, 300]
+        assert record.input.spacing == [1.5, 1.5, 3]
+        assert record.input.patch_size == [32, 32, 16]
+        assert record.version == "1.2.3"
 
-    def test_the_weights_need_not_be_there(self, model_file):
+    @pytest.mark.parametrize("load", [ModelRecord.load, lambda path: ModelRecord.load_or_default(path, METADATA)])
+    def test_the_weights_need_not_be_there(self, model_file, load):
         model_file[0].unlink()
-        assert recorded_model(model_file[0])["patch_size"] == [32, 32, 16]
+        assert load(model_file[0]).input.patch_size == [32, 32, 16]
 
-    def test_without_a_json_it_is_the_default_task(self, tmp_path):
-        recorded = recorded_model(tmp_path / "model.pt")
-        task = SegmentationTask(**recorded["task"])
+    def test_without_a_file_it_is_the_default_task(self, tmp_path):
+        record = ModelRecord.load_or_default(tmp_path / "model.pt", METADATA)
+        task = SegmentationTask(**record.task)
         assert len(task.names) == 13
-        assert task.label_values == tuple(range(1, 14))
-        assert task.out_channels == recorded["network"]["out_channels"] == 14
-        assert recorded["hu_window"] == [-1024, 325]
-        assert recorded["spacing"] is None
-        assert recorded["patch_size"] == [192, 192, 48]
+        assert task.values == tuple(range(14))
+        assert not task.multi_label
+        assert task.out_channels == record.network["arguments"]["out_channels"] == 14
+        assert record.network["arguments"]["in_channels"] == record.input.channels == 1
+        assert record.input.hu_window == [-1024, 325]
+        assert record.input.spacing is None
+        assert record.input.patch_size == [192, 192, 48]
+
+    def test_of_a_bundle_of_one_organ(self, tmp_path):
+        metadata = json.loads(METADATA.read_text())
+        outputs = metadata["network_data_format"]["outputs"]["pred"]
+        outputs.update(num_channels=1, channel_def={"0": "spleen"})
+        (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+        record = ModelRecord.load_or_default(tmp_path / "model.pt", tmp_path / "metadata.json")
+        assert SegmentationTask(**record.task).multi_label
+        assert record.network["arguments"]["out_channels"] == 1
+
+    def test_without_file_and_bundle(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"model\.pt does not exist.*--model_path"):
+            ModelRecord.load_or_default(tmp_path / "model.pt", tmp_path / "metadata.json")
+
+    def test_weights_without_their_json_are_not_the_default_task(self, model_file):
+        model_file[0].with_suffix(".json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"no description .*model\.json beside model\.pt: copy both"):
+            ModelRecord.load_or_default(model_file[0], METADATA)
 
     def test_spacing_as_stored_and_no_clipping(self, model_file):
-        edit(model_file[0], lambda d: d.update(spacing=None, normalization={"clip_hu": None}))
-        recorded = recorded_model(model_file[0])
-        assert recorded["spacing"] is None
-        assert recorded["hu_window"] is None
+        edit_json(model_file[0], input={"spacing": None, "hu_window": None, "patch_size": [16, 16, 8]})
+        record = ModelRecord.load(model_file[0])
+        assert record.input.spacing is None
+        assert record.input.hu_window is None
 
     def test_the_json_of_an_encoder(self, encoder_file):
-        with pytest.raises(
-            ValueError, match=r"pgl_encoder\.json .*lacks \['network', 'patch_size', 'task'\].*model\.pt"
-        ):
-            recorded_model(encoder_file)
+        with pytest.raises(ValueError, match=r"pgl_encoder\.json .*lacks \['network', 'task'\].*model\.pt"):
+            ModelRecord.load(encoder_file)
+
+    def test_no_patch_size(self, model_file):
+        edit_json(model_file[0], input={"hu_window": None})
+        with pytest.raises(ValueError, match=r"model\.json .*lacks a patch_size.*model\.pt"):
+            ModelRecord.load(model_file[0])
 
     @pytest.mark.parametrize("content", ["", '{"task": ', "[1, 2]"])
     def test_damaged_json(self, model_file, content):
         model_file[0].with_suffix(".json").write_text(content)
         with pytest.raises(ValueError, match=r"model\.json .*copy it again"):
-            recorded_model(model_file[0])
+            ModelRecord.load(model_file[0])
 
 
 class TestModelFiles:
     def test_round_trip(self, model_file):
         path, network = model_file
-        again = build_network(path)
-        assert load_model(again, path) is again
-        assert not again.training
+        empty = network_of(ModelRecord.load(path))
+        assert load_model(empty, path) is empty
         x = torch.rand(1, 1, 20, 32, 16)
-        with torch.no_grad():
-            assert torch.equal(again(x), network(x))
+        for again in (empty, build_network(path)):
+            assert not again.training
+            with torch.no_grad():
+                assert torch.equal(again(x), network(x))
 
     def test_the_network_is_built_without_the_weights(self, model_file):
         model_file[0].unlink()
-        network = build_network(model_file[0])
+        network = network_of(ModelRecord.load(model_file[0]))
         assert network.architecture == model_file[1].architecture
+        with pytest.raises(FileNotFoundError, match=r"model\.pt does not exist.*--model_path"):
+            build_network(model_file[0])
 
     def test_missing(self, model_file, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist.*--model_path") as error:
@@ -399,6 +420,9 @@ class TestModelFiles:
             load_model(network, path)
 
     def test_architecture_of_another_version(self, model_file):
-        edit(model_file[0], lambda d: d["network"].update(attention=True))
+        architecture = model_file[1].architecture
+        edit_json(
+            model_file[0], network={**architecture, "arguments": {**architecture["arguments"], "attention": True}}
+        )
         with pytest.raises(ValueError, match=r"'attention'.*Install the version of pgl_ext"):
             build_network(model_file[0])

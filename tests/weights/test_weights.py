@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from made_weights import checkpoint_content, encoder_record
 from monai.networks.nets import FlexibleUNet, ResNet
 from safetensors import safe_open
 from torch import nn
@@ -11,23 +12,18 @@ from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
 from pgl_ext.tools.export import export_decoder, export_encoder
 from pgl_ext.weights import (
+    EncoderRecord,
     LoadReport,
+    build_encoder,
     load_decoder,
     load_encoder,
     load_state,
-    read_description,
     save_decoder,
     save_encoder,
 )
 
-DESCRIPTION = {
-    "architecture": {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.125},
-    "stride": [16, 16, 8],
-    "normalization": {"clip_hu": [-1024, 325]},
-    "spacing": None,
-    "method": "PGL",
-    "steps": 12,
-}
+# Of the encoder that make_encoder makes.
+RECORD = encoder_record(ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.125))
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
@@ -59,7 +55,7 @@ def untouched(make_encoder, network):
 class TestSaveAndLoad:
     def test_round_trip(self, source, network, tmp_path):
         path = tmp_path / "models" / "encoder.pt"
-        save_encoder(source, path, DESCRIPTION)
+        save_encoder(source, path, RECORD)
         assert not equal(source, network)
         report = load_encoder(network, path)
         assert equal(source, network)
@@ -68,31 +64,32 @@ class TestSaveAndLoad:
         assert str(report) == f"{count} of {count} tensors loaded"
 
     def test_into_a_network_with_an_encoder(self, source, make_pgl, tmp_path):
-        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
+        save_encoder(source, tmp_path / "encoder.pt", RECORD)
         method = make_pgl(seed=2)
         load_encoder(method, tmp_path / "encoder.pt")
         assert equal(method.encoder, source)
         assert equal(method.projector, make_pgl(seed=2).projector)
 
     def test_the_file_is_a_plain_state_dict(self, source, tmp_path):
-        save_encoder(source.to(memory_format=torch.channels_last_3d), tmp_path / "encoder.pt", DESCRIPTION)
+        save_encoder(source.to(memory_format=torch.channels_last_3d), tmp_path / "encoder.pt", RECORD)
         state = torch.load(tmp_path / "encoder.pt", weights_only=True)
         assert type(state) is dict
         assert set(state) == {f"encoder.{key}" for key in source.state_dict()}
         assert all(value.is_contiguous() and not value.requires_grad for value in state.values())
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
-    def test_description(self, source, tmp_path):
-        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
-        assert json.loads((tmp_path / "encoder.json").read_text()) == DESCRIPTION
-        assert read_description(tmp_path / "encoder.pt") == DESCRIPTION
-        rebuilt = ResNetEncoder(**read_description(tmp_path / "encoder.pt")["architecture"])
+    def test_record(self, source, tmp_path):
+        save_encoder(source, tmp_path / "encoder.pt", RECORD)
+        assert json.loads((tmp_path / "encoder.json").read_text()) == RECORD.to_json()
+        assert EncoderRecord.load(tmp_path / "encoder.pt") == RECORD
+        rebuilt = build_encoder(tmp_path / "encoder.pt", load=False)
+        assert not equal(rebuilt, source)
         load_encoder(rebuilt, tmp_path / "encoder.pt")
         assert equal(rebuilt, source)
 
-    def test_no_description(self, tmp_path):
+    def test_no_record(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no description .*encoder\.json"):
-            read_description(tmp_path / "encoder.pt")
+            EncoderRecord.load(tmp_path / "encoder.pt")
 
 
 class TestForeignFiles:
@@ -139,7 +136,7 @@ class TestForeignFiles:
 
     def test_tensors_of_another_shape(self, network, untouched, tmp_path):
         wider = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.25)
-        save_encoder(wider, tmp_path / "wide.pt", {})
+        save_encoder(wider, tmp_path / "wide.pt", encoder_record(wider))
         with pytest.raises(ValueError, match="mismatched") as error:
             load_encoder(network, tmp_path / "wide.pt")
         assert "conv1.weight: (16, 1, 7, 7, 7), (8, 1, 7, 7, 7)" in str(error.value)
@@ -155,7 +152,7 @@ class TestForeignFiles:
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
     def test_truncated_files(self, source, network, untouched, tmp_path, share):
         path = tmp_path / "encoder.pt"
-        save_encoder(source, path, DESCRIPTION)
+        save_encoder(source, path, RECORD)
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(ValueError, match=r"encoder\.pt can not be read as PyTorch weights") as error:
@@ -207,7 +204,7 @@ class TestDecoder:
     @pytest.fixture
     def path(self, make_network, tmp_path):
         path = tmp_path / "models" / "pgl_decoder.pt"
-        save_decoder(make_network(seed=1, out_channels=1), path, DESCRIPTION)
+        save_decoder(make_network(seed=1, out_channels=1), path, RECORD)
         return path
 
     def test_the_file_is_a_plain_state_dict(self, make_network, path):
@@ -215,7 +212,7 @@ class TestDecoder:
         assert type(state) is dict
         assert state.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
-        assert read_description(path) == DESCRIPTION
+        assert EncoderRecord.load(path) == RECORD
 
     @pytest.mark.parametrize("out_channels", [1, 3])
     def test_all_but_the_last_convolution_is_loaded(self, make_network, path, out_channels):
@@ -233,7 +230,7 @@ class TestDecoder:
     def test_of_a_decoder_without_skips_what_fits(self, make_network, tmp_path):
         part = nn.Module()
         part.aspp, part.decoder = ASPP(64, 8), PlainDecoder(8, (8, 6, 4))
-        save_decoder(part, tmp_path / "part.pt", {})
+        save_decoder(part, tmp_path / "part.pt", RECORD)
         network = make_network()
         before = decoder_of(network)
         report = load_decoder(network, tmp_path / "part.pt")
@@ -246,7 +243,7 @@ class TestDecoder:
 
     def test_of_other_widths_what_fits(self, make_network, tmp_path):
         """The pyramid pooling and the first level."""
-        save_decoder(make_network(seed=1, decoder_channels=(8, 5, 4)), tmp_path / "other.pt", {})
+        save_decoder(make_network(seed=1, decoder_channels=(8, 5, 4)), tmp_path / "other.pt", RECORD)
         network, source = make_network(seed=2), torch.load(tmp_path / "other.pt", weights_only=True)
         report = load_decoder(network, tmp_path / "other.pt")
         assert "decoder.levels.1.up.0.weight: (8, 5, 2, 2, 2), (8, 6, 2, 2, 2)" in report.mismatched
@@ -261,9 +258,9 @@ class TestDecoder:
         """The counts of batches have no shape, and are no decoder; nor is an encoder file."""
         network, source = make_network(seed=2), make_network(seed=1, **widths)
         if widths:
-            save_decoder(source, tmp_path / "other.pt", {})
+            save_decoder(source, tmp_path / "other.pt", RECORD)
         else:
-            save_encoder(source.encoder, tmp_path / "other.pt", {})
+            save_encoder(source.encoder, tmp_path / "other.pt", RECORD)
         before = decoder_of(network)
         with pytest.raises(
             ValueError, match=r"nothing of .*other\.pt fits the decoder: .*pgl_decoder\.pt.*aspp_channels"
@@ -277,14 +274,14 @@ class TestDecoder:
         network = make_network(seed=1, out_channels=1)
         if checkpoint:
             path = tmp_path / "checkpoint_00000012.pt"
-            torch.save({"network": network.state_dict(), "description": DESCRIPTION, "step": 12}, path)
+            torch.save(checkpoint_content(network, RECORD), path)
         found, expected = load_state(export_decoder(path, tmp_path / "out" / out)), decoder_of(network)
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
-        assert read_description(tmp_path / "out" / out) == DESCRIPTION
+        assert EncoderRecord.load(tmp_path / "out" / out) == RECORD
 
     def test_nothing_to_export(self, make_network, tmp_path):
-        save_encoder(make_network().encoder, tmp_path / "encoder.pt", DESCRIPTION)
+        save_encoder(make_network().encoder, tmp_path / "encoder.pt", RECORD)
         with pytest.raises(
             ValueError, match=r"encoder\.pt holds no decoder.*give a training checkpoint, or the decoder file"
         ):
@@ -302,14 +299,14 @@ class TestExportEncoder:
     @pytest.fixture
     def checkpoint(self, make_pgl, tmp_path):
         path = tmp_path / "checkpoint_00000012.pt"
-        torch.save({"network": make_pgl(seed=1).state_dict(), "description": DESCRIPTION, "step": 12}, path)
+        torch.save(checkpoint_content(make_pgl(seed=1), RECORD), path)
         return path
 
     def test_as_encoder_file(self, checkpoint, network, make_encoder, tmp_path):
         assert export_encoder(checkpoint, tmp_path / "out" / "encoder.pt") == tmp_path / "out" / "encoder.pt"
         load_encoder(network, tmp_path / "out" / "encoder.pt")
         assert equal(network, make_encoder(seed=1))
-        assert read_description(tmp_path / "out" / "encoder.pt") == DESCRIPTION
+        assert EncoderRecord.load(tmp_path / "out" / "encoder.pt") == RECORD
 
     def test_for_stock_monai(self, checkpoint, make_encoder, tmp_path):
         path = export_encoder(checkpoint, str(tmp_path / "resnet.pt"), layout="monai_resnet")
@@ -331,7 +328,7 @@ class TestExportEncoder:
             x = resnet.eval().maxpool(resnet.act(resnet.bn1(resnet.conv1(image))))
             x = resnet.layer3(resnet.layer2(resnet.layer1(x)))
             assert torch.equal(x, encoder.eval()(image)[3])
-        assert read_description(path) == DESCRIPTION
+        assert EncoderRecord.load(path) == RECORD
 
     @pytest.mark.parametrize(
         ("stem_stride", "last_stage_stride", "levels_alike"),
@@ -342,7 +339,7 @@ class TestExportEncoder:
         """Its resnet10, which has one block per stage; whatever the strides, the tensors are the same."""
         torch.manual_seed(1)
         encoder = ResNetEncoder((1, 1, 1, 1), "basic", stem_stride=stem_stride, last_stage_stride=last_stage_stride)
-        save_encoder(encoder, tmp_path / "encoder.pt", DESCRIPTION)
+        save_encoder(encoder, tmp_path / "encoder.pt", encoder_record(encoder))
         path = export_encoder(tmp_path / "encoder.pt", tmp_path / "flexible.pt", layout="flexible_unet")
         unet = FlexibleUNet(1, 2, "resnet10", spatial_dims=3, decoder_channels=(8, 8, 8, 8, 8))
         before = {key: value.clone() for key, value in unet.state_dict().items() if not key.startswith("encoder.")}
@@ -370,7 +367,7 @@ class TestExportEncoder:
         path = export_encoder(checkpoint, tmp_path / f"{layout}{suffix}", layout)
         assert load_encoder(network, path).unexpected == []
         assert equal(network, make_encoder(seed=1))
-        assert read_description(path) == DESCRIPTION
+        assert EncoderRecord.load(path) == RECORD
         if layout != "monai_resnet":
             again = export_encoder(path, tmp_path / "again.pt")
             expected = {f"encoder.{key}": value for key, value in make_encoder(seed=1).state_dict().items()}
@@ -387,7 +384,7 @@ class TestExportEncoder:
             assert all(torch.equal(file.get_tensor(key), value) for key, value in expected.items())
             metadata = file.metadata()
         assert metadata["format"] == "pt"
-        assert json.loads(metadata["description"]) == DESCRIPTION
+        assert json.loads(metadata["description"]) == RECORD.to_json()
 
     def test_a_damaged_safetensors_file(self, checkpoint, network, tmp_path):
         path = export_encoder(checkpoint, tmp_path / "encoder.safetensors")
@@ -408,7 +405,7 @@ class TestExportEncoder:
         assert not (tmp_path / "out.pt").exists()
 
     def test_an_encoder_file_without_its_json(self, source, tmp_path):
-        save_encoder(source, tmp_path / "encoder.pt", DESCRIPTION)
+        save_encoder(source, tmp_path / "encoder.pt", RECORD)
         (tmp_path / "encoder.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"no description .*encoder\.json"):
             export_encoder(tmp_path / "encoder.pt", tmp_path / "out.pt")

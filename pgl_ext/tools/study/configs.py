@@ -1,17 +1,58 @@
-"""Configs of the bundles as plain values."""
+"""Merging a bundle's config files and settings, as its commands do, without evaluating them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-__all__ = ["Layer", "flat", "merged_config"]
+from pgl_ext.files import write_json
+
+__all__ = ["Command", "changed", "flat", "merged_config"]
 
 Layer = str | Mapping[str, Any]
 """A config file, or settings by id that override those before."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a bundle.
+
+    Args:
+        section: of the config that is run, such as ``training``.
+        layers: config files and settings that override those before, in their order; the last are settings.
+    """
+
+    section: str
+    layers: tuple[Layer, ...]
+
+    def with_settings(self, **settings: Any) -> Command:
+        """The same command with further settings."""
+        *before, last = self.layers
+        return Command(self.section, (*before, {**last, **settings}))
+
+    def config(self) -> ConfigParser:
+        """The layers merged; see :func:`merged_config`."""
+        return merged_config(self.layers)
+
+    def write(self, folder: Path) -> list[str]:
+        """Write the settings to files in a folder.
+
+        Returns:
+            The files of all layers, in their order.
+        """
+        files = []
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, str):
+                files.append(layer)
+            else:
+                files.append(str(folder / f"{self.section}_{number}.json"))
+                write_json(Path(files[-1]), layer)
+        return files
 
 
 def merged_config(layers: Sequence[Layer]) -> ConfigParser:
@@ -39,10 +80,21 @@ def merged_config(layers: Sequence[Layer]) -> ConfigParser:
     return parser
 
 
-def flat(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All values of a nested config by id, such as ``train#handlers#0#interval``."""
+def flat(config: Any, name: str = "") -> dict[str, Any]:
+    """All values of a nested config by id, such as ``train#handlers#0#interval``.
+
+    Args:
+        config: plain, as :meth:`ConfigParser.get` gives it.
+        name: id of the part that it is.
+    """
     if not isinstance(config, (dict, list)) or not config:
-        yield name, config
-        return
+        return {name: config}
+    values = {}
     for key, value in config.items() if isinstance(config, dict) else enumerate(config):
-        yield from flat(value, f"{name}#{key}" if name else str(key))
+        values |= flat(value, f"{name}#{key}" if name else str(key))
+    return values
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The ids whose values differ, None where there is none."""
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]

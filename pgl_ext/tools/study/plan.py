@@ -1,8 +1,8 @@
-"""The cells that a study consists of."""
+"""Which runs a study consists of, and the settings of their commands."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,58 +12,43 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-import pgl_ext
-from pgl_ext.data.cases import labelled_items, split_cases
-from pgl_ext.data.datalist import find_volumes, item_name, load_datalist
+from pgl_ext.code_digest import digest
+from pgl_ext.data.datalist import item_name, labelled_items, load_datalist
+from pgl_ext.data.find import find_volumes
+from pgl_ext.data.split import split_cases
 from pgl_ext.files import write_text
-from pgl_ext.tools.study.cells import Cell, Stage
-from pgl_ext.tools.study.configs import flat, merged_config
-from pgl_ext.tools.study.study_file import read_study_file
+from pgl_ext.tools.study.configs import Command, changed, flat
+from pgl_ext.tools.study.runs import Run
+from pgl_ext.tools.study.study_file import labels_to_compare, read_study_file
 
-__all__ = ["Study", "read_study"]
+__all__ = ["Study"]
 
 _SET_BY_STUDY = (
-    *("output_dir", "cache_dir", "seed", "resume", "pretrained_encoder", "pretrained_decoder", "model_path"),
-    *("labelled_cases", "label_fraction", "split_seed", "test_cases"),
-)
+    "output_dir", "cache_dir", "seed", "resume", "pretrained_encoder", "pretrained_decoder", "model_path",
+    "labelled_cases", "label_fraction", "split_seed", "test_cases",
+)  # fmt: skip
 # What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
-_DATA = ("dataset_dir", "data_list_file_path", "data_list_key", "validation_fraction")
 _SHARED = (
-    *(*_DATA, "max_epochs", "batch_size", "micro_batch_size", "patches_per_volume", "view_size", "encoder"),
-    *(*(f"volumes#{name}" for name in _DATA), "train#sampler", "train#trainer#max_epochs"),
-)
+    "dataset_dir", "data_list_file_path", "data_list_key", "validation_fraction",
+    "max_epochs", "batch_size", "micro_batch_size", "patches_per_volume", "view_size", "encoder",
+    "volumes#dataset_dir", "volumes#data_list_file_path", "volumes#data_list_key", "volumes#validation_fraction",
+    "train#sampler", "train#trainer#max_epochs",
+)  # fmt: skip
 _INPUT = ("spacing", "hu_window")
 _LIST_SETTINGS = ("data_list_file_path", "dataset_dir", "data_list_key", "annotated_key")
 # What cached volumes depend on: the cache wants a folder for each preprocessing.
 _CACHED_WITH = ("volume_preprocessing", "case_preprocessing", "hu_window", "spacing", "organs", "background_values")
-
-
-def read_study(
-    file: str | os.PathLike,
-    folder: str | os.PathLike,
-    bundles: str | os.PathLike | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Study:
-    """Read a study file and find its cells.
-
-    Args:
-        file: see :func:`pgl_ext.tools.study.study_file.read_study_file`, also for what is raised.
-        folder: of the cells.
-        bundles: folder of ``pgl_pretrain`` and ``pgl_segmentation``; by default the one beside the package.
-        overrides: of entries of the study file.
-    """
-    content = read_study_file(file, overrides)
-    bundles = Path(pgl_ext.__file__).parents[1] / "bundles" if bundles is None else bundles
-    return Study(content, Path(os.path.abspath(folder)), Path(os.path.abspath(bundles)))
+_BUNDLES = Path(__file__).parents[3] / "bundles"
 
 
 class Study:
-    """The cells of a study.
+    """The runs of a study.
 
     Args:
-        content: all entries of the study file.
-        folder: of the cells.
-        bundles: folder of the two bundles.
+        file: see :func:`pgl_ext.tools.study.study_file.read_study_file`, also for what is raised.
+        folder: of the runs.
+        bundles: folder of ``pgl_pretrain`` and ``pgl_segmentation``; by default the one beside the package.
+        overrides: of entries of the study file.
 
     Attributes:
         title, note: of the report.
@@ -79,48 +64,45 @@ class Study:
             missing or wrong.
     """
 
-    def __init__(self, content: Mapping[str, Any], folder: Path, bundles: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        file: str | os.PathLike,
+        folder: str | os.PathLike,
+        bundles: str | os.PathLike | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        content = read_study_file(file, overrides)
+        self.folder = Path(os.path.abspath(folder))
         # Studies of several tasks can share their pre-trainings.
-        self._pretraining_folder = Path(_absolute(content["pretraining"]["folder"]) or folder)
+        self._pretraining_folder = Path(_absolute(content["pretraining"]["folder"]) or self.folder)
         self.title = str(content["title"])
-        self.methods = list(content["methods"])
+        self._entries: dict[str, dict[str, Any]] = content["methods"]
+        self.methods = list(self._entries)
         self.reference: str = content["reference"]
         self.ablations: list[str] = content["ablations"]
-        self.labels = _labels(content)
+        self.labels = labels_to_compare(content)
         self.seeds = [int(seed) for seed in content["seeds"]]
-        _check_methods(self)
-        entries = content["methods"].items()
-        self._encoders = {name: _absolute(entry["encoder"]) for name, entry in entries if "encoder" in entry}
-        self._with_decoder = {name for name, entry in entries if entry["decoder"]}
-        self._pretraining = _pretraining_stages(content, self._pretraining_folder, bundles / "pgl_pretrain" / "configs")
-        self._fine_tuning, self._evaluation = _segmentation_stages(
-            content, self.labels, folder, bundles / "pgl_segmentation" / "configs"
-        )
-        remarks = (
-            str(content["note"]),
-            _seen_in_pretraining(self._pretraining, self._evaluation),
-            _other_input(self._pretraining, self._fine_tuning[self.labels[0]]),
-        )
-        self.note = " ".join(remark for remark in remarks if remark)
+        _check_folders(self.methods)
+        bundles = Path(os.path.abspath(bundles or _BUNDLES))
+        self._pretraining = _pretraining_commands(content, self._pretraining_folder, bundles)
+        self._fine_tuning, self._evaluation = _segmentation_commands(content, self.labels, self.folder, bundles)
         self._rates = _rates_to_choose(content, self._pretraining)
+        self.note = " ".join([str(content["note"]), *self._remarks()]).strip()
 
-    def cells(self, rates: Mapping[str, float]) -> list[Cell]:
-        """All cells in the order to run them: one seed of all methods after another, pre-training before its use.
+    def runs(self, rates: Mapping[str, float]) -> list[Run]:
+        """All runs in the order to run them: one seed of all methods after another, pre-training before its use.
 
         Args:
             rates: learning rates by method, as chosen; methods whose rate is still to be chosen are left out.
         """
-        cells: dict[str, Cell] = {}
-        for seed in self.seeds:
-            for method in self.methods:
-                for labels in self.labels:
-                    if method in rates or method not in self._rates:
-                        cell = self.fine_tuning(method, labels, seed, rates.get(method))
-                        cells |= {part.name: part for part in (cell.pretraining, cell) if part is not None}
-        return list(cells.values())
+        runs: dict[str, Run] = {}
+        for seed, method, labels in itertools.product(self.seeds, self.methods, self.labels):
+            if method in rates or method not in self._rates:
+                run = self.fine_tuning(method, labels, seed, rates.get(method))
+                runs |= {part.name: part for part in run.with_pretraining}
+        return list(runs.values())
 
-    def selection(self) -> dict[str, dict[float, Cell]]:
+    def selection(self) -> dict[str, dict[float, Run]]:
         """The fine-tunings that learning rates are chosen by: the first seed's, and of the most labels, which leave the
         most cases for validation.
 
@@ -133,34 +115,50 @@ class Study:
             for method, rates in self._rates.items()
         }
 
-    def pretraining(self, method: str, seed: int, rate: float | None = None) -> Cell | None:
+    def pretraining(self, method: str, seed: int, rate: float | None = None) -> Run | None:
         """The pre-training of a method; None where it starts from random weights or from an encoder file."""
         if method not in self._pretraining:
             return None
         name = f"pretraining/{_folder_name(method, rate)}/seed_{seed}"
-        chosen = {} if rate is None else {"lr": rate}
         folder = self._pretraining_folder / name
-        stage = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed, **chosen)
-        return Cell(folder, name, method, seed, (stage,), lr=rate)
+        command = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed)
+        command = command if rate is None else command.with_settings(lr=rate)
+        return Run(folder, name, method, seed, (command,), lr=rate)
 
-    def fine_tuning(self, method: str, labels: float, seed: int, rate: float | None = None) -> Cell:
+    def fine_tuning(self, method: str, labels: float, seed: int, rate: float | None = None) -> Run:
         """The fine-tuning of a method on some labelled cases, with its evaluation."""
         share = f"{labels}_cases" if isinstance(labels, int) else f"{100 * labels:g}_percent"
         name = f"fine_tuning/{_folder_name(method, rate)}/{share}/seed_{seed}"
         folder = self.folder / name
-        pretraining, encoder = self.pretraining(method, seed, rate), self._encoders.get(method)
+        pretraining = self.pretraining(method, seed, rate)
+        weights = {"pretrained_encoder": _absolute(self._entries[method].get("encoder"))}
         if pretraining is not None:
-            encoder = str(pretraining.folder / "models" / "pgl_encoder.pt")
-        weights = {"pretrained_encoder": encoder}
-        if method in self._with_decoder:
+            weights["pretrained_encoder"] = str(pretraining.folder / "models" / "pgl_encoder.pt")
+        if self._entries[method]["decoder"]:
             weights["pretrained_decoder"] = str(pretraining.folder / "models" / "pgl_decoder.pt")
-        stages = (
+        commands = (
             self._fine_tuning[labels].with_settings(output_dir=str(folder), seed=seed, split_seed=seed, **weights),
             self._evaluation.with_settings(
                 output_dir=str(folder / "evaluation"), model_path=str(folder / "models" / "model.pt")
             ),
         )
-        return Cell(folder, name, method, seed, stages, labels, rate, pretraining)
+        return Run(folder, name, method, seed, commands, labels, rate, pretraining)
+
+    def _remarks(self) -> list[str]:
+        """Sentences on what a reader of the scores of all pre-trained methods should know."""
+        if not self._pretraining:
+            return []
+        pretraining = next(iter(self._pretraining.values())).config()
+        fine_tuning = self._fine_tuning[self.labels[0]].config()
+        remarks = []
+        scans, test = _scans(pretraining), _cases(self._evaluation, "test")
+        seen = sum(item_name(case) in scans for case in test)
+        if seen:
+            remarks.append(f"Pre-training has seen {seen} of the {len(test)} test scans, without their labels.")
+        changes = [f"{n} {pretraining[n]}, then {fine_tuning[n]}" for n in _INPUT if pretraining[n] != fine_tuning[n]]
+        if changes:
+            remarks.append(f"Pre-training and fine-tuning prepare scans differently: {'; '.join(changes)}.")
+        return remarks
 
 
 def _folder_name(method: str, rate: float | None = None) -> str:
@@ -171,39 +169,21 @@ def _folder_name(method: str, rate: float | None = None) -> str:
 # --- entries of the study file --------------------------------------------------------------------------------------
 
 
-def _labels(content: Mapping[str, Any]) -> list[float]:
-    cases, fractions = content["labelled_cases"], content["label_fractions"]
-    if bool(cases) == bool(fractions):
-        raise ValueError(
-            f"labelled_cases is {cases} and label_fractions {fractions}: give one of them, such as labelled_cases: "
-            "[3, 14]."
-        )
-    return sorted({int(count) for count in cases} if cases else {float(fraction) for fraction in fractions})
+def _check_folders(methods: Sequence[str]) -> None:
+    folders = {_folder_name(name) for name in methods}
+    if len(folders) < len(methods):
+        raise ValueError(f"some of the methods {methods} would share a folder, of {sorted(folders)}: rename them.")
 
 
-def _check_methods(study: Study) -> None:
-    unknown = [name for name in (study.reference, *study.ablations) if name not in study.methods]
-    if unknown:
-        raise ValueError(f"reference or ablations name {unknown}, the study has the methods {study.methods}.")
-    folders = {_folder_name(name) for name in study.methods}
-    if len(folders) < len(study.methods):
-        raise ValueError(
-            f"some of the methods {study.methods} would share a folder, of {sorted(folders)}: rename them."
-        )
-    if not study.seeds:
-        raise ValueError("seeds is empty: give at least one, such as seeds: [0, 1, 2].")
-
-
-def _stage(entry: Mapping[str, Any], place: str, section: str, folder: Path) -> Stage:
+def _command(entry: Mapping[str, Any], place: str, section: str, folder: Path) -> Command:
     """The command that a part of the study file describes."""
     refused = [name for name in entry["settings"] if name in _SET_BY_STUDY]
     if refused:
         raise ValueError(f"{place} sets {refused}, which the study sets itself: remove them.")
-    settings = dict(entry["settings"])
-    for name in ("data_list_file_path", "dataset_dir"):
-        if name in settings:
-            settings[name] = _absolute(settings[name])
-    return Stage(section, (*(_config_path(name, folder) for name in entry["configs"]), settings))
+    paths = {name: _absolute(entry["settings"][name]) for name in _LIST_SETTINGS[:2] if name in entry["settings"]}
+    return Command(
+        section, (*(_config_path(name, folder) for name in entry["configs"]), {**entry["settings"], **paths})
+    )
 
 
 def _absolute(path: str | Sequence[str] | None) -> str | list[str] | None:
@@ -221,41 +201,47 @@ def _config_path(name: str, folder: Path) -> str:
     raise FileNotFoundError(f"the config {name} is neither in {folder} nor in the working directory.")
 
 
+def _with_cache(command: Command, prefix: Path) -> Command:
+    config = command.config()
+    preprocessing = json.dumps([config.get(name) for name in _CACHED_WITH], sort_keys=True)
+    return command.with_settings(cache_dir=f"{prefix}_{digest(preprocessing)[:8]}")
+
+
 # --- pre-training ---------------------------------------------------------------------------------------------------
 
 
-def _pretraining_stages(content: Mapping[str, Any], folder: Path, configs: Path) -> dict[str, Stage]:
-    """By method what all its pre-trainings share."""
-    base = _stage(content["pretraining"], "pretraining", "training", configs)
-    stages = {}
+def _pretraining_commands(content: Mapping[str, Any], folder: Path, bundles: Path) -> dict[str, Command]:
+    """The pre-training command of each method, of any seed."""
+    configs = bundles / "pgl_pretrain" / "configs"
+    base = _command(content["pretraining"], "pretraining", "training", configs)
+    commands = {}
     for name, entry in content["methods"].items():
-        if "encoder" in entry:
-            if entry["configs"] or entry["settings"] or entry["decoder"]:
-                raise ValueError(f"method {name!r} has an encoder and is not pre-trained: remove its other entries.")
-        else:
-            own = _stage(entry, f"method {name!r}", "training", configs)
-            stage = Stage("training", base.layers + own.layers)
-            _check_shared(name, base, stage)
-            stages[name] = _with_cache(stage, folder / "cache" / "pretraining")
-    if stages:  # all have the scans of the base
+        if "encoder" not in entry:
+            layers = _command(entry, f"method {name!r}", "training", configs).layers
+            commands[name] = _with_cache(Command("training", base.layers + layers), folder / "cache" / "pretraining")
+            _check_shared(name, base, commands[name])
+        elif entry["configs"] or entry["settings"] or entry["decoder"]:
+            raise ValueError(f"method {name!r} has an encoder and is not pre-trained: remove its other entries.")
+    if commands:  # all have the scans of the base
         _check_outside(base, folder)
-    return stages
+    return commands
 
 
-def _check_shared(method: str, base: Stage, stage: Stage) -> None:
-    configs = [merged_config(part.layers) for part in (base, stage)]
-    shared, own = ({id_: v for name in _SHARED for id_, v in flat(config.get(name), name)} for config in configs)
-    ids = {**shared, **own}
-    changed = [f"{id_} from {shared.get(id_)} to {own.get(id_)}" for id_ in ids if own.get(id_) != shared.get(id_)]
-    if changed:
+def _check_shared(method: str, base: Command, command: Command) -> None:
+    before, after = (
+        {id_: value for name in _SHARED for id_, value in flat(config.get(name), name).items()}
+        for config in (base.config(), command.config())
+    )
+    changes = [f"{id_} from {before.get(id_)} to {after.get(id_)}" for id_ in changed(before, after)]
+    if changes:
         raise ValueError(
-            f"method {method!r} changes {'; '.join(changed)}: all methods are compared on the same data with the same "
+            f"method {method!r} changes {'; '.join(changes)}: all methods are compared on the same data with the same "
             "number of pairs. Set it under pretraining, for all of them."
         )
 
 
-def _check_outside(stage: Stage, folder: Path) -> None:
-    config = merged_config(stage.layers)
+def _check_outside(command: Command, folder: Path) -> None:
+    config = command.config()
     scans = None if config["data_list_file_path"] else config["dataset_dir"]
     if scans and folder.is_relative_to(scans):
         raise ValueError(
@@ -264,68 +250,43 @@ def _check_outside(stage: Stage, folder: Path) -> None:
         )
 
 
-def _rates_to_choose(content: Mapping[str, Any], stages: Mapping[str, Stage]) -> dict[str, list[float]]:
+def _rates_to_choose(content: Mapping[str, Any], commands: Mapping[str, Command]) -> dict[str, list[float]]:
     """The learning rates to choose among, by method that does not set its rate itself."""
     shared = len(content["pretraining"]["configs"]) + 1
-    found = {}
-    for method, stage in stages.items():
-        named = content["methods"][method]["learning_rates"]
-        rates = content["pretraining"]["learning_rates"] if named is None else named
-        if not rates:
-            continue
-        if not _sets_rate(stage, shared):
-            found[method] = sorted({float(rate) for rate in rates})
-        elif named:
+    rates_by_method = {}
+    for method, command in commands.items():
+        of_method = content["methods"][method]["learning_rates"]
+        rates = content["pretraining"]["learning_rates"] if of_method is None else of_method
+        if rates and not _sets_rate(command, shared):
+            rates_by_method[method] = sorted({float(rate) for rate in rates})
+        elif of_method:
             raise ValueError(f"method {method!r} sets its learning rate itself: remove it, or its learning_rates.")
-    return found
+    return rates_by_method
 
 
-def _sets_rate(stage: Stage, shared: int) -> bool:
+def _sets_rate(command: Command, shared: int) -> bool:
     """Whether the layers after the shared ones give the rate, or an optimiser that does not take it."""
-    layers = [ConfigParser.load_config_file(part) if isinstance(part, str) else part for part in stage.layers[shared:]]
-    return any("lr" in layer for layer in layers) or merged_config(stage.layers)["optimizer"]["lr"] != "@lr"
+    config = Command("training", (*command.layers[:shared], {"lr": None}, *command.layers[shared:])).config()
+    return config["lr"] is not None or config["optimizer"]["lr"] != "@lr"
 
 
-def _seen_in_pretraining(pretraining: Mapping[str, Stage], evaluation: Stage) -> str:
-    """A remark where test scans are among those of pre-training, which are the same for all methods."""
-    config = merged_config(next(iter(pretraining.values())).layers) if pretraining else {}
-    if not config or not (config["data_list_file_path"] or config["dataset_dir"]):
-        return ""
-    items = (
-        load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))
-        if config["data_list_file_path"]
-        else find_volumes(config["dataset_dir"])
-    )
-    seen = {item_name(item) for item in items}
-    names = [item_name(case) for case in _cases(evaluation, "test")]
-    count = sum(name in seen for name in names)
-    return f"Pre-training has seen {count} of the {len(names)} test scans, without their labels." if count else ""
-
-
-def _other_input(pretraining: Mapping[str, Stage], fine_tuning: Stage) -> str:
-    """A remark where scans are prepared otherwise in pre-training, to the disadvantage of all its methods."""
-    if not pretraining:
-        return ""
-    before, after = (merged_config(stage.layers) for stage in (next(iter(pretraining.values())), fine_tuning))
-    parts = [f"{name} {before[name]}, then {after[name]}" for name in _INPUT if before[name] != after[name]]
-    return f"Pre-training and fine-tuning prepare scans differently: {'; '.join(parts)}." if parts else ""
-
-
-def _with_cache(stage: Stage, prefix: Path) -> Stage:
-    config = merged_config(stage.layers)
-    parts = json.dumps([config.get(name) for name in _CACHED_WITH], sort_keys=True)
-    return stage.with_settings(cache_dir=f"{prefix}_{hashlib.sha256(parts.encode()).hexdigest()[:8]}")
+def _scans(config: ConfigParser) -> set[str]:
+    """Names of the scans that are pre-trained on, those for validation included."""
+    if config["data_list_file_path"]:
+        return {item_name(item) for item in load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))}
+    return {item_name(item) for item in find_volumes(config["dataset_dir"])} if config["dataset_dir"] else set()
 
 
 # --- fine-tuning and evaluation -------------------------------------------------------------------------------------
 
 
-def _segmentation_stages(
-    content: Mapping[str, Any], labels: Sequence[float], folder: Path, configs: Path
-) -> tuple[dict[float, Stage], Stage]:
-    """What the fine-tunings on the same share of labels have in common, and what all evaluations have."""
-    fine_tuning = _stage(content["fine_tuning"], "fine_tuning", "training", configs)
-    evaluation = _stage(content["test"], "test", "evaluating", configs)
+def _segmentation_commands(
+    content: Mapping[str, Any], labels: Sequence[float], folder: Path, bundles: Path
+) -> tuple[dict[float, Command], Command]:
+    """The fine-tuning command of each share of labels, and the evaluation command, of any method and seed."""
+    configs = bundles / "pgl_segmentation" / "configs"
+    fine_tuning = _command(content["fine_tuning"], "fine_tuning", "training", configs)
+    evaluation = _command(content["test"], "test", "evaluating", configs)
     if content["test"]["cases"] is not None:
         if content["test"]["settings"].get("data_list_file_path") is not None:
             raise ValueError(
@@ -333,7 +294,7 @@ def _segmentation_stages(
                 "remove one of them."
             )
         fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, content["test"]["cases"], folder)
-    config = merged_config(fine_tuning.layers)
+    config = fine_tuning.config()
     if "annotated_key" not in content["test"]["settings"]:
         evaluation = evaluation.with_settings(annotated_key=config["annotated_key"])
     cases = _cases(fine_tuning, "fine_tuning")
@@ -343,20 +304,20 @@ def _segmentation_stages(
             f"{len(both)} test cases are among the labelled ones, such as {min(both)}: give another list or "
             "data_list_key under test, or a number of cases to hold out (test: cases)."
         )
-    stage = _with_cache(fine_tuning, folder / "cache" / "fine_tuning")
+    fine_tuning = _with_cache(fine_tuning, folder / "cache" / "fine_tuning")
     patches = content["fine_tuning"]["patches_per_epoch"]
-    stages = {}
+    commands = {}
     for share in labels:
         counts = {"labelled_cases": None, "label_fraction": 1.0}
         counts["labelled_cases" if isinstance(share, int) else "label_fraction"] = share
         training = len(split_cases(cases, validation_fraction=config["validation_fraction"], **counts)["training"])
         budget = {} if patches is None else {"patches_per_case": max(1, round(patches / training))}
-        stages[share] = stage.with_settings(test_cases=0, **counts, **budget)
-    return stages, evaluation
+        commands[share] = fine_tuning.with_settings(test_cases=0, **counts, **budget)
+    return commands, evaluation
 
 
-def _cases(stage: Stage, place: str) -> list[dict]:
-    config = merged_config(stage.layers)
+def _cases(command: Command, place: str) -> list[dict]:
+    config = command.config()
     if not config["data_list_file_path"]:
         raise ValueError(
             f"{place} has no data_list_file_path: set it under {place}: settings, to a JSON list of image and label of "
@@ -365,22 +326,16 @@ def _cases(stage: Stage, place: str) -> list[dict]:
     return labelled_items(*(config[name] for name in _LIST_SETTINGS))
 
 
-def _hold_out(fine_tuning: Stage, evaluation: Stage, count: int, folder: Path) -> tuple[Stage, Stage]:
-    """Hold test cases out of the labelled ones, the same ones in all cells."""
+def _hold_out(fine_tuning: Command, evaluation: Command, count: int, folder: Path) -> tuple[Command, Command]:
+    """Hold test cases out of the labelled ones, the same ones in all runs."""
     cases = _cases(fine_tuning, "fine_tuning")
-    parts = split_cases(cases, test_cases=count, validation_fraction=0)
     # Relative, so that the list is the same where the data have been moved.
     dataset_dir = os.path.commonpath([os.path.dirname(case[name]) for case in cases for name in ("image", "label")])
-    content = {
-        part: [
-            case | {name: os.path.relpath(case[name], dataset_dir) for name in ("image", "label")}
-            for case in parts[part]
-        ]
-        for part in ("training", "test")
-    }
-    text = json.dumps(content, indent=2) + "\n"
+    cases = [case | {name: os.path.relpath(case[name], dataset_dir) for name in ("image", "label")} for case in cases]
+    parts = split_cases(cases, test_cases=count, validation_fraction=0)
+    text = json.dumps({part: parts[part] for part in ("training", "test")}, indent=2) + "\n"
     # By its content, so that no other study in the folder, not even one that is only looked at, changes it.
-    path = folder / f"split_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    path = folder / f"split_{digest(text)[:8]}.json"
     write_text(path, text)
     split = {"data_list_file_path": str(path), "dataset_dir": dataset_dir}
     return (

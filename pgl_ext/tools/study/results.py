@@ -1,65 +1,121 @@
-"""What the finished cells of a study left, and how the methods compare with the reference."""
+"""What the finished runs of a study left, and how its methods compare with the reference."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pgl_ext.evaluation.compare import Scores, by_organ, common_keys, paired_scores, paired_statistics, read_scores
+from pgl_ext.evaluation.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
 from pgl_ext.evaluation.summary import AVERAGE, finite_mean
-from pgl_ext.tools.study.cells import Cell, labels_text
 from pgl_ext.tools.study.plan import Study
+from pgl_ext.tools.study.runs import Run
 
-__all__ = ["REPORTED", "Results", "comparison_rows", "holm", "organ_means", "pretraining_costs", "read_results"]
+__all__ = ["REPORTED", "Results", "holm"]
 
 REPORTED = ("dice", "iou", "hd95_mm")
 """Columns of ``cases.csv`` that a study reports."""
 
 
-@dataclass
 class Results:
-    """What the finished cells of a study left.
+    """What the finished runs of a study left, and how its methods compare with the reference.
 
     Args:
-        cells: finished ones, with what they noted.
-        scores: of each fine-tuning, by share of labels, method and seed.
-        missing: cells that are not finished.
-    """
+        study: that the runs are of.
+        runs: all of them, in the order of the tables.
 
-    cells: list[tuple[Cell, dict[str, Any]]]
-    scores: dict[float, dict[str, dict[int, Scores]]]
-    missing: list[Cell]
-
-    @property
-    def keys(self) -> list[tuple[str, str]]:
-        """The cases and organs of all evaluations."""
-        return common_keys(
-            {
-                f"{method}, {labels_text(labels)}, seed {seed}": scores["dice"]
-                for labels, methods in self.scores.items()
-                for method, seeds in methods.items()
-                for seed, scores in seeds.items()
-            }
-        )
-
-
-def read_results(cells: Sequence[Cell]) -> Results:
-    """Read what the finished ones among all cells of a study left.
+    Attributes:
+        finished: runs with what they noted.
+        missing: runs that are not finished.
+        scores: of each finished fine-tuning, by metric, and by case and organ.
+        means: of each finished fine-tuning, by metric and organ, over the test cases.
+        organs: of all evaluations, and their average.
+        tables: by share of labels and metric, then by method and organ, a row with ``mean`` over the test cases, its
+            mean and standard deviation (``sd``, of a sample) over seeds; for methods other than the reference what
+            :func:`pgl_ext.evaluation.compare.paired_statistics` finds of the cases' scores, each averaged over the
+            seeds that both have; in how many of these the difference has the sign of the mean one
+            (``agreeing_seeds``); and for the average over organs ``p_holm``, adjusted for the number of methods that
+            are compared with the reference at that share of labels.
 
     Raises:
-        ValueError: an evaluation cannot be read.
+        ValueError: an evaluation cannot be read, or evaluations are of other cases.
     """
-    scores: dict[float, dict[str, dict[int, Scores]]] = {}
-    for cell in cells:
-        if cell.is_finished and not cell.is_pretraining:
-            found = read_scores(cell.folder / "evaluation", REPORTED)
-            scores.setdefault(cell.labels, {}).setdefault(cell.method, {})[cell.seed] = found
-    finished = [(cell, cell.result()) for cell in cells if cell.is_finished]
-    return Results(finished, scores, [cell for cell in cells if not cell.is_finished])
+
+    def __init__(self, study: Study, runs: Sequence[Run]) -> None:
+        self.study = study
+        self.finished = [(run, run.result()) for run in runs if run.is_finished]
+        self.missing = [run for run in runs if not run.is_finished]
+        fine_tunings = [run for run, _ in self.finished if not run.is_pretraining]
+        self.scores = {run: read_scores(run.folder / "evaluation", REPORTED) for run in fine_tunings}
+        evaluated = {str(run): scores["dice"] for run, scores in self.scores.items()}
+        self._keys = common_keys(evaluated) if evaluated else []
+        self.means = {
+            run: {metric: _organ_means(values, self._keys) for metric, values in scores.items()}
+            for run, scores in self.scores.items()
+        }
+        self.organs = [*dict.fromkeys(organ for _, organ in self._keys), AVERAGE]
+        tables = {key: self._table(*key) for key in itertools.product(study.labels, REPORTED)}
+        self.tables = {key: table for key, table in tables.items() if table}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of the tables."""
+        return [row for table in self.tables.values() for rows in table.values() for row in rows.values()]
+
+    def missing_text(self) -> str:
+        """In words, which runs the tables lack."""
+        return f"Not finished, and missing here: {'; '.join(map(str, self.missing))}." if self.missing else ""
+
+    def costs(self) -> dict[str, tuple[float, str]]:
+        """Mean cost of each method's pre-training over its seeds, with the unit."""
+        costs: dict[str, list[tuple[float, str]]] = {}
+        for run, noted in self.finished:
+            if run.is_pretraining:
+                costs.setdefault(run.method, []).append((noted["cost"], noted["unit"]))
+        return {method: (float(np.mean([cost for cost, _ in pairs])), pairs[0][1]) for method, pairs in costs.items()}
+
+    def _table(self, labels: float, metric: str) -> dict[str, dict[str, dict[str, Any]]]:
+        tables = {method: self._organ_rows(labels, metric, method) for method in self.study.methods}
+        tables = {method: rows for method, rows in tables.items() if rows}
+        averages = [rows[AVERAGE] for method, rows in tables.items() if method != self.study.reference]
+        for row, adjusted in zip(averages, holm([row["p"] for row in averages]), strict=True):
+            row["p_holm"] = adjusted
+        return tables
+
+    def _organ_rows(self, labels: float, metric: str, method: str) -> dict[str, dict[str, Any]]:
+        runs, reference = (self._by_seed(labels, name) for name in (method, self.study.reference))
+        shared = [] if method == self.study.reference else [seed for seed in runs if seed in reference]
+        both = ([self.scores[by_seed[seed]] for seed in shared] for by_seed in (reference, runs))
+        pairs = paired_scores(*both, self._keys)[metric] if shared else {}
+        rows = {}
+        for organ in self.organs if runs else ():
+            means, before = (
+                {s: self.means[run][metric][organ] for s, run in part.items()} for part in (runs, reference)
+            )
+            values = [mean for mean in means.values() if math.isfinite(mean)]
+            statistics = paired_statistics(*pairs.get(organ, ([], [])))
+            signs = [np.sign(means[seed] - before[seed]) for seed in shared]
+            rows[organ] = {
+                "labels": labels,
+                "metric": metric,
+                "organ": organ,
+                "method": method,
+                "seeds": len(runs),
+                "mean": finite_mean(values),
+                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+                "paired_seeds": len(shared),
+                "agreeing_seeds": signs.count(np.sign(statistics["difference"])),
+                "paired_cases": statistics["n"],
+                **{name: statistics[name] for name in ("difference", "ci95_low", "ci95_high", "p")},
+                "p_holm": math.nan,
+            }
+        return rows
+
+    def _by_seed(self, labels: float, method: str) -> dict[int, Run]:
+        return {run.seed: run for run in self.scores if (run.labels, run.method) == (labels, method)}
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -68,89 +124,15 @@ def holm(p: Sequence[float]) -> list[float]:
     Of m values in ascending order, the k-th becomes ``max over j <= k of min(1, (m - j + 1) p_j)``.
     """
     values = np.asarray(p, dtype=np.float64)
-    order = [index for index in np.argsort(values) if math.isfinite(values[index])]
-    adjusted, largest = np.full(values.shape, math.nan), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * values[index]))
-        adjusted[index] = largest
+    order = np.argsort(values)  # NaN last
+    factors = np.isfinite(values).sum() - np.arange(len(values))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * values[order]))
     return adjusted.tolist()
 
 
-def comparison_rows(study: Study, results: Results) -> list[dict[str, Any]]:
-    """Each method's scores, and how they differ from the reference's, by share of labels, metric and organ.
-
-    Returns:
-        Rows with ``mean`` over the test cases and its mean and standard deviation (``sd``, of a sample) over seeds; for
-        methods other than the reference what :func:`pgl_ext.evaluation.compare.paired_statistics` finds of the cases' scores, each
-        averaged over the seeds that both have; in how many of these the difference has the sign of the mean one
-        (``agreeing_seeds``); and for the average over organs ``p_holm``, adjusted for the number of
-        methods that are compared with the reference at that share of labels.
-    """
-    rows, keys = [], results.keys if results.scores else []
-    for labels, methods in sorted(results.scores.items()):
-        for metric in REPORTED:
-            found = [
-                row
-                for method in study.methods
-                if method in methods
-                for row in _method_rows(methods, method, study.reference, metric, keys)
-            ]
-            averages = [row for row in found if row["organ"] == AVERAGE and row["method"] != study.reference]
-            for row, adjusted in zip(averages, holm([row["p"] for row in averages]), strict=True):
-                row["p_holm"] = adjusted
-            rows += [{"labels": labels, "metric": metric, **row} for row in found]
-    return rows
-
-
-def _method_rows(
-    methods: Mapping[str, Mapping[int, Scores]],
-    method: str,
-    reference: str,
-    metric: str,
-    keys: Sequence[tuple[str, str]],
-) -> list[dict[str, Any]]:
-    own, others = (
-        {seed: {metric: found[metric]} for seed, found in methods.get(name, {}).items()} for name in (method, reference)
-    )
-    by_seed = [{seed: organ_means(scores[metric], keys) for seed, scores in some.items()} for some in (own, others)]
-    means = list(by_seed[0].values())
-    shared = [seed for seed in own if seed in others]
-    pairs: Mapping[str, tuple] = {}
-    if shared and method != reference:
-        pairs = paired_scores(*([some[seed] for seed in shared] for some in (others, own)), keys)[metric]
-    rows = []
-    for organ in means[0]:
-        values = [found[organ] for found in means if math.isfinite(found[organ])]
-        statistics = paired_statistics(*pairs.get(organ, ([], [])))
-        signs = [np.sign(by_seed[0][seed][organ] - by_seed[1][seed][organ]) for seed in shared]
-        rows.append(
-            {
-                "organ": organ,
-                "method": method,
-                "seeds": len(means),
-                "mean": float(np.mean(values)) if values else math.nan,
-                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-                "paired_seeds": len(shared) if pairs else 0,
-                "agreeing_seeds": signs.count(np.sign(statistics["difference"])) if pairs else 0,
-                "paired_cases": statistics["n"],
-                **{name: statistics[name] for name in ("difference", "ci95_low", "ci95_high", "p")},
-                "p_holm": math.nan,
-            }
-        )
-    return rows
-
-
-def organ_means(scores: Mapping[tuple[str, str], float], keys: Sequence[tuple[str, str]]) -> dict[str, float]:
+def _organ_means(scores: Mapping[tuple[str, str], float], keys: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Mean over the cases of each organ, and of the cases' averages over their organs."""
-    values = {organ: np.array(found) for organ, found in by_organ(scores, keys).items()}
-    averages = np.array([finite_mean(case) for case in np.array(list(values.values())).T])
-    return {organ: finite_mean(found) for organ, found in {**values, AVERAGE: averages}.items()}
-
-
-def pretraining_costs(results: Results) -> dict[str, tuple[float, str]]:
-    """Mean cost of a method's pre-training over its seeds, with the unit."""
-    costs: dict[str, list[tuple[float, str]]] = {}
-    for cell, noted in results.cells:
-        if cell.is_pretraining:
-            costs.setdefault(cell.method, []).append((noted["cost"], noted["unit"]))
-    return {method: (float(np.mean([cost for cost, _ in found])), found[0][1]) for method, found in costs.items()}
+    values = by_organ(scores, keys)
+    averages = [finite_mean(case) for case in zip(*values.values(), strict=True)]
+    return {organ: finite_mean(column) for organ, column in {**values, AVERAGE: averages}.items()}

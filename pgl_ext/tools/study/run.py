@@ -1,22 +1,21 @@
-"""A study from its file to its report."""
+"""Runs a study: reads its file, carries out what is not finished, and writes tables, pictures and report."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from pgl_ext.files import write_csv
-from pgl_ext.tools.study.cells import Cell
-from pgl_ext.tools.study.fingerprint import check_cells, code_digests, fingerprint
-from pgl_ext.tools.study.plan import Study, read_study
-from pgl_ext.tools.study.report import draw_figures, write_study_report
-from pgl_ext.tools.study.results import comparison_rows, read_results
+from pgl_ext.tools.study.figures import draw_figures
+from pgl_ext.tools.study.fingerprint import checked_fingerprints
+from pgl_ext.tools.study.plan import Study
+from pgl_ext.tools.study.report import verdicts, write_study_report, write_tables
+from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.runner import Runner, default_jobs, time_left
-from pgl_ext.tools.study.tables import verdicts, write_tables
+from pgl_ext.tools.study.runs import Run
 
 __all__ = ["choose_rates", "run_study"]
 
@@ -35,18 +34,18 @@ def run_study(
         file: study file; see :func:`pgl_ext.tools.study.study_file.read_study_file`.
         out: folder of the study.
         bundles: folder of the two bundles.
-        jobs: cells at a time; by default one on each GPU, or one.
-        dry_run: only say which cells there are, which are finished, and how long the others will take.
+        jobs: runs at a time; by default one on each GPU, or one.
+        dry_run: only say which runs there are, which are finished, and how long the others will take.
         overrides: of entries of the study file.
 
     Returns:
         In words, what was found.
 
     Raises:
-        ChildProcessError: cells failed; the message says which and why. The tables cover the others.
-        ValueError: the study cannot be run as it is written, or cells are of another version of code or settings.
+        ChildProcessError: runs failed; the message says which and why. The tables cover the others.
+        ValueError: the study cannot be run as it is written, or runs are of another version of code or settings.
     """
-    study = read_study(file, out, bundles, overrides)
+    study = Study(file, out, bundles, overrides)
     # By default it would end this process alone, and leave the commands running.
     before = signal.signal(signal.SIGTERM, _stop)
     try:
@@ -60,54 +59,37 @@ def _stop(*_: Any) -> None:
 
 
 def _run(study: Study, jobs: int, dry_run: bool) -> str:
-    selection = _selection_cells(study)
-    rates, learning_rates = choose_rates(study)
-    cells = {cell.name: cell for cell in (*selection, *study.cells(rates))}.values()
-    fingerprints = _checked_fingerprints(cells)
+    selection = [part for runs in study.selection().values() for run in runs.values() for part in run.with_pretraining]
+    rates, tried = choose_rates(study)
+    runs = {run.name: run for run in (*selection, *study.runs(rates))}.values()
+    fingerprints = checked_fingerprints(runs)
     if dry_run:
-        return _plan_text(study, cells, jobs)
-    failures = {}
+        return _plan_text(study, runs, jobs)
+    failures: dict[str, str] = {}
     try:
         if selection:
             failures = Runner(selection, fingerprints, jobs).run()
-            rates, learning_rates = choose_rates(study, failures)
-            fingerprints = _checked_fingerprints(study.cells(rates))
-        failures |= Runner(study.cells(rates), fingerprints, jobs).run()
+            rates, tried = choose_rates(study, failures)
+            fingerprints = checked_fingerprints(study.runs(rates))
+        failures |= Runner(study.runs(rates), fingerprints, jobs).run()
     finally:  # what is finished can be read also where the study was stopped
-        cells = study.cells(rates)
-        text = _write_results(study, cells, selection, learning_rates, failures)
+        results = Results(study, study.runs(rates))
+        results.missing += [run for run in selection if not run.is_finished]
+        text = _write_results(results, tried, failures)
     if failures:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        total = len({cell.name for cell in (*selection, *cells)})
-        raise ChildProcessError(f"{len(failures)} of {total} cells failed:\n{listed}\n{text}")
+        total = len({run.name for run in (*selection, *study.runs(rates))})
+        raise ChildProcessError(f"{len(failures)} of {total} runs failed:\n{listed}\n{text}")
     return text
 
 
-def _write_results(
-    study: Study,
-    cells: Sequence[Cell],
-    selection: Sequence[Cell],
-    learning_rates: Sequence[Mapping[str, Any]],
-    failures: Mapping[str, str],
-) -> str:
-    results = read_results(cells)
+def _write_results(results: Results, tried: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> str:
     if not results.scores:
         return "No fine-tuning is finished."
-    results.missing += [cell for cell in selection if not cell.is_finished]
-    rows = comparison_rows(study, results)
-    (study.folder / "learning_rates.csv").unlink(missing_ok=True)
-    if learning_rates:
-        write_csv(study.folder / "learning_rates.csv", learning_rates)
-    write_tables(study, results, rows)
-    draw_figures(study, results, rows)
-    report = write_study_report(study, results, rows, learning_rates, failures)
-    return "\n".join([*verdicts(study, rows), f"Tables and pictures in {study.folder}, report: {report}"])
-
-
-def _selection_cells(study: Study) -> list[Cell]:
-    """What is to be run before learning rates can be chosen."""
-    chosen_by = [cell for cells in study.selection().values() for cell in cells.values()]
-    return [part for cell in chosen_by for part in (cell.pretraining, cell) if part is not None]
+    write_tables(results, tried)
+    draw_figures(results)
+    report = write_study_report(results, tried, failures)
+    return "\n".join([*verdicts(results), f"Tables and pictures in {results.study.folder}, report: {report}"])
 
 
 def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -115,43 +97,39 @@ def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[di
 
     Args:
         study: whose candidates may be finished or not.
-        failed: names of cells; a rate that ends in one, since it is too large, is not chosen and not waited for.
+        failed: names of runs; a rate that ends in one, since it is too large, is not chosen and not waited for.
 
     Returns:
         The rates by method, of those all of whose candidates are through; and rows that say how they were chosen.
+
+    Raises:
+        ValueError: fine-tuning has no validation to choose by.
     """
     rates, rows = {}, []
-    for method, cells in study.selection().items():
-        scores = {rate: cell.result()["val_mean_dice"] for rate, cell in cells.items() if cell.is_finished}
+    for method, runs in study.selection().items():
+        scores = {rate: run.result()["val_mean_dice"] for rate, run in runs.items() if run.is_finished}
         if None in scores.values():
             raise ValueError(
                 f"the learning rate of {method!r} cannot be chosen, since fine-tuning had no validation: set "
                 "validation_fraction above 0 under fine_tuning: settings, or give the method an lr."
             )
-        lost = [rate for rate, cell in cells.items() if cell.name in failed]
-        if scores and len(scores) + len(lost) == len(cells):
+        lost = [rate for rate, run in runs.items() if run.name in failed]
+        if scores and len(scores) + len(lost) == len(runs):
             rates[method] = max(sorted(scores), key=scores.__getitem__)
         for rate, score in {**scores, **dict.fromkeys(lost, "failed")}.items():
             rows.append({"method": method, "lr": rate, "val_mean_dice": score, "chosen": rates.get(method) == rate})
     return rates, rows
 
 
-def _checked_fingerprints(cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    code = code_digests()
-    fingerprints = {cell.name: fingerprint(cell, code) for cell in cells}
-    check_cells(cells, fingerprints)
-    return fingerprints
-
-
-def _plan_text(study: Study, cells: Collection[Cell], jobs: int) -> str:
+def _plan_text(study: Study, runs: Collection[Run], jobs: int) -> str:
     lines = []
-    for cell in cells:
-        state = tqdm.format_interval(cell.result()["seconds"]) if cell.is_finished else "to do"
-        lines.append(f"  {state:>8}  {cell.name}")
-    finished = sum(cell.is_finished for cell in cells)
-    left = time_left(cells, jobs) or "not known before a pre-training and a fine-tuning are finished"
-    rates, _ = choose_rates(study)
-    undecided = [method for method in study.selection() if method not in rates]
-    more = f"\nFurther cells follow once the learning rates of {', '.join(undecided)} are chosen." if undecided else ""
-    lines.append(f"{finished} of {len(cells)} cells finished; time left with {jobs} at a time: {left}")
-    return "\n".join(lines) + more
+    for run in runs:
+        state = tqdm.format_interval(run.result()["seconds"]) if run.is_finished else "to do"
+        lines.append(f"  {state:>8}  {run.name}")
+    finished = sum(run.is_finished for run in runs)
+    left = time_left(runs, jobs) or "not known before a pre-training and a fine-tuning are finished"
+    lines.append(f"{finished} of {len(runs)} runs finished; time left with {jobs} at a time: {left}")
+    undecided = [method for method in study.selection() if method not in choose_rates(study)[0]]
+    if undecided:
+        lines.append(f"Further runs follow once the learning rates of {', '.join(undecided)} are chosen.")
+    return "\n".join(lines)

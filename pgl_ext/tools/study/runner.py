@@ -1,23 +1,23 @@
-"""Runs the cells of a study, several at a time, each command in a process of its own."""
+"""Carries out the runs of a study, several at a time, each command in a process of its own."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from pgl_ext.tools.study.cells import Cell, Stage, bundle_command
-from pgl_ext.tools.study.fingerprint import code_digests, differences, fingerprint
+from pgl_ext.tools.study.configs import Command
+from pgl_ext.tools.study.fingerprint import differences, fingerprint
+from pgl_ext.tools.study.runs import Run, bundle_command
 
 __all__ = ["Runner", "default_jobs", "time_left"]
 
@@ -26,158 +26,154 @@ _LOG_END = 65536  # bytes of a log in which its last error is looked for
 
 
 def default_jobs() -> int:
-    """One cell at a time on each GPU, or one on the CPU."""
+    """One run at a time on each GPU, or one on the CPU."""
     return max(1, len(_gpus()))
 
 
-def time_left(cells: Iterable[Cell], jobs: int) -> str:
-    """How long the cells that are not finished will take, by those that are; empty where that is not known.
+def time_left(runs: Iterable[Run], jobs: int) -> str:
+    """How long the runs that are not finished will take, by those that are; empty where that is not known.
 
     A pre-training takes as long as others of its method, or else of any, a fine-tuning as long as others.
     """
-    cells = list(cells)
-    finished = [(cell, cell.result()["seconds"]) for cell in cells if cell.is_finished]
+    runs = list(runs)
+    seconds = {run: run.result()["seconds"] for run in runs if run.is_finished}
     left = []
-    for cell in cells:
-        if not cell.is_finished:
-            alike = [(one, seconds) for one, seconds in finished if one.is_pretraining == cell.is_pretraining]
-            same = [seconds for one, seconds in alike if one.method == cell.method and cell.is_pretraining]
+    for run in runs:
+        if run not in seconds:
+            alike = [one for one in seconds if one.is_pretraining == run.is_pretraining]
+            same = [one for one in alike if run.is_pretraining and one.method == run.method]
             if not alike:
                 return ""
-            left.append(float(np.mean(same or [seconds for _, seconds in alike])))
+            left.append(fmean(seconds[one] for one in same or alike))
     return tqdm.format_interval(max([sum(left) / jobs, *left]))
 
 
-class _CellError(Exception):
-    """Why a cell failed."""
+class _RunError(Exception):
+    """Why a run failed."""
 
 
 @dataclass
-class _Run:
-    """A cell that is being run."""
+class _Process:
+    """A run that is being carried out, and its present process."""
 
-    cell: Cell
+    run: Run
     slot: int
     lock: int
     commands: Iterator[subprocess.Popen]
-    process: subprocess.Popen | None = None
+    current: subprocess.Popen | None = None
 
 
 class Runner:
-    """Runs the cells that are not finished.
+    """Carries out the runs that are not finished.
 
-    A cell is run by one process at a time: its lock is held by the study and by the command that it runs, so that a
-    study whose predecessor was killed waits for what that one has left running, and several studies may share a folder.
-    What was interrupted goes on from its checkpoint.
+    A run is carried out by one process at a time: its lock is held by the study and by the command that it runs, so
+    that a study whose predecessor was killed waits for what that one has left running, and several studies may share a
+    folder. What was interrupted goes on from its checkpoint.
 
     Args:
-        cells: in the order to run them, pre-trainings before the fine-tunings that need them.
-        fingerprints: of the cells, by name.
-        jobs: cells at a time. With GPUs each has one of them, without they share the cores.
+        runs: in their order, pre-trainings before the fine-tunings that need them.
+        fingerprints: of the runs, by name.
+        jobs: runs at a time. With GPUs each has one of them, without they share the cores.
     """
 
-    def __init__(self, cells: Sequence[Cell], fingerprints: Mapping[str, Mapping[str, Any]], jobs: int) -> None:
+    def __init__(self, runs: Sequence[Run], fingerprints: Mapping[str, Mapping[str, Any]], jobs: int) -> None:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}.")
-        self.cells = list(cells)
+        self.runs = list(runs)
         self.fingerprints = fingerprints
         self.jobs = jobs
         self.failures: dict[str, str] = {}
         self._gpus = _gpus()
         # A share of the cores that this process may use, which on a cluster are not all.
         self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // jobs))
-        self._waiting = [cell for cell in self.cells if not cell.is_finished]
-        self._running: list[_Run] = []
+        self._waiting = [run for run in self.runs if not run.is_finished]
+        self._running: list[_Process] = []
         self._told: set[str] = set()
 
     def run(self) -> dict[str, str]:
-        """Run all cells; a failed one does not stop the others.
+        """Carry out all runs; a failed one does not stop the others.
 
         Returns:
-            Why cells failed, by name. Where this process is stopped, so are the commands, after saving a checkpoint.
+            Why runs failed, by name. Where this process is stopped, so are the commands, after saving a checkpoint.
         """
         try:
             while self._waiting or self._running:
-                self._start_ready()
+                for run in list(self._waiting):
+                    self._start_if_ready(run)
                 time.sleep(_PAUSE)
-                self._advance()
+                for process in list(self._running):
+                    self._advance(process)
         finally:
             self._stop()
         return self.failures
 
-    def _start_ready(self) -> None:
-        for cell in list(self._waiting):
-            free = set(range(self.jobs)) - {run.slot for run in self._running}
-            if cell.pretraining is not None and cell.pretraining.name in self.failures:
-                self._waiting.remove(cell)
-                self._fail(cell, "its pre-training failed")
-            elif free and (cell.pretraining is None or cell.pretraining.is_finished):
-                self._start(cell, min(free))
+    def _start_if_ready(self, run: Run) -> None:
+        free = set(range(self.jobs)) - {process.slot for process in self._running}
+        if run.pretraining is not None and run.pretraining.name in self.failures:
+            self._waiting.remove(run)
+            self._fail(run, "its pre-training failed")
+        elif free and (run.pretraining is None or run.pretraining.is_finished):
+            lock = run.lock()
+            if lock is not None:
+                self._waiting.remove(run)
+                self._running.append(_Process(run, min(free), lock, self._commands(run, min(free), lock)))
+            elif run.name not in self._told:
+                self._told.add(run.name)
+                self._say(f"waiting for {run}: a process that another study started is at it")
 
-    def _start(self, cell: Cell, slot: int) -> None:
-        lock = cell.lock()
-        if lock is None:
-            if cell.name not in self._told:
-                self._say(f"waiting for {cell}: a process that another study started is at it")
-                self._told.add(cell.name)
-            return
-        self._waiting.remove(cell)
-        self._running.append(_Run(cell, slot, lock, self._commands(cell, slot, lock)))
-
-    def _advance(self) -> None:
-        for run in list(self._running):
-            try:
-                run.process = next(run.commands, None)
-                if run.process is not None:
-                    continue
-                self._report(run.cell)
-            except _CellError as error:
-                self._fail(run.cell, str(error))
-            self._running.remove(run)
-            os.close(run.lock)
-
-    def _commands(self, cell: Cell, slot: int, lock: int) -> Iterator[subprocess.Popen]:
-        """Run one command after another, giving the process each time that it is still running."""
-        if cell.is_finished:  # by another study, while this one waited for it
-            return
-        self._say(f"{cell}: log in {cell.log}")
-        self._check_version(cell)
-        cores, unit = self._cost()
-        cell.start(self.fingerprints[cell.name], cores)
-        for stage in cell.stages:
-            if not cell.has_done(stage):
-                yield from self._command(cell, stage, slot, lock)
-                # The next command, hours later, reads code and settings anew.
-                self._check_version(cell)
+    def _advance(self, process: _Process) -> None:
         try:
-            cell.finish(unit)
+            process.current = next(process.commands, None)
+            if process.current is not None:
+                return
+            self._report(process.run)
+        except _RunError as error:
+            self._fail(process.run, str(error))
+        self._running.remove(process)
+        os.close(process.lock)
+
+    def _commands(self, run: Run, slot: int, lock: int) -> Iterator[subprocess.Popen]:
+        """Carry out one command after another, giving the process each time that it is still running."""
+        if run.is_finished:  # by another study, while this one waited for it
+            return
+        self._say(f"{run}: log in {run.log}")
+        self._check_version(run)
+        # What the run has for itself, and what an hour of it is called.
+        share = min(1.0, len(self._gpus) / self.jobs)
+        cores, unit = (share, "GPU-hours") if self._gpus else (self._threads, "CPU-core-hours")
+        run.start(self.fingerprints[run.name], cores)
+        for command in run.commands:
+            if not run.has_done(command):
+                yield from self._processes(run, command, slot, lock)
+                # The next command, hours later, reads code and settings anew.
+                self._check_version(run)
+        try:
+            run.finish(unit)
         except (OSError, LookupError, ValueError) as error:
-            raise _CellError(f"it did not leave what it should: {error}") from error
+            raise _RunError(f"it did not leave what it should: {error}") from error
 
-    def _cost(self) -> tuple[float, str]:
-        """What a cell has for itself while it runs, and what an hour of it is called."""
+    def _check_version(self, run: Run) -> None:
+        expected = self.fingerprints[run.name]
+        for other in (fingerprint(run), run.fingerprint() or expected):
+            changes = differences(expected, other)
+            if changes:
+                raise _RunError(f"while the study was running, there was a change: {changes}")
+
+    def _processes(self, run: Run, command: Command, slot: int, lock: int) -> Iterator[subprocess.Popen]:
+        line = bundle_command(run, command)
+        # The bundles share memory and data-loading processes among the trainings of a machine.
+        environment = {**os.environ, "LOCAL_WORLD_SIZE": str(self.jobs), "OMP_NUM_THREADS": str(self._threads)}
         if self._gpus:
-            return min(1.0, len(self._gpus) / self.jobs), "GPU-hours"
-        return self._threads, "CPU-core-hours"
-
-    def _check_version(self, cell: Cell) -> None:
-        expected = self.fingerprints[cell.name]
-        for other in (fingerprint(cell, code_digests()), cell.fingerprint() or expected):
-            changed = differences(expected, other)
-            if changed:
-                raise _CellError(f"while the study was running, there was a change: {changed}")
-
-    def _command(self, cell: Cell, stage: Stage, slot: int, lock: int) -> Iterator[subprocess.Popen]:
-        command = bundle_command(cell, stage)
-        with open(cell.log, "ab") as log:
-            log.write(f"\n$ {shlex.join(command)}\n".encode())
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
+        with open(run.log, "ab") as log:
+            log.write(f"\n$ {shlex.join(line)}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                command,
+                line,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(slot),
+                env=environment,
                 pass_fds=[lock],
                 # Ctrl-C is for the study alone, which then stops its commands with a signal that saves a checkpoint.
                 start_new_session=True,
@@ -185,37 +181,28 @@ class Runner:
         while process.poll() is None:
             yield process
         if process.returncode:
-            raise _CellError(f"{stage.section} ended with status {process.returncode}: {_last_error(cell.log)}")
+            raise _RunError(f"{command.section} ended with status {process.returncode}: {_last_error(run.log)}")
 
-    def _environment(self, slot: int) -> dict[str, str]:
-        # The bundles share memory and data-loading processes among the trainings of a machine.
-        environment = {**os.environ, "LOCAL_WORLD_SIZE": str(self.jobs), "OMP_NUM_THREADS": str(self._threads)}
-        if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
-        return environment
-
-    def _report(self, cell: Cell) -> None:
-        result = cell.result()
-        dice = result.get("mean_dice")
-        score = "" if dice is None else f"mean Dice {dice:.4f}, "
-        left = time_left(self.cells, self.jobs)
+    def _report(self, run: Run) -> None:
+        result = run.result()
+        score = f"mean Dice {result['mean_dice']:.4f}, " if result.get("mean_dice") is not None else ""
+        left = time_left(self.runs, self.jobs)
         ending = f"; about {left} left" if left and len(self._running) + len(self._waiting) > 1 else ""
-        self._say(f"{cell}: {score}{tqdm.format_interval(result['seconds'])}{ending}")
+        self._say(f"{run}: {score}{tqdm.format_interval(result['seconds'])}{ending}")
 
-    def _fail(self, cell: Cell, reason: str) -> None:
-        self.failures[cell.name] = f"{reason} (log: {cell.log})"
-        self._say(f"{cell} FAILED: {reason}")
+    def _fail(self, run: Run, reason: str) -> None:
+        self.failures[run.name] = f"{reason} (log: {run.log})"
+        self._say(f"{run} FAILED: {reason}")
 
     def _say(self, text: str) -> None:
-        finished = sum(cell.is_finished for cell in self.cells)
-        print(f"[{finished}/{len(self.cells)}] {text}", flush=True)
+        print(f"[{sum(run.is_finished for run in self.runs)}/{len(self.runs)}] {text}", flush=True)
 
     def _stop(self) -> None:
-        processes = [run.process for run in self._running if run.process is not None and run.process.poll() is None]
-        if processes:
+        processes = [process.current for process in self._running if process.current is not None]
+        if any(process.poll() is None for process in processes):
             self._say("stopping, after a checkpoint of what is running")
         for process in processes:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
         for process in processes:
             process.wait()
 
@@ -223,8 +210,8 @@ class Runner:
 def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named[:count] or [str(number) for number in range(count)]
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return names[:count] or [str(number) for number in range(count)]
 
 
 def _last_error(log: Path) -> str:

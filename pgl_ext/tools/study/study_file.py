@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser
 
-__all__ = ["read_study_file"]
+__all__ = ["labels_to_compare", "read_study_file"]
 
 _DEFAULTS: dict[str, Any] = {
     "title": "Comparison of pre-training methods",
@@ -27,8 +27,8 @@ _DEFAULTS: dict[str, Any] = {
     "seeds": [0, 1, 2],
 }
 _PARTS = ("pretraining", "fine_tuning", "test")
-_LISTS = ("ablations", "labelled_cases", "label_fractions", "seeds")
 _METHOD: dict[str, Any] = {"configs": [], "settings": {}, "decoder": False, "learning_rates": None}
+_FORMS = {dict: "NAME: VALUE", list: "[0, 1, 2]"}
 
 
 def read_study_file(file: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -61,21 +61,22 @@ def read_study_file(file: str | os.PathLike, overrides: Mapping[str, Any] | None
 
 
 def _with_bases(file: Path) -> list[Path]:
-    named = ConfigParser.load_config_file(file).get("base", [])
-    bases = [named] if isinstance(named, str) else named
+    bases = ConfigParser.load_config_file(file).get("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
     return [*(part for base in bases for part in _with_bases(file.parent / base)), file]
 
 
 def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     content = copy.deepcopy(_DEFAULTS) | given
-    for names, kind, example in (((*_PARTS, "methods"), Mapping, "NAME: VALUE"), (_LISTS, list, "[0, 1, 2]")):
-        for name in names:
-            if content[name] is not None and not isinstance(content[name], kind):
-                raise ValueError(f"{name} must have the form {example}, got {content[name]!r}.")
+    for name, default in _DEFAULTS.items():
+        if type(default) in _FORMS:
+            content[name] = type(default)() if content[name] is None else content[name]
+            if not isinstance(content[name], type(default)):
+                raise ValueError(f"{name} must have the form {_FORMS[type(default)]}, got {content[name]!r}.")
     for part in _PARTS:
-        content[part] = copy.deepcopy(_DEFAULTS[part]) | (content[part] or {})
-    methods = content["methods"] or {}
-    content["methods"] = {str(name): copy.deepcopy(_METHOD) | (entry or {}) for name, entry in methods.items()}
+        content[part] = copy.deepcopy(_DEFAULTS[part]) | content[part]
+    methods = content["methods"].items()
+    content["methods"] = {str(name): copy.deepcopy(_METHOD) | (entry or {}) for name, entry in methods}
     return content
 
 
@@ -96,3 +97,26 @@ def _check_names(content: Mapping[str, Any]) -> None:
                 f"{place} has the entries {unknown}, which mean nothing there: it may have {', '.join(names)}. "
                 "Settings of a bundle's config go under 'settings'."
             )
+
+
+def labels_to_compare(content: Mapping[str, Any]) -> list[float]:
+    """The numbers (int) or fractions (float) of labelled cases, ascending.
+
+    Args:
+        content: entries of a study file.
+
+    Raises:
+        ValueError: there are none or both, there is no seed, or methods are named that the study does not have.
+    """
+    cases, fractions, methods = content["labelled_cases"], content["label_fractions"], list(content["methods"])
+    if bool(cases) == bool(fractions):
+        raise ValueError(
+            f"labelled_cases is {cases} and label_fractions {fractions}: give one of them, such as labelled_cases: "
+            "[3, 14]."
+        )
+    unknown = [name for name in (content["reference"], *content["ablations"]) if name not in methods]
+    if unknown:
+        raise ValueError(f"reference or ablations name {unknown}, the study has the methods {methods}.")
+    if not content["seeds"]:
+        raise ValueError("seeds is empty: give at least one, such as seeds: [0, 1, 2].")
+    return sorted({int(count) for count in cases} if cases else {float(fraction) for fraction in fractions})

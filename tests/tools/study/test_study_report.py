@@ -10,12 +10,11 @@ import pytest
 from made_studies import finish, make_study
 from scipy.stats import bootstrap, wilcoxon
 
-from pgl_ext.tools.study.figures import method_colors, plot_bars, plot_gains, plot_learning_curves
-from pgl_ext.tools.study.report import draw_figures, write_study_report
-from pgl_ext.tools.study.results import comparison_rows, holm, read_results
-from pgl_ext.tools.study.run import choose_rates, run_study
-from pgl_ext.tools.study.tables import paper_tables, verdicts, write_tables
 from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.tools.study.figures import draw_figures, method_colors, plot_estimates, plot_learning_curves
+from pgl_ext.tools.study.report import paper_tables, verdicts, write_study_report, write_tables
+from pgl_ext.tools.study.results import Results, holm
+from pgl_ext.tools.study.run import choose_rates, run_study
 
 RNG = np.random.default_rng(0)
 CASES = 8
@@ -37,13 +36,17 @@ def study(tmp_path):
 
 
 def finish_all(study, without=()):
-    for cell in study.cells({}):
-        if cell.name not in without:
-            finish(cell, None if cell.is_pretraining else DICE[cell.method, cell.seed])
+    for run in study.runs({}):
+        if run.name not in without:
+            finish(run, None if run.is_pretraining else DICE[run.method, run.seed])
+
+
+def results_of(study) -> Results:
+    return Results(study, study.runs({}))
 
 
 def rows_of(study) -> dict[tuple[str, str, str], dict]:
-    rows = comparison_rows(study, read_results(study.cells({})))
+    rows = results_of(study).rows
     return {(row["metric"], row["method"], row["organ"]): row for row in rows}
 
 
@@ -160,20 +163,20 @@ def test_evaluations_on_other_cases_are_not_compared(study):
 
 def test_files(study):
     finish_all(study)
-    results = read_results(study.cells({}))
-    write_tables(study, results, comparison_rows(study, results))
+    results = results_of(study)
+    write_tables(results)
     scores = read_csv(study.folder / "study.csv")
     assert len(scores) == 3 * 3 * 2 * CASES
     found = {(row["method"], row["seed"], row["case"], row["organ"]): float(row["dice"]) for row in scores}
     assert found["C", "2", "case_6", "spleen"] == DICE["C", 2]["spleen"][6]
     assert set(scores[0]) == {"labelled_cases", "method", "seed", "case", "organ", "dice", "iou", "hd95_mm"}
 
-    cells = {row["cell"]: row for row in read_csv(study.folder / "cells.csv")}
-    assert len(cells) == 3 * 3 + 2 * 3
+    runs = {row["run"]: row for row in read_csv(study.folder / "runs.csv")}
+    assert len(runs) == 3 * 3 + 2 * 3
     average = np.mean([DICE["B", 1][organ].mean() for organ in BASE])
-    assert float(cells["fine_tuning/B/3_cases/seed_1"]["mean_dice"]) == pytest.approx(average, abs=1e-6)
-    assert cells["pretraining/B/seed_1"]["pairs"] == "160"
-    assert cells["pretraining/B/seed_1"]["cost"] == "0.5"
+    assert float(runs["fine_tuning/B/3_cases/seed_1"]["mean_dice"]) == pytest.approx(average, abs=1e-6)
+    assert runs["pretraining/B/seed_1"]["pairs"] == "160"
+    assert runs["pretraining/B/seed_1"]["cost"] == "0.5"
 
     table = read_csv(study.folder / "table.csv")
     assert len(table) == 3 * 3 * 3
@@ -189,37 +192,38 @@ def test_files(study):
 
 def test_words_say_what_cannot_be_told_apart(study):
     finish_all(study)
-    (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+    (verdict,) = verdicts(results_of(study))
     assert verdict.startswith("3 labelled cases, average Dice: better than A: B (+0.0")
     assert "; not distinguishable from A: C (" in verdict
 
 
 def test_pictures_show_the_gains_of_the_table(study, monkeypatch):
     finish_all(study)
-    drawn = {}
-    monkeypatch.setattr("pgl_ext.tools.study.report.plot_gains", lambda gains, *args: drawn.update(gains))
-    results = read_results(study.cells({}))
-    draw_figures(study, results, comparison_rows(study, results))
+    drawn = []
+    monkeypatch.setattr("pgl_ext.tools.study.figures.plot_estimates", lambda panels, *args, **_: drawn.append(panels))
+    results = results_of(study)
+    draw_figures(results)
     averages = {m: np.mean([[DICE[m, seed][o] for o in BASE] for seed in (0, 1, 2)]) for m in SHIFTS}
-    assert set(drawn) == {"B", "C"}
-    for method, ((gain, low, high),) in drawn.items():
+    gains = drawn[0][""]
+    assert set(gains) == {"B", "C"}
+    for method, ((gain, low, high),) in gains.items():
         assert gain == pytest.approx(averages[method] - averages["A"], abs=1e-6)
         assert low < gain < high
 
 
 def test_a_loss_is_called_worse(study):
-    for cell in study.cells({}):
-        scores = {} if cell.is_pretraining else DICE["A" if cell.method == "B" else "B", cell.seed]
-        finish(cell, scores or None)
-    (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+    for run in study.runs({}):
+        scores = {} if run.is_pretraining else DICE["A" if run.method == "B" else "B", run.seed]
+        finish(run, scores or None)
+    (verdict,) = verdicts(results_of(study))
     assert verdict.startswith("3 labelled cases, average Dice: worse than A: B (-0.0")
 
 
 def test_values_stand_under_their_heads(study):
     """By formulas on the scores themselves; p by SciPy, Holm's is twice the smaller of two."""
     finish_all(study)
-    results = read_results(study.cells({}))
-    block = next(b for b in paper_tables(study, results, comparison_rows(study, results)) if b.title.startswith("Dice"))
+    results = results_of(study)
+    block = next(b for b in paper_tables(results) if b.title.startswith("Dice"))
     found = {row["method"]: row for row in (dict(zip(block.head, line, strict=True)) for line in block.rows)}
     by_seed = {method: np.array([[DICE[method, seed][o] for o in BASE] for seed in (0, 1, 2)]) for method in SHIFTS}
     for method, scores in by_seed.items():
@@ -238,21 +242,21 @@ def test_values_stand_under_their_heads(study):
 
 
 def test_a_seed_that_says_otherwise_is_mentioned(study):
-    for cell in study.cells({}):
-        gain = {0: 0.1, 1: 0.1, 2: -0.03}[cell.seed] if cell.method == "B" else 0.0
-        finish(cell, None if cell.is_pretraining else {organ: values + gain for organ, values in BASE.items()})
-    rows = comparison_rows(study, read_results(study.cells({})))
-    (row,) = (row for row in rows if (row["metric"], row["method"], row["organ"]) == ("dice", "B", AVERAGE))
+    for run in study.runs({}):
+        gain = {0: 0.1, 1: 0.1, 2: -0.03}[run.seed] if run.method == "B" else 0.0
+        finish(run, None if run.is_pretraining else {organ: values + gain for organ, values in BASE.items()})
+    results = results_of(study)
+    (row,) = (row for row in results.rows if (row["metric"], row["method"], row["organ"]) == ("dice", "B", AVERAGE))
     assert (row["agreeing_seeds"], row["paired_seeds"]) == (2, 3)
-    (verdict,) = verdicts(study, rows)
+    (verdict,) = verdicts(results)
     assert "better than, but not in every seed, A: B (+0.057" in verdict
 
 
 def test_few_cases_say_nothing(study):
-    for cell in study.cells({}):
-        scores = {} if cell.is_pretraining else DICE[cell.method, cell.seed]
-        finish(cell, {organ: values[:3] for organ, values in scores.items()} or None)
-    (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+    for run in study.runs({}):
+        scores = {} if run.is_pretraining else DICE[run.method, run.seed]
+        finish(run, {organ: values[:3] for organ, values in scores.items()} or None)
+    (verdict,) = verdicts(results_of(study))
     assert "on too few test cases to be told apart from A: B (" in verdict
 
 
@@ -265,13 +269,13 @@ def test_ranks_and_mean_have_to_agree(tmp_path, cases, outlier, verdict):
     )
     gains = np.full(cases, 0.01) + RNG.normal(0, 1e-3, cases)
     gains[0] += outlier
-    for cell in study.cells({}):
-        values = 0.7 + (gains if cell.method == "B" else 0)
-        finish(cell, None if cell.is_pretraining else {"liver": np.broadcast_to(values, cases).tolist()})
-    rows = comparison_rows(study, read_results(study.cells({})))
-    (row,) = (row for row in rows if (row["metric"], row["organ"], row["method"]) == ("dice", AVERAGE, "B"))
+    for run in study.runs({}):
+        values = 0.7 + (gains if run.method == "B" else 0)
+        finish(run, None if run.is_pretraining else {"liver": np.broadcast_to(values, cases).tolist()})
+    results = results_of(study)
+    (row,) = (row for row in results.rows if (row["metric"], row["organ"], row["method"]) == ("dice", AVERAGE, "B"))
     assert row["p_holm"] < 0.001  # Wilcoxon's ranks say better in either case
-    assert verdict in verdicts(study, rows)[0]
+    assert verdict in verdicts(results)[0]
 
 
 def test_as_many_cases_as_methods_need(tmp_path):
@@ -279,30 +283,29 @@ def test_as_many_cases_as_methods_need(tmp_path):
     for count, words in ((6, "better than A"), (7, "on too few test cases to be told apart from A")):
         methods = {"A": {"encoder": None}, **{f"B{number}": {} for number in range(count)}}
         study = make_study(tmp_path / str(count), methods=methods, reference="A", labelled_cases=[3], seeds=[0])
-        for cell in study.cells({}):
-            gain = 0.0 if cell.method == "A" else 0.1 + RNG.uniform(0, 0.01, CASES)
-            finish(cell, None if cell.is_pretraining else {"liver": (BASE["liver"] + gain).tolist()})
-        (verdict,) = verdicts(study, comparison_rows(study, read_results(study.cells({}))))
+        for run in study.runs({}):
+            gain = 0.0 if run.method == "A" else 0.1 + RNG.uniform(0, 0.01, CASES)
+            finish(run, None if run.is_pretraining else {"liver": (BASE["liver"] + gain).tolist()})
+        (verdict,) = verdicts(results_of(study))
         assert words in verdict
 
 
 def test_what_is_missing_is_said(study):
     missing = "fine_tuning/C/3_cases/seed_2"
     finish_all(study, without=(missing,))
-    results = read_results(study.cells({}))
-    write_tables(study, results, comparison_rows(study, results))
+    results = results_of(study)
+    write_tables(results)
     text = (study.folder / "table.md").read_text()
     assert "Not finished, and missing here: C, 3 labelled cases, seed 2." in text
 
 
-def test_no_cell_at_all(study):
-    results = read_results(study.cells({}))
-    rows = comparison_rows(study, results)
-    assert rows == []
-    assert paper_tables(study, results, rows) == []
-    write_tables(study, results, rows)
-    draw_figures(study, results, rows)
-    assert "nothing to compare" in write_study_report(study, results, rows, [], {}).read_text()
+def test_no_run_at_all(study):
+    results = results_of(study)
+    assert results.rows == []
+    assert paper_tables(results) == []
+    write_tables(results)
+    draw_figures(results)
+    assert "nothing to compare" in write_study_report(results, [], {}).read_text()
 
 
 # --- learning rates -------------------------------------------------------------------------------------------------
@@ -314,16 +317,16 @@ def test_learning_rates_are_chosen_on_validation_cases(tmp_path):
     study = make_study(tmp_path, rates, methods=methods, reference="A")
     validation = {"B": (0.5, 0.7, 0.6), "C": (0.7, 0.5, 0.7), "D": (0.7, 0.5)}
     for method, scores in validation.items():
-        for cell, score in zip(study.selection()[method].values(), scores, strict=False):
+        for run, score in zip(study.selection()[method].values(), scores, strict=False):
             # What the test cases say must not matter.
-            finish(cell, None, val_mean_dice=score, mean_dice=1 - score)
+            finish(run, None, val_mean_dice=score, mean_dice=1 - score)
     rates, rows = choose_rates(study)
     # Of equal ones the smaller; D is not finished.
     assert rates == {"B": 1.0, "C": 0.3}
     assert [row["lr"] for row in rows if row["chosen"]] == [1.0, 0.3]
     assert len(rows) == 8
-    assert "fine_tuning/B_lr_1/5_cases/seed_1" in [cell.name for cell in study.cells(rates)]
-    assert not any("/D" in cell.name for cell in study.cells(rates))
+    assert "fine_tuning/B_lr_1/5_cases/seed_1" in [run.name for run in study.runs(rates)]
+    assert not any("/D" in run.name for run in study.runs(rates))
 
 
 def test_without_validation_there_is_no_choice(tmp_path):
@@ -352,12 +355,11 @@ class _Links(html.parser.HTMLParser):
 
 def test_page(study):
     finish_all(study)
-    results = read_results(study.cells({}))
-    rows = comparison_rows(study, results)
-    draw_figures(study, results, rows)
+    results = results_of(study)
+    draw_figures(results)
     chosen = [{"method": "B", "lr": 0.3, "val_mean_dice": 0.712, "chosen": True}]
     failures = {"fine_tuning/C/3_cases/seed_0": "error: <no space>"}
-    page = write_study_report(study, results, rows, chosen, failures).read_text()
+    page = write_study_report(results, chosen, failures).read_text()
     reader = _Links()
     reader.feed(page)
     assert reader.open == []
@@ -371,12 +373,12 @@ def test_pictures_show_the_numbers(tmp_path):
     colors = method_colors(["A", "B", "C"], "A")
     assert len({str(color) for color in colors.values()}) == 3
     gains = {"B": [(0.1, 0.05, 0.2), (0.3, 0.2, 0.4)], "C": [(math.nan,) * 3, (0.0, -0.1, 0.1)]}
-    (axes,) = plot_gains(gains, ["few", "many"], colors, "A", tmp_path / "gains.png").axes
+    (axes,) = plot_estimates({"": gains}, ["few", "many"], colors, "gain", tmp_path / "gains.png", lines=True).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines["B"] == [0.1, 0.3]
     assert [segment[:, 1].tolist() for segment in axes.collections[0].get_segments()] == [[0.05, 0.2], [0.2, 0.4]]
     panels = {"few": {"A": [(0.5, 0.4, 0.6)], "B": [(0.7, 0.6, 0.8)]}, "many": {"A": [(0.8, 0.8, 0.8)]}}
-    figure = plot_bars(panels, ["liver"], colors, "Dice", tmp_path / "bars.png")
+    figure = plot_estimates(panels, ["liver"], colors, "Dice", tmp_path / "bars.png")
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
     assert heights == [[0.5, 0.7], [0.8]]
     for name in ("gains.png", "bars.png"):
@@ -386,14 +388,14 @@ def test_pictures_show_the_numbers(tmp_path):
 def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
     finish_all(study)
     curves = {0: {40: 0.3, 80: 0.6}, 1: {40: 0.5, 80: 0.7}, 2: {40: 0.4}}  # the last one stopped early
-    for cell in study.cells({}):
-        if not cell.is_pretraining and cell.method != "C":
-            rows = [f"{step},{dice}" for step, dice in curves[cell.seed].items()]
-            (cell.folder / "metrics.csv").write_text("\n".join(["step,val_mean_dice", "10,", *rows]) + "\n")
+    for run in study.runs({}):
+        if not run.is_pretraining and run.method != "C":
+            rows = [f"{step},{dice}" for step, dice in curves[run.seed].items()]
+            (run.folder / "metrics.csv").write_text("\n".join(["step,val_mean_dice", "10,", *rows]) + "\n")
     drawn = []
-    monkeypatch.setattr("pgl_ext.tools.study.report.plot_learning_curves", lambda *args: drawn.append(args))
-    results = read_results(study.cells({}))
-    draw_figures(study, results, comparison_rows(study, results))
+    monkeypatch.setattr("pgl_ext.tools.study.figures.plot_learning_curves", lambda *args: drawn.append(args))
+    results = results_of(study)
+    draw_figures(results)
     ((panels, colors, reference, path),) = drawn
     (axes,) = plot_learning_curves(panels, colors, reference, path).axes
     assert axes.get_title(loc="left") == "3 labelled cases"
@@ -415,16 +417,16 @@ def test_many_methods_have_colours_of_their_own():
 
 def test_dry_run_lists_and_estimates(study, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "pgl_ext.tools.study.run.check_cells", lambda *_: None
-    )  # made-up cells have made-up fingerprints
+        "pgl_ext.tools.study.run.checked_fingerprints", lambda _: {}
+    )  # made-up runs have made-up fingerprints
     finish(study.fine_tuning("A", 3, 0), seconds=120)
     text = run_study(tmp_path / "study.yaml", study.folder, jobs=1, dry_run=True)
     assert "  02:00  fine_tuning/A/3_cases/seed_0\n" in text
     assert "  to do  pretraining/B/seed_0\n" in text
-    assert "1 of 15 cells finished; time left with 1 at a time: not known" in text
+    assert "1 of 15 runs finished; time left with 1 at a time: not known" in text
     finish(study.pretraining("B", 0), seconds=600)
     text = run_study(tmp_path / "study.yaml", study.folder, jobs=2, dry_run=True)
     # 8 fine-tunings of 2 minutes and 5 pre-trainings of 10, two at a time.
-    assert "2 of 15 cells finished; time left with 2 at a time: 33:00" in text
+    assert "2 of 15 runs finished; time left with 2 at a time: 33:00" in text
     assert not (study.folder / "study.csv").exists()
-    assert json.loads((study.folder / "pretraining/B/seed_0/cell.json").read_text())["seconds"] == 600
+    assert json.loads((study.folder / "pretraining/B/seed_0/run.json").read_text())["seconds"] == 600

@@ -7,22 +7,22 @@ import pytest
 from made_studies import make_study, write_list, write_study
 from programs import CONFIGS, ROOT
 
-from pgl_ext.__main__ import main
+from pgl_ext.tools.cli import main
 from pgl_ext.tools.study.configs import flat, merged_config
-from pgl_ext.tools.study.plan import read_study
+from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.study_file import read_study_file
 
 
-def config_of(cell, section="training"):
-    (layers,) = (stage.layers for stage in cell.stages if stage.section == section)
-    return merged_config(layers)
+def config_of(run, section="training"):
+    (command,) = (command for command in run.commands if command.section == section)
+    return command.config()
 
 
-# --- cells ----------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_cells_in_their_order(tmp_path):
-    assert [cell.name for cell in make_study(tmp_path).cells({})] == [
+def test_runs_in_their_order(tmp_path):
+    assert [run.name for run in make_study(tmp_path).runs({})] == [
         "fine_tuning/random/3_cases/seed_0",
         "fine_tuning/random/5_cases/seed_0",
         "pretraining/PGL/seed_0",
@@ -39,7 +39,7 @@ def test_cells_in_their_order(tmp_path):
 def test_methods_differ_by_the_encoder_alone(tmp_path):
     study = make_study(tmp_path)
     random, pgl = (study.fine_tuning(method, 3, 1) for method in ("random", "PGL"))
-    first, second = (dict(flat(config_of(cell).config)) for cell in (random, pgl))
+    first, second = (flat(config_of(run).get()) for run in (random, pgl))
     assert {name for name in first if first[name] != second[name]} == {"output_dir", "pretrained_encoder"}
     assert first["pretrained_encoder"] is None
     assert second["pretrained_encoder"] == str(tmp_path / "runs/pretraining/PGL/seed_1/models/pgl_encoder.pt")
@@ -101,32 +101,32 @@ def test_another_preprocessing_has_another_cache(tmp_path):
 def test_an_encoder_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = make_study(tmp_path, methods={"random": {"encoder": None}, "theirs": {"encoder": "resnet_50.pth"}})
-    cell = study.fine_tuning("theirs", 3, 0)
-    assert cell.pretraining is None
-    assert config_of(cell)["pretrained_encoder"] == str(tmp_path / "resnet_50.pth")
+    run = study.fine_tuning("theirs", 3, 0)
+    assert run.pretraining is None
+    assert config_of(run)["pretrained_encoder"] == str(tmp_path / "resnet_50.pth")
 
 
 def test_a_decoder_that_was_pretrained_too(tmp_path):
     methods = {"random": {"encoder": None}, "both": {"configs": ["methods/models_genesis.yaml"], "decoder": True}}
-    cell = make_study(tmp_path, methods=methods).fine_tuning("both", 3, 1)
-    assert config_of(cell)["pretrained_decoder"] == str(cell.pretraining.folder / "models" / "pgl_decoder.pt")
+    run = make_study(tmp_path, methods=methods).fine_tuning("both", 3, 1)
+    assert config_of(run)["pretrained_decoder"] == str(run.pretraining.folder / "models" / "pgl_decoder.pt")
 
 
 # --- test cases -----------------------------------------------------------------------------------------------------
 
 
-def test_held_out_cases_are_the_same_in_all_cells(tmp_path):
+def test_held_out_cases_are_the_same_in_all_runs(tmp_path):
     study = make_study(tmp_path, test={"cases": 4})
     (path,) = (tmp_path / "runs").glob("split_*.json")
     split = json.loads(path.read_text())
     assert (len(split["training"]), len(split["test"])) == (6, 4)
     images = [Path(case["image"]).name for part in split.values() for case in part]
     assert len(set(images)) == 10
-    for cell in (study.fine_tuning(method, 3, seed) for method in ("random", "PGL") for seed in (0, 1)):
-        assert config_of(cell)["data_list_file_path"] == str(path)
-        assert config_of(cell)["dataset_dir"] == str(tmp_path / "data")
-        assert (config_of(cell)["data_list_key"], config_of(cell)["test_cases"]) == ("training", 0)
-        assert config_of(cell, "evaluating")["data_list_key"] == "test"
+    for run in (study.fine_tuning(method, 3, seed) for method in ("random", "PGL") for seed in (0, 1)):
+        assert config_of(run)["data_list_file_path"] == str(path)
+        assert config_of(run)["dataset_dir"] == str(tmp_path / "data")
+        assert (config_of(run)["data_list_key"], config_of(run)["test_cases"]) == ("training", 0)
+        assert config_of(run, "evaluating")["data_list_key"] == "test"
 
 
 def test_a_look_at_another_study_leaves_the_held_out_cases_alone(tmp_path):
@@ -147,9 +147,9 @@ def test_annotated_key_of_the_test_list_may_be_another(tmp_path):
     other = tmp_path / "data" / "test.json"
     other.write_text(json.dumps(list_))
     overrides = {"test#settings#data_list_file_path": str(other), "test#settings#annotated_key": "contoured"}
-    cell = read_study(tmp_path / "study.yaml", tmp_path / "runs", overrides=overrides).fine_tuning("PGL", 3, 0)
-    assert config_of(cell)["annotated_key"] is None
-    assert config_of(cell, "evaluating")["annotated_key"] == "contoured"
+    run = Study(tmp_path / "study.yaml", tmp_path / "runs", overrides=overrides).fine_tuning("PGL", 3, 0)
+    assert config_of(run)["annotated_key"] is None
+    assert config_of(run, "evaluating")["annotated_key"] == "contoured"
 
 
 def test_scans_prepared_differently_are_told(tmp_path):
@@ -215,18 +215,18 @@ def test_learning_rates_to_choose_among(tmp_path):
     (tmp_path / "own.yaml").write_text("lr: 0.9\n")
     study = make_study(tmp_path, {"pretraining#learning_rates": [1.0, 0.3]}, methods=methods)
     selection = study.selection()
-    assert {method: list(cells) for method, cells in selection.items()} == {"PGL": [0.3, 1.0], "BYOL": [0.1]}
-    assert [cell.name for cell in selection["PGL"].values()] == [
+    assert {method: list(runs) for method, runs in selection.items()} == {"PGL": [0.3, 1.0], "BYOL": [0.1]}
+    assert [run.name for run in selection["PGL"].values()] == [
         f"fine_tuning/PGL_lr_{rate}/5_cases/seed_0" for rate in ("0.3", "1")
     ]
     assert config_of(selection["PGL"][0.3].pretraining)["lr"] == 0.3
     assert config_of(study.pretraining("fixed", 0))["lr"] == 0.7
     assert config_of(study.pretraining("file", 0))["lr"] == 0.9
-    assert not any("PGL" in cell.name for cell in study.cells({}))
+    assert not any("PGL" in run.name for run in study.runs({}))
     with pytest.raises(ValueError, match="'fixed' sets its learning rate itself: remove it, or its learning_rates"):
         make_study(tmp_path, methods={**methods, "fixed": {"settings": {"lr": 0.7}, "learning_rates": [1.0]}})
     # What the choice was made by is part of the study.
-    assert selection["PGL"][0.3].name in [cell.name for cell in study.cells({"PGL": 0.3})]
+    assert selection["PGL"][0.3].name in [run.name for run in study.runs({"PGL": 0.3})]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -338,18 +338,18 @@ def test_files_that_come_with_the_project(path, tmp_path):
         for name, value in (("data_list_file_path", data), ("dataset_dir", None))
         if part != "test" or test["cases"] is None
     }
-    study = read_study(path, tmp_path / "runs", overrides=overrides)
+    study = Study(path, tmp_path / "runs", overrides=overrides)
     selection = study.selection()
-    cells = study.cells({method: next(iter(cells)) for method, cells in selection.items()})
+    runs = study.runs({method: next(iter(runs)) for method, runs in selection.items()})
     trained = [name for name in study.methods if name != "random"]
     fine_tunings = len(study.methods) * len(study.labels) * len(study.seeds)
-    assert len(cells) == fine_tunings + len(trained) * len(study.seeds)
+    assert len(runs) == fine_tunings + len(trained) * len(study.seeds)
     for name in trained:
         # It is refused here where views cannot overlap as the method asks.
         config_of(study.pretraining(name, 0)).get_parsed_content("train#preprocessing#transforms#0")
-    for cell in cells:
-        for stage in cell.stages:
-            assert stage.section in merged_config(stage.layers)
+    for run in runs:
+        for command in run.commands:
+            assert command.section in command.config()
 
 
 def test_command_line(tmp_path, monkeypatch):
@@ -373,6 +373,6 @@ def test_paths_start_from_the_working_directory(tmp_path, monkeypatch):
     path = write_study(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "data")
-    study = read_study(path, "out", overrides={"pretraining#settings#data_list_file_path": ["dataset.json"]})
+    study = Study(path, "out", overrides={"pretraining#settings#data_list_file_path": ["dataset.json"]})
     assert study.folder == tmp_path / "data" / "out"
     assert config_of(study.pretraining("PGL", 0))["data_list_file_path"] == [str(tmp_path / "data" / "dataset.json")]

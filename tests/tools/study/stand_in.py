@@ -1,6 +1,6 @@
 """Stands in for a bundle's command in tests: trains, resumes, evaluates and fails in milliseconds.
 
-    python stand_in.py SECTION CELL_FOLDER SEED RESUME
+    python stand_in.py SECTION RUN_FOLDER SEED RESUME
 
 What it "trains" is a number that every step changes, so that a step that is lost or done twice shows in the scores.
 """
@@ -43,8 +43,10 @@ def train(folder: Path, seed: int, resume: bool) -> None:
         if stop:
             sys.exit(143)
     write(folder / "models" / "pgl_encoder.pt", str(value))
-    write(folder / "models" / "pgl_encoder.json", json.dumps({"steps": step, "pairs": 16 * step}))
-    write(folder / "models" / "model.json", json.dumps({"val_mean_dice": value}))
+    encoder = {"architecture": {"family": "resnet", "arguments": {}}, "input": {}, "steps": step, "pairs": 16 * step}
+    write(folder / "models" / "pgl_encoder.json", json.dumps(encoder))
+    model = {"task": {}, "network": encoder["architecture"], "input": {}, "val_mean_dice": value}
+    write(folder / "models" / "model.json", json.dumps(model))
 
 
 def evaluate(folder: Path) -> None:

@@ -12,28 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_studies import FINGERPRINT, finish, make_study, write_study
+from made_studies import FINGERPRINT, copy_package, finish, make_study, write_study
 from programs import SEGMENTATION_CONFIGS, TINY, TINY_SEGMENTATION, run
 
 from pgl_ext.tools.phantom import write_dataset
-from pgl_ext.tools.study.cells import Cell, bundle_command
 from pgl_ext.tools.study.run import run_study
 from pgl_ext.tools.study.runner import Runner, default_jobs, time_left
+from pgl_ext.tools.study.runs import Run, bundle_command
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
-def stand_in(cell, stage) -> list[str]:
-    resume = any((cell.folder / "checkpoints").glob("*.pt"))
-    return [sys.executable, "-I", "-S", str(STAND_IN), stage.section, str(cell.folder), str(cell.seed), str(resume)]
+def stand_in(run, command) -> list[str]:
+    resume = any((run.folder / "checkpoints").glob("*.pt"))
+    return [sys.executable, "-I", "-S", str(STAND_IN), command.section, str(run.folder), str(run.seed), str(resume)]
 
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Cells of milliseconds, and nothing that other tests are about."""
+    """Runs of milliseconds, and nothing that other tests are about."""
     monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", stand_in)
-    for module in ("run", "runner"):
-        monkeypatch.setattr(f"pgl_ext.tools.study.{module}.code_digests", dict)
+    monkeypatch.setattr("pgl_ext.tools.study.fingerprint.code_digests", lambda _: {})
     monkeypatch.setattr("pgl_ext.tools.study.run.draw_figures", lambda *_: None)  # the page takes no time, pictures do
 
 
@@ -86,7 +85,7 @@ def test_everything_is_run_once(fast, path, tmp_path, capsys):
     text = run_study(path, tmp_path / "out", jobs=2)
     assert "3 labelled cases, average Dice:" in text
     said = capsys.readouterr().out
-    # Each pre-training ends before its fine-tuning begins, and each cell says what it reached.
+    # Each pre-training ends before its fine-tuning begins, and each run says what it reached.
     for seed in (0, 1):
         trained = said.index(f"PGL, pre-training, seed {seed}: 00:")
         assert trained < said.index(f"PGL, 3 labelled cases, seed {seed}: log in")
@@ -105,7 +104,7 @@ def test_more_seeds_later(fast, path, tmp_path, capsys):
     capsys.readouterr()
     run_study(path, tmp_path / "out", overrides={"seeds": [0, 1]})
     assert "seed 0" not in capsys.readouterr().out
-    assert len(list(tmp_path.rglob("cell.json"))) == 6
+    assert len(list(tmp_path.rglob("run.json"))) == 6
 
 
 def test_learning_rates_are_chosen_on_the_way(fast, path, tmp_path):
@@ -113,7 +112,7 @@ def test_learning_rates_are_chosen_on_the_way(fast, path, tmp_path):
     rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
     assert rows[0] == "method,lr,val_mean_dice,chosen"
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]  # equal Dice: the smaller rate
-    names = sorted(cell.parent.relative_to(tmp_path / "out").as_posix() for cell in tmp_path.rglob("cell.json"))
+    names = sorted(run.parent.relative_to(tmp_path / "out").as_posix() for run in tmp_path.rglob("run.json"))
     assert names == [
         *(f"fine_tuning/{name}" for name in ("PGL_lr_0.3/3_cases/seed_0", "PGL_lr_0.3/3_cases/seed_1")),
         *("fine_tuning/PGL_lr_1/3_cases/seed_0", "fine_tuning/random/3_cases/seed_0"),
@@ -126,24 +125,24 @@ def test_a_learning_rate_that_fails_is_not_chosen(fast, path, tmp_path):
     bad = tmp_path / "out" / "pretraining" / "PGL_lr_0.3" / "seed_0"
     bad.mkdir(parents=True)
     (bad / "fail").touch()
-    with pytest.raises(ChildProcessError, match="2 of 8 cells failed"):
+    with pytest.raises(ChildProcessError, match="2 of 8 runs failed"):
         run_study(path, tmp_path / "out", overrides={"pretraining#learning_rates": [0.3, 1.0]})
     rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
     assert [row.partition(",")[2].split(",")[0] for row in rows[1:]] == ["1", "0.3"]
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]
     assert rows[2].split(",")[2] == "failed"
     assert "<td>failed</td>" in (tmp_path / "out" / "report.html").read_text()
-    assert (tmp_path / "out" / "fine_tuning" / "PGL_lr_1" / "3_cases" / "seed_1" / "cell.json").is_file()
+    assert (tmp_path / "out" / "fine_tuning" / "PGL_lr_1" / "3_cases" / "seed_1" / "run.json").is_file()
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_cell_does_not_stop_the_others(fast, path, tmp_path):
+def test_a_failed_run_does_not_stop_the_others(fast, path, tmp_path):
     bad = tmp_path / "out" / "pretraining" / "PGL" / "seed_0"
     bad.mkdir(parents=True)
     (bad / "fail").touch()
-    with pytest.raises(ChildProcessError, match="2 of 6 cells failed") as caught:
+    with pytest.raises(ChildProcessError, match="2 of 6 runs failed") as caught:
         run_study(path, tmp_path / "out")
     message = str(caught.value)
     assert "pretraining/PGL/seed_0: training ended with status 1: error: the disk is on fire" in message
@@ -220,7 +219,7 @@ def test_two_studies_share_the_work(fast, path, tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert not list(tmp_path.rglob("overlap"))
-    # Each cell was trained once.
+    # Each run was trained once.
     assert {log.read_text().count("stand_in.py training") for log in tmp_path.rglob("log.txt")} == {1}
 
 
@@ -239,7 +238,7 @@ def test_sigterm_ends_what_is_running_after_a_checkpoint(fast, path, tmp_path):
 def test_a_stopped_study_tells_what_is_finished(fast, path, tmp_path):
     out = tmp_path / "out"
     process = in_background(path, out, jobs=1)
-    wait_for(lambda: list(out.glob("fine_tuning/*/*/*/cell.json")))
+    wait_for(lambda: list(out.glob("fine_tuning/*/*/*/run.json")))
     process.terminate()
     process.join(60)
     assert process.exitcode == 143
@@ -249,10 +248,10 @@ def test_a_stopped_study_tells_what_is_finished(fast, path, tmp_path):
 # --- versions -------------------------------------------------------------------------------------------------------
 
 
-def test_cells_of_other_settings_are_refused(fast, path, tmp_path, capsys):
+def test_runs_of_other_settings_are_refused(fast, path, tmp_path, capsys):
     run_study(path, tmp_path / "out", overrides={"seeds": [0]})
     capsys.readouterr()
-    with pytest.raises(ValueError, match="cells were started with other code or settings") as caught:
+    with pytest.raises(ValueError, match="runs were started with other code or settings") as caught:
         run_study(path, tmp_path / "out", overrides={"fine_tuning#settings#max_epochs": 7})
     assert "    training max_epochs: 20 -> 7" in str(caught.value)
     assert "pretraining" not in str(caught.value).split("\nResults")[0]
@@ -260,46 +259,43 @@ def test_cells_of_other_settings_are_refused(fast, path, tmp_path, capsys):
 
 
 def test_a_change_while_the_study_runs_is_noticed(fast, path, tmp_path, monkeypatch):
-    for module, digest in (("run", "old"), ("runner", "changed")):
-        monkeypatch.setattr(f"pgl_ext.tools.study.{module}.code_digests", lambda digest=digest: {"losses.py": digest})
-    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of losses.py'\]"):
+    looks = iter(["old"] * 6)  # of the study at its six runs, before any is started
+    monkeypatch.setattr(
+        "pgl_ext.tools.study.fingerprint.code_digests", lambda _: {"pgl_ext.losses": next(looks, "changed")}
+    )
+    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of pgl_ext.losses'\]"):
         run_study(path, tmp_path / "out")
     assert not list(tmp_path.rglob("started.json"))
 
 
-def test_a_change_while_a_cell_runs_is_noticed(fast, path, tmp_path, monkeypatch):
-    looks = []
-
-    def changed_after_a_training() -> dict[str, str]:
-        looks.append(None)
-        return {"metrics.py": "old" if len(looks) == 1 else "changed"}
-
-    monkeypatch.setattr("pgl_ext.tools.study.run.code_digests", lambda: {"metrics.py": "old"})
-    monkeypatch.setattr("pgl_ext.tools.study.runner.code_digests", changed_after_a_training)
+def test_a_change_while_a_run_goes_on_is_noticed(path, tmp_path, monkeypatch):
+    """The command itself changes a module on disk: training goes on with what it has read, evaluation would not."""
+    module = copy_package(tmp_path, monkeypatch) / "engines.py"
+    change = f"open({str(module)!r}, 'a').write('CHANGED = True\\n')"
+    monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", lambda *_: [sys.executable, "-c", change])
     overrides = {"methods": {"random": {"encoder": None}}, "seeds": [0]}
-    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of metrics.py'\]"):
+    with pytest.raises(ChildProcessError, match=r"there was a change: \['code of pgl_ext.engines'\]"):
         run_study(path, tmp_path / "out", overrides=overrides)
     (log,) = tmp_path.rglob("log.txt")
-    assert "training" in log.read_text()
-    assert "evaluating" not in log.read_text()
+    assert log.read_text().count("CHANGED") == 1  # there was no second command
 
 
 # --- commands, machines and cost ------------------------------------------------------------------------------------
 
 
 def test_the_command_is_the_bundle_s(tmp_path):
-    cell = make_study(tmp_path).fine_tuning("PGL", 3, 0)
-    cell.folder.mkdir(parents=True)
-    cell.start(FINGERPRINT, 1)
-    command = bundle_command(cell, cell.stages[0])
+    run = make_study(tmp_path).fine_tuning("PGL", 3, 0)
+    run.folder.mkdir(parents=True)
+    run.start(FINGERPRINT, 1)
+    command = bundle_command(run, run.commands[0])
     assert command[:6] == [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file"]
     files = [str(SEGMENTATION_CONFIGS / name) for name in ("train.json", "tasks/phantom.yaml", "small.yaml")]
-    assert command[6:] == [str([*files, str(cell.folder / "training_3.json")])]
-    assert json.loads((cell.folder / "training_3.json").read_text())["labelled_cases"] == 3
-    (cell.folder / "checkpoints").mkdir()
-    (cell.folder / "checkpoints" / "checkpoint_00000003.pt").touch()
-    assert bundle_command(cell, cell.stages[0])[7:] == ["--resume", "true"]
-    evaluating = bundle_command(cell, cell.stages[1])
+    assert command[6:] == [str([*files, str(run.folder / "training_3.json")])]
+    assert json.loads((run.folder / "training_3.json").read_text())["labelled_cases"] == 3
+    (run.folder / "checkpoints").mkdir()
+    (run.folder / "checkpoints" / "checkpoint_00000003.pt").touch()
+    assert bundle_command(run, run.commands[0])[7:] == ["--resume", "true"]
+    evaluating = bundle_command(run, run.commands[1])
     assert evaluating[4:] == ["evaluating", "--config_file", evaluating[6]]
     assert evaluating[6].startswith(f"['{SEGMENTATION_CONFIGS / 'evaluate.json'}'")
 
@@ -333,52 +329,53 @@ def test_no_jobs():
         Runner([], {}, 0)
 
 
-def test_cost_counts_all_times_that_a_cell_was_run(tmp_path):
-    cell = make_study(tmp_path).pretraining("PGL", 0)
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "models").mkdir()
-    (cell.folder / "models" / "pgl_encoder.json").write_text(json.dumps({"steps": 5, "pairs": 80}))
+def test_cost_counts_all_times_that_a_run_was_attempted(tmp_path):
+    run = make_study(tmp_path).pretraining("PGL", 0)
+    run.folder.mkdir(parents=True)
+    (run.folder / "models").mkdir()
+    encoder = {"architecture": {"family": "resnet", "arguments": {}}, "input": {}, "steps": 5, "pairs": 80}
+    (run.folder / "models" / "pgl_encoder.json").write_text(json.dumps(encoder))
     # Killed after 30 s, and then run for 90 s; the log's last line is the last sign of either.
     for start, end, cores in ((1000.0, 1030.0, 1), (2000.0, 2090.0, 5)):
-        cell.start(FINGERPRINT, cores)
-        started = json.loads((cell.folder / "started.json").read_text())
-        started["runs"][-1][0] = start
-        (cell.folder / "started.json").write_text(json.dumps(started))
-        cell.log.touch()
-        os.utime(cell.log, (end, end))
-    cell.finish("CPU-core-hours")
-    assert cell.result() == {"steps": 5, "pairs": 80, "seconds": 120, "cost": 0.1333, "unit": "CPU-core-hours"}
+        run.start(FINGERPRINT, cores)
+        started = json.loads((run.folder / "started.json").read_text())
+        started["attempts"][-1][0] = start
+        (run.folder / "started.json").write_text(json.dumps(started))
+        run.log.touch()
+        os.utime(run.log, (end, end))
+    run.finish("CPU-core-hours")
+    assert run.result() == {"steps": 5, "pairs": 80, "seconds": 120, "cost": 0.1333, "unit": "CPU-core-hours"}
 
 
 @pytest.mark.parametrize(("gpus", "jobs", "share"), [(1, 1, 1), (2, 2, 1), (4, 2, 1), (1, 2, 0.5), (2, 3, 2 / 3)])
 def test_cost_is_shared_where_a_gpu_is(fast, path, tmp_path, monkeypatch, gpus, jobs, share):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    noted = Cell._runs
-    monkeypatch.setattr(Cell, "_runs", lambda cell: [[0.0, 7200.0, cores] for *_, cores in noted(cell)])
+    noted = Run._attempts
+    monkeypatch.setattr(Run, "_attempts", lambda run: [[0.0, 7200.0, cores] for *_, cores in noted(run)])
     run_study(path, tmp_path / "out", jobs=jobs, overrides={"seeds": [0]})
-    results = [json.loads(file.read_text()) for file in tmp_path.rglob("cell.json")]
+    results = [json.loads(file.read_text()) for file in tmp_path.rglob("run.json")]
     assert [(result["cost"], result["unit"]) for result in results] == [(round(2 * share, 4), "GPU-hours")] * 3
 
 
-def test_time_left_is_that_of_like_cells(tmp_path):
-    cells = make_study(tmp_path).cells({})
-    assert time_left(cells, 1) == ""
-    fine_tuning, pretraining = (next(cell for cell in cells if cell.is_pretraining is kind) for kind in (False, True))
+def test_time_left_is_that_of_like_runs(tmp_path):
+    runs = make_study(tmp_path).runs({})
+    assert time_left(runs, 1) == ""
+    fine_tuning, pretraining = (next(run for run in runs if run.is_pretraining is kind) for kind in (False, True))
     finish(fine_tuning, seconds=60)
-    assert time_left(cells, 1) == ""  # nothing is known of pre-training
+    assert time_left(runs, 1) == ""  # nothing is known of pre-training
     finish(pretraining, seconds=600)
-    assert time_left(cells, 1) == "17:00"  # 7 of one minute and 1 of ten
-    assert time_left(cells, 8) == "10:00"  # the longest is not shared
+    assert time_left(runs, 1) == "17:00"  # 7 of one minute and 1 of ten
+    assert time_left(runs, 8) == "10:00"  # the longest is not shared
 
 
 def test_time_left_knows_the_method(tmp_path):
     methods = {"random": {"encoder": None}, "quick": {}, "slow": {}}
-    cells = make_study(tmp_path, methods=methods, labelled_cases=[3]).cells({})
-    for cell in cells:
-        if not cell.is_pretraining or cell.seed == 0:
-            finish(cell, seconds={"quick": 60, "slow": 600}.get(cell.method, 1))
-    assert time_left([cell for cell in cells if cell.method != "slow"], 1) == "01:00"
-    assert time_left(cells, 1) == "11:00"
+    runs = make_study(tmp_path, methods=methods, labelled_cases=[3]).runs({})
+    for one in runs:
+        if not one.is_pretraining or one.seed == 0:
+            finish(one, seconds={"quick": 60, "slow": 600}.get(one.method, 1))
+    assert time_left([run for run in runs if run.method != "slow"], 1) == "01:00"
+    assert time_left(runs, 1) == "11:00"
 
 
 # --- real bundles ---------------------------------------------------------------------------------------------------
@@ -413,7 +410,7 @@ def test_real_study_killed_at_random_moments(tmp_path, monkeypatch):
     straight = run(["-m", "pgl_ext", "study", str(path), "--out", "straight"], cwd=tmp_path, timeout=900)
     assert straight.returncode == 0, straight.stdout[-3000:]
     out, draw = tmp_path / "killed", random.Random(1)
-    signs = ("pretraining/**/started.json", "pretraining/**/checkpoint_*.pt", "pretraining/**/cell.json")
+    signs = ("pretraining/**/started.json", "pretraining/**/checkpoint_*.pt", "pretraining/**/run.json")
     for number, sign in enumerate((*signs, "fine_tuning/**/checkpoint_*.pt", "fine_tuning/**/predictions")):
         process = in_background(path, out, jobs=1)
         wait_for(lambda sign=sign: list(out.glob(sign)), 300)

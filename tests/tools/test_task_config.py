@@ -11,8 +11,16 @@ from programs import SEGMENTATION_CONFIGS
 
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.task import SegmentationTask
-from pgl_ext.tools.task_config import task_config, write_start_model
-from pgl_ext.weights import build_network, load_model, recorded_model, save_encoder, save_weights
+from pgl_ext.tools.task_config import task_config, write_initial_model
+from pgl_ext.weights import (
+    EncoderRecord,
+    InputRecord,
+    ModelRecord,
+    build_network,
+    load_model,
+    save_encoder,
+    save_weights,
+)
 
 OVERLAYS = ("tasks/openkbp.yaml", "small.yaml")
 
@@ -21,7 +29,8 @@ OVERLAYS = ("tasks/openkbp.yaml", "small.yaml")
 def encoder(tmp_path, make_encoder):
     """A file of an encoder that neither train.json nor an overlay has."""
     encoder = make_encoder(seed=3)
-    save_encoder(encoder, tmp_path / "encoder.pt", {"architecture": encoder.architecture})
+    record = EncoderRecord(architecture=encoder.architecture, input=InputRecord())
+    save_encoder(encoder, tmp_path / "encoder.pt", record)
     return tmp_path / "encoder.pt"
 
 
@@ -29,14 +38,12 @@ def encoder(tmp_path, make_encoder):
 def model(tmp_path, make_encoder):
     """A file of a model of two organs, on such an encoder."""
     network = SegmentationNet(1, 3, make_encoder(), aspp_channels=16, decoder_channels=(16, 8, 8))
-    description = {
-        "task": SegmentationTask({"liver": [1, 3], "spleen": 2}).description(),
-        "network": network.architecture,
-        "normalization": {"clip_hu": [-100, 300]},
-        "spacing": [2, 2, 3],
-        "patch_size": [32, 32, 16],
-    }
-    save_weights(network.state_dict(), tmp_path / "model.pt", description)
+    record = ModelRecord(
+        task=SegmentationTask({"liver": [1, 3], "spleen": 2}).description(),
+        network=network.architecture,
+        input=InputRecord(hu_window=[-100, 300], spacing=[2, 2, 3], patch_size=[32, 32, 16]),
+    )
+    save_weights(network.state_dict(), tmp_path / "model.pt", record)
     return tmp_path / "model.pt"
 
 
@@ -71,8 +78,8 @@ def test_weights_fit_the_network(encoder, model):
 
 def test_a_models_task_comes_first(model):
     config = task_config(SEGMENTATION_CONFIGS, OVERLAYS, model)
-    recorded = recorded_model(model)
-    assert {name: config[name] for name in recorded["task"]} == recorded["task"]
+    task = ModelRecord.load(model).task
+    assert {name: config[name] for name in task} == task
     assert [config[name] for name in ("hu_window", "spacing", "patch_size")] == [[-100, 300], [2, 2, 3], [32, 32, 16]]
     assert config["lr"] == 0.2  # of which a model says nothing
 
@@ -84,9 +91,9 @@ class TestRefused:
 
     def test_weights_of_two_layouts(self, encoder, model):
         path = encoder.with_suffix(".json")
-        description = json.loads(path.read_text())
-        description["architecture"]["widen_factor"] = 0.25
-        path.write_text(json.dumps(description))
+        record = json.loads(path.read_text())
+        record["architecture"]["arguments"]["widen_factor"] = 0.25
+        path.write_text(json.dumps(record))
         with pytest.raises(ValueError, match=r"encoder\.pt does not fit .*model\.pt"):
             task_config(SEGMENTATION_CONFIGS, (), model, encoder)
 
@@ -96,25 +103,25 @@ class TestRefused:
             task_config(SEGMENTATION_CONFIGS, (), encoder=encoder)
 
 
-class TestStartModel:
+class TestInitialModel:
     def test_is_a_model_file_with_the_encoders_weights(self, encoder, tmp_path):
         config = task_config(SEGMENTATION_CONFIGS, OVERLAYS, encoder=encoder)
-        write_start_model(config, tmp_path / "start.pt", encoder)
-        network = load_model(build_network(tmp_path / "start.pt"), tmp_path / "start.pt")
+        write_initial_model(config, tmp_path / "initial.pt", encoder)
+        network = load_model(build_network(tmp_path / "initial.pt"), tmp_path / "initial.pt")
         for key, value in torch.load(encoder, weights_only=True).items():
             assert torch.equal(network.state_dict()[key], value), key
-        recorded = recorded_model(tmp_path / "start.pt")
-        assert list(recorded["task"]["organs"]) == list(config["organs"])
-        assert (recorded["hu_window"], recorded["spacing"]) == (config["hu_window"], config["spacing"])
-        assert recorded["patch_size"] == [48, 48, 32]
+        record = ModelRecord.load(tmp_path / "initial.pt")
+        assert list(record.task["organs"]) == list(config["organs"])
+        assert record.input == InputRecord(config["hu_window"], config["spacing"], [48, 48, 32])
+        assert (record.steps, record.pretrained_encoder) == (0, "encoder.pt")
 
     def test_is_the_same_each_time_and_draws_nothing(self, tmp_path):
         config = task_config(SEGMENTATION_CONFIGS, OVERLAYS)
         before = torch.get_rng_state()
         for name in ("a.pt", "b.pt"):
-            write_start_model(config, tmp_path / name)
+            write_initial_model(config, tmp_path / name)
             torch.rand(1)
         torch.set_rng_state(before)
-        write_start_model(config, tmp_path / "c.pt")
+        write_initial_model(config, tmp_path / "c.pt")
         assert torch.equal(torch.get_rng_state(), before)
         assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()

@@ -5,37 +5,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-from made_studies import make_study, write_study
+from made_studies import copy_package, make_study, write_study
 from programs import ROOT
 
-import pgl_ext
-from pgl_ext.tools.study.fingerprint import _sizes_digest, check_cells, differences, fingerprint
-from pgl_ext.code_digest import code_digests
-from pgl_ext.tools.study.plan import read_study
+from pgl_ext.tools.study.fingerprint import _sizes_digest, checked_fingerprints, differences, fingerprint
+from pgl_ext.tools.study.plan import Study
 
-MODULE = '''
-"""About the module."""
-
-def area(side):
-    """Of a square."""
-    return side * side
-'''
-
-
-@pytest.fixture
-def package(tmp_path) -> Path:
-    for name in ("losses.py", "methods/pgl.py", "figures/curves.py", "study/plan.py", "report.py", "__main__.py"):
-        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "package" / name).write_text(MODULE)
-    return tmp_path / "package"
+BY_PGL_AND_BYOL = ("fine_tuning/PGL/3_cases", "pretraining/PGL", "fine_tuning/BYOL/3_cases", "pretraining/BYOL")
 
 
 def prints_of(study) -> dict[str, dict]:
-    return {cell.name: fingerprint(cell, {}) for cell in study.cells({})}
+    return {run.name: fingerprint(run) for run in study.runs({})}
 
 
 def changes(before, after) -> dict[str, list[str]]:
-    """What differs, of the cells of which something does."""
+    """What differs, of the runs of which something does."""
     found = {name: differences(before[name], after[name]) for name in before}
     return {name: texts for name, texts in found.items() if texts}
 
@@ -43,40 +27,69 @@ def changes(before, after) -> dict[str, list[str]]:
 # --- code -----------------------------------------------------------------------------------------------------------
 
 
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def test_code_is_that_of_what_the_configs_name_and_of_what_it_imports(tmp_path):
+    prints = prints_of(make_study(tmp_path, labelled_cases=[3], seeds=[0]))
+    pretraining, fine_tuning, random = (
+        set(prints[f"{name}/seed_0"]["code"])
+        for name in ("pretraining/PGL", "fine_tuning/PGL/3_cases", "fine_tuning/random/3_cases")
+    )
+    assert {"pgl_ext.methods.pgl", "pgl_ext.methods.base", "pgl_ext.losses", "pgl_ext.geometry"} <= pretraining
+    assert "pgl_ext.methods.byol" not in pretraining
+    assert {"pgl_ext.task", "pgl_ext.segmentation.losses", "pgl_ext.evaluation.metrics"} <= random
+    assert not any(name.startswith("pgl_ext.methods") for name in random)
+    # What an encoder was made by counts where training starts from it.
+    assert fine_tuning == pretraining | random
+    assert not any(name.startswith("pgl_ext.tools") for name in fine_tuning)
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "same"),
+    ("file", "outdated"),
     [
-        ("side * side", "side * side  # not a cube", True),
-        ('"""Of a square."""', '"""The area of a square."""', True),
-        ('"""About the module."""', "", True),
-        ("return side * side", "return (\n        side * side\n    )", True),
-        ("side * side", "side * side * 1.0", False),
-        ("def area(side)", "def area(side=1)", False),
-        ("side", "edge", False),
+        ("methods/byol.py", ["fine_tuning/BYOL/3_cases/seed_0", "pretraining/BYOL/seed_0"]),
+        ("methods/pgl.py", ["fine_tuning/PGL/3_cases/seed_0", "pretraining/PGL/seed_0"]),
+        ("methods/online_target.py", [f"{kind}/seed_0" for kind in BY_PGL_AND_BYOL]),
+        ("methods/hssl.py", []),
+        ("methods/__init__.py", []),
+        ("tools/study/results.py", []),
+        ("tools/report.py", []),
+        ("figures/curves.py", []),
+        ("figures/overlays.py", []),
+        ("evaluation/figures.py", []),
     ],
 )
-def test_code_counts_and_words_do_not(package, old, new, same):
-    before = code_digests(package)
-    (package / "losses.py").write_text(MODULE.replace(old, new))
-    after = code_digests(package)
-    assert (after == before) is same
-    assert after["methods/pgl.py"] == before["methods/pgl.py"]
+def test_changed_code_outdates_the_runs_that_use_it(tmp_path, monkeypatch, file, outdated):
+    package = copy_package(tmp_path, monkeypatch)
+    methods = {"random": {"encoder": None}, "PGL": {}, "BYOL": {"configs": ["methods/byol.yaml"]}}
+    study = make_study(tmp_path, methods=methods, labelled_cases=[3], seeds=[0])
+    before = prints_of(study)
+    append(package / file, "# A remark.\n")
+    assert changes(before, prints_of(study)) == {}
+    append(package / file, "ADDED = True\n")
+    module = f"pgl_ext.{file.removesuffix('.py').replace('/', '.')}"
+    assert changes(before, prints_of(study)) == {name: [f"code of {module}"] for name in outdated}
 
 
-def test_what_only_draws_or_reports_does_not_count(package):
-    assert set(code_digests(package)) == {"losses.py", "methods/pgl.py"}
+def test_code_that_all_use_outdates_all(tmp_path, monkeypatch):
+    package = copy_package(tmp_path, monkeypatch)
+    study = make_study(tmp_path)
+    before = prints_of(study)
+    append(package / "engines.py", "ADDED = True\n")
+    assert changes(before, prints_of(study)) == {run.name: ["code of pgl_ext.engines"] for run in study.runs({})}
 
 
-def test_of_this_package():
-    digests = code_digests()
-    assert {"losses.py", "metrics.py", "methods/pgl.py", "data/cases.py", "evaluation.py"} <= set(digests)
-    folder = Path(pgl_ext.__file__).parent
-    others = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} - set(digests)
-    assert {name.split("/")[0] for name in others} == {
-        *("figures", "probes", "study", "__main__.py", "compare.py", "dicom_seg.py", "errors.py", "feature_maps.py"),
-        *("packaging.py", "point_similarity.py", "report.py", "segment.py", "summary.py", "task_config.py"),
-        "tracking.py",
-    }
+def test_code_that_a_method_s_overlay_names_counts(tmp_path, monkeypatch):
+    """Also within an expression."""
+    package = copy_package(tmp_path, monkeypatch)
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("healthy_std: '$pgl_ext.methods.HSSL.__name__ and 1.0'\n")
+    study = make_study(tmp_path, methods={"random": {"encoder": None}, "mine": {"configs": [str(overlay)]}})
+    before = prints_of(study)
+    append(package / "methods" / "hssl.py", "ADDED = True\n")
+    assert set(changes(before, prints_of(study))) == {run.name for run in study.runs({}) if run.method == "mine"}
 
 
 def test_versions_that_count(tmp_path):
@@ -142,20 +155,26 @@ def test_settings_that_change_a_result_are_named(tmp_path, name, value, expected
 
 def test_comments_of_a_config_do_not_count_and_values_do(tmp_path):
     shutil.copytree(ROOT / "bundles", tmp_path / "bundles")
-    path, config = write_study(tmp_path), tmp_path / "bundles" / "pgl_pretrain" / "configs" / "small.yaml"
-    prints = [prints_of(read_study(path, tmp_path / "runs", tmp_path / "bundles"))]
-    for old, new in (("# Many pairs", "# More pairs"), ("base_momentum: 0.98", "base_momentum: 0.97")):
+    path, configs = write_study(tmp_path), tmp_path / "bundles" / "pgl_pretrain" / "configs"
+    prints = [prints_of(Study(path, tmp_path / "runs", tmp_path / "bundles"))]
+    for file, old, new in (
+        ("small.yaml", "# Many pairs", "# More pairs"),
+        ("train.json", '"_desc_data": "', '"_desc_data": "pgl_ext.losses: '),
+        ("small.yaml", "base_momentum: 0.98", "base_momentum: 0.97"),
+    ):
+        config = configs / file
+        assert old in config.read_text()
         config.write_text(config.read_text().replace(old, new))
-        prints.append(prints_of(read_study(path, tmp_path / "runs", tmp_path / "bundles")))
-    assert prints[0] == prints[1]
+        prints.append(prints_of(Study(path, tmp_path / "runs", tmp_path / "bundles")))
+    assert prints[0] == prints[1] == prints[2]
     expected = ["training base_momentum: 0.98 -> 0.97"]
-    assert changes(prints[1], prints[2])["pretraining/PGL/seed_0"] == expected
+    assert changes(prints[2], prints[3])["pretraining/PGL/seed_0"] == expected
 
 
 def test_a_scan_that_comes_into_a_folder_counts_and_where_the_folder_lies_does_not(tmp_path):
     def prints(folder: Path) -> dict:
         settings = {"configs": ["train.json"], "settings": {"dataset_dir": str(folder)}}
-        return prints_of(read_study(write_study(tmp_path, pretraining=settings), tmp_path / "runs"))
+        return prints_of(Study(write_study(tmp_path, pretraining=settings), tmp_path / "runs"))
 
     folder = tmp_path / "scans"
     (folder / "sub").mkdir(parents=True)
@@ -169,11 +188,11 @@ def test_a_scan_that_comes_into_a_folder_counts_and_where_the_folder_lies_does_n
 
 def test_places_do_not_count_and_contents_do(tmp_path):
     path, data = write_study(tmp_path, test={"cases": 4}), tmp_path / "data" / "dataset.json"
-    before = prints_of(read_study(path, tmp_path / "runs"))
-    assert before == prints_of(read_study(path, tmp_path / "other" / "runs"))
+    before = prints_of(Study(path, tmp_path / "runs"))
+    assert before == prints_of(Study(path, tmp_path / "other" / "runs"))
     data.write_text(json.dumps(json.loads(data.read_text()) | {"name": "the same scans"}))
     # Which cases are labelled and tested is written to a list of its own, which is as it was.
-    assert changes(before, prints_of(read_study(path, tmp_path / "runs"))) == {
+    assert changes(before, prints_of(Study(path, tmp_path / "runs"))) == {
         f"pretraining/PGL/seed_{seed}": ["the data for training"] for seed in (0, 1)
     } | {
         f"fine_tuning/PGL/{cases}_cases/seed_{seed}": ["the encoder that it starts from"]
@@ -202,12 +221,12 @@ def test_data_may_lie_elsewhere(tmp_path):
 def test_scans_and_label_maps_that_are_replaced_count(tmp_path, file, expected):
     """The study's lists have cases 0 to 9 for training, 10 to 13 for testing."""
     path = write_study(tmp_path)
-    before = prints_of(read_study(path, tmp_path / "runs"))
+    before = prints_of(Study(path, tmp_path / "runs"))
     (tmp_path / "data" / file).write_bytes(b"corrected")
     _sizes_digest.cache_clear()  # as in another process
-    found = changes(before, prints_of(read_study(path, tmp_path / "runs")))
-    cells = ("pretraining/PGL/seed_0", "fine_tuning/random/3_cases/seed_0")
-    assert {name: found[name] for name in cells if name in found} == {
+    found = changes(before, prints_of(Study(path, tmp_path / "runs")))
+    runs = ("pretraining/PGL/seed_0", "fine_tuning/random/3_cases/seed_0")
+    assert {name: found[name] for name in runs if name in found} == {
         name: [f"the data for {command}" for command in commands] for name, commands in expected.items()
     }
 
@@ -223,18 +242,21 @@ def test_another_encoder_file_counts(tmp_path):
 # --- the check ------------------------------------------------------------------------------------------------------
 
 
-def test_cells_of_another_version_are_listed(tmp_path):
+def test_runs_of_another_version_are_listed(tmp_path, monkeypatch):
+    code = {"pgl_ext.losses": "old"}
+    monkeypatch.setattr("pgl_ext.tools.study.fingerprint.code_digests", lambda _: dict(code))
     study = make_study(tmp_path, labelled_cases=[3], seeds=[0])
-    cells = study.cells({})
-    prints = {cell.name: fingerprint(cell, {"losses.py": "new"}) for cell in cells}
-    check_cells(cells, prints)  # none was started
-    for cell in cells[:2]:
-        cell.folder.mkdir(parents=True)
-        cell.start({**prints[cell.name], "code": {"losses.py": "old"}}, 1)
-    with pytest.raises(ValueError, match="these cells were started with other code or settings") as caught:
-        check_cells(cells, prints)
+    runs = study.runs({})
+    prints = checked_fingerprints(runs)  # none was started
+    for run in runs[:2]:
+        run.folder.mkdir(parents=True)
+        run.start(prints[run.name], 1)
+    assert checked_fingerprints(runs) == prints
+    code["pgl_ext.losses"] = "new"
+    with pytest.raises(ValueError, match="these runs were started with other code or settings") as caught:
+        checked_fingerprints(runs)
     message = str(caught.value)
-    assert "  fine_tuning/random/3_cases/seed_0\n  pretraining/PGL/seed_0\n    code of losses.py" in message
+    assert "  fine_tuning/random/3_cases/seed_0\n  pretraining/PGL/seed_0\n    code of pgl_ext.losses\n" in message
     assert "another --out" in message
     assert "fine_tuning/PGL" not in message
 
@@ -249,11 +271,11 @@ def test_versions_are_named():
 @pytest.mark.parametrize(
     ("now", "expected"),
     [
-        ({"losses.py": "a", "methods/new.py": "b"}, []),
-        ({"losses.py": "b", "methods/new.py": "b"}, ["code of losses.py"]),
-        ({}, ["code of losses.py"]),
+        ({"pgl_ext.losses": "a", "pgl_ext.methods.new": "b"}, []),
+        ({"pgl_ext.losses": "b", "pgl_ext.methods.new": "b"}, ["code of pgl_ext.losses"]),
+        ({}, ["code of pgl_ext.losses"]),
     ],
 )
 def test_a_new_module_alone_changes_nothing(now, expected):
     same = {"versions": {}, "settings": {}, "data": {}, "encoder": None}
-    assert differences({**same, "code": {"losses.py": "a"}}, {**same, "code": now}) == expected
+    assert differences({**same, "code": {"pgl_ext.losses": "a"}}, {**same, "code": now}) == expected

@@ -1,0 +1,165 @@
+"""The runs of a study: a pre-training, or a fine-tuning with its evaluation, and the files that each leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgl_ext.checkpoints import CheckpointFolder
+from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.files import read_json, write_json
+from pgl_ext.tools.study.configs import Command
+from pgl_ext.weights import EncoderRecord, ModelRecord
+
+__all__ = ["Run", "bundle_command", "labels_text"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training of a study with what follows it: a pre-training, or a fine-tuning with its evaluation.
+
+    In its folder lie ``started.json`` (fingerprint, and when it was run), ``run.json`` (its results, written last: the
+    mark of a finished run), ``log.txt``, the settings of its commands, and what these write.
+
+    Args:
+        folder: of the run.
+        name: its path within the study's folder.
+        method: name of the method.
+        seed: of the training.
+        commands: in their order.
+        labels: number (int) or fraction (float) of labelled cases; None of a pre-training.
+        lr: learning rate of the pre-training that was chosen among several; None where there was no choice.
+        pretraining: whose encoder it starts from, if any.
+    """
+
+    folder: Path
+    name: str
+    method: str
+    seed: int
+    commands: tuple[Command, ...]
+    labels: float | None = None
+    lr: float | None = None
+    pretraining: Run | None = None
+
+    def __str__(self) -> str:
+        what = "pre-training" if self.labels is None else labels_text(self.labels)
+        rate = "" if self.lr is None else f", learning rate {self.lr:g}"
+        return f"{self.method}{rate}, {what}, seed {self.seed}"
+
+    @property
+    def is_pretraining(self) -> bool:
+        return self.labels is None
+
+    @property
+    def with_pretraining(self) -> list[Run]:
+        """This run after the pre-training that it needs, if any."""
+        return [self] if self.pretraining is None else [self.pretraining, self]
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "run.json").is_file()
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def result(self) -> dict[str, Any]:
+        """What a finished run noted: its cost, steps and mean scores."""
+        return read_json(self.folder / "run.json")
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """That of the code, settings and data that the run was started with; None if it was not."""
+        return self._started().get("fingerprint")
+
+    def lock(self) -> int | None:
+        """Claim the run for this process and those that inherit the descriptor.
+
+        Returns:
+            Descriptor to close in the end; None while another study, or a process that one left behind, has the run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def start(self, fingerprint: Mapping[str, Any], cores: float) -> None:
+        """Note that the run is attempted.
+
+        Args:
+            fingerprint: of code, settings and data.
+            cores: CPU cores, or GPUs, that the run has for itself; a share of a GPU where runs share it.
+        """
+        attempts = [*self._attempts(), [time.time(), None, cores]]
+        write_json(self.folder / "started.json", {"fingerprint": fingerprint, "attempts": attempts})
+
+    def has_done(self, command: Command) -> bool:
+        """Whether an evaluation is complete. A training finds by itself that nothing is left to do."""
+        return command.section == "evaluating" and (self.folder / "evaluation" / "cases.csv").is_file()
+
+    def finish(self, unit: str) -> None:
+        """Note the results, which marks the run as finished, and remove its checkpoints.
+
+        Args:
+            unit: of its cost, such as ``CPU-core-hours``.
+
+        Raises:
+            OSError: a file that the commands should have written is not there.
+            ValueError: it is damaged.
+        """
+        spans = [(end - start, cores) for start, end, cores in self._attempts()]
+        cost = {
+            "seconds": round(sum(seconds for seconds, _ in spans), 1),
+            "cost": round(sum(seconds * cores for seconds, cores in spans) / 3600, 4),
+            "unit": unit,
+        }
+        write_json(self.folder / "run.json", {**self._scores(), **cost})
+        # Only an unfinished run needs them, and they are large.
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _scores(self) -> dict[str, Any]:
+        if self.is_pretraining:
+            encoder = EncoderRecord.load(self.folder / "models" / "pgl_encoder.pt")
+            return {"steps": encoder.steps, "pairs": encoder.pairs}
+        return {
+            # The model is that of the best validation, which may be an earlier step.
+            "steps": int(CheckpointFolder(self.folder / "checkpoints").paths()[-1].stem.split("_")[1]),
+            "val_mean_dice": ModelRecord.load(self.folder / "models" / "model.pt").val_mean_dice,
+            "mean_dice": read_json(self.folder / "evaluation" / "summary.json")[AVERAGE]["dice"]["mean"],
+        }
+
+    def _started(self) -> dict[str, Any]:
+        path = self.folder / "started.json"
+        return read_json(path) if path.is_file() else {}
+
+    def _attempts(self) -> list[list[float]]:
+        """Start, end and cores of every time that it was run, also of those that ended by being killed."""
+        last_sign = self.log.stat().st_mtime if self.log.is_file() else 0.0
+        attempts = self._started().get("attempts", [])
+        return [[start, max(start, last_sign) if end is None else end, cores] for start, end, cores in attempts]
+
+
+def labels_text(labels: float) -> str:
+    """A number (int) or fraction (float) of labelled cases in words."""
+    return f"{labels} labelled cases" if isinstance(labels, int) else f"{100 * labels:g} % of the labels"
+
+
+def bundle_command(run: Run, command: Command) -> list[str]:
+    """The command line of a run's command, whose settings are written to files.
+
+    A training that was interrupted goes on from its checkpoint.
+    """
+    files = command.write(run.folder)
+    line = [sys.executable, "-m", "monai.bundle", "run", command.section, "--config_file", str(files)]
+    interrupted = command.section == "training" and CheckpointFolder(run.folder / "checkpoints").paths()
+    return [*line, "--resume", "true"] if interrupted else line
