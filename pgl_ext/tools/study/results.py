@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pgl_ext.tools.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
 from pgl_ext.evaluation.summary import AVERAGE, finite_mean
+from pgl_ext.tools.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Run
 
