@@ -83,11 +83,11 @@ class VolumeDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict]:
         """One sample of each volume; indices themselves have no end."""
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
         """Return the sample drawn for ``index`` or ``(epoch, index)``; index modulo length is the volume.
 
         ``read_errors`` counts volumes that could not be read and were replaced by the next one.
@@ -104,12 +104,12 @@ class VolumeDataset(Dataset):
             return {**sample, "read_errors": skipped}
         raise OSError(f"none of the {len(self.data)} volumes could be read from {self.cache.cache_dir}.")
 
-    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+    def inputs(self, volume: int, array: Any) -> dict:
         """What the transform is given for a volume, whose array (C, X, Y, Z) may lie on disk."""
         item = self.data[volume]
         return {"image": array, **{field: item[field] for field in SOURCE_FIELDS if field in item}}
 
-    def _read_and_transform(self, volume: int, seed: int, attempts: int = _READ_ATTEMPTS) -> dict[str, Any]:
+    def _read_and_transform(self, volume: int, seed: int, attempts: int = _READ_ATTEMPTS) -> dict:
         # Anew each time: a transform may have drawn before it reads.
         self.transform.set_random_state(seed)
         try:
@@ -178,7 +178,7 @@ class CaseDataset(VolumeDataset):
         self._partly_annotated = any("annotated" in item for item in self.data)
         self._organ_points: dict[int, list[np.ndarray]] = {}
 
-    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+    def inputs(self, volume: int, array: Any) -> dict:
         if volume not in self._organ_points:
             self._organ_points[volume] = self._find_organs(array)
         sample = {"image": array, "organ_points": self._organ_points[volume]}
