@@ -114,11 +114,11 @@ class StepTrainer(SupervisedTrainer):
         if self.stop_agreed and self.state.iteration < self.state.max_epochs * self.state.epoch_length:
             raise SystemExit(143)
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         """``"loss"``, a scalar to minimise, and further scalars to log."""
         raise NotImplementedError
 
-    def _iteration(self, engine: StepTrainer, batchdata: dict[str, Any]) -> list[dict[str, float]]:
+    def _iteration(self, engine: StepTrainer, batchdata: dict) -> list[dict[str, float]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         if self.batch_transform is not None:
             entropy = [self.seed, self.state.rank, self.state.iteration]
@@ -144,7 +144,7 @@ class StepTrainer(SupervisedTrainer):
             self.lr_scheduler.step()
         return [logged]
 
-    def _accumulate_gradients(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _accumulate_gradients(self, batch: dict) -> dict[str, torch.Tensor]:
         """Backward passes of all micro-batches; returns the averages of what is logged."""
         total = len(next(iter(batch.values())))
         parts = self._number_of_parts(total)
@@ -178,7 +178,7 @@ class StepTrainer(SupervisedTrainer):
             return contextlib.nullcontext()
         return self.network.no_sync()
 
-    def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict[str, Any]) -> dict[str, float]:
+    def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict) -> dict[str, float]:
         """Average over processes, count read errors, and agree on stopping, in one exchange."""
         values = torch.stack([value.float() for value in logged.values()])
         read_errors = float(torch.as_tensor(batchdata.get("read_errors", 0)).sum())
@@ -225,7 +225,7 @@ class PretrainTrainer(StepTrainer):
         args, kwargs: see :class:`StepTrainer`.
     """
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         return self.inferer(batch, self.network)
 
 
@@ -240,7 +240,7 @@ class SegmentationTrainer(StepTrainer):
     def __init__(self, *args: Any, loss_function: Callable[[torch.Tensor, dict], torch.Tensor], **kwargs: Any) -> None:
         super().__init__(*args, loss_function=loss_function, **kwargs)
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         logits = self.inferer(batch["image"], self.network)
         # Sums over a million voxels, which half precision could not hold.
         with torch.autocast(self.state.device.type, enabled=False):
@@ -279,7 +279,7 @@ class PretrainEvaluator(SupervisedEvaluator):
             average = Average(lambda output, name=name: torch.full((output[0]["pairs"], 1), output[0][name]))
             average[0].attach(self, f"val_{name}")
 
-    def _iteration(self, engine: PretrainEvaluator, batchdata: dict[str, Any]) -> list[dict[str, float | int]]:
+    def _iteration(self, engine: PretrainEvaluator, batchdata: dict) -> list[dict[str, float | int]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         views, affines = batch["views"], batch["affines"]
         view_size = tuple(views.shape[3:])
@@ -292,7 +292,7 @@ class PretrainEvaluator(SupervisedEvaluator):
         return [{**logged, "pairs": len(views)}]
 
 
-def _to_device(batch: dict[str, Any], device: torch.device, non_blocking: bool) -> dict[str, Any]:
+def _to_device(batch: dict, device: torch.device, non_blocking: bool) -> dict:
     return {
         key: value if key in _HOST_KEYS or not torch.is_tensor(value) else value.to(device, non_blocking=non_blocking)
         for key, value in batch.items()

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from monai.config import PathLike
 from monai.utils import ensure_tuple
@@ -96,7 +95,7 @@ def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterabl
     return items
 
 
-def _read_content(path: Path, key: str) -> dict[str, Any]:
+def _read_content(path: Path, key: str) -> dict:
     if not path.is_file():
         raise ValueError(f"Data list {path} does not exist or is not a file: give the path of a JSON data list.")
     content = read_json(path, "Data list", f"give one with a list {key!r}")

@@ -173,7 +173,7 @@ def load_model(
     return network.to(device).eval()
 
 
-def _load(path: PathLike, kind: str, remedy: str) -> dict[str, Any]:
+def _load(path: PathLike, kind: str, remedy: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind} {Path(path).absolute()} does not exist: give {remedy}.")
     return load_state(path)
@@ -192,10 +192,7 @@ def _without_shortcut_bias(state: dict[str, torch.Tensor], target: Mapping[str, 
 
 
 def load_pretrained(
-    network: nn.Module,
-    encoder: PathLike | None = None,
-    decoder: PathLike | None = None,
-    input: Mapping[str, Any] | None = None,
+    network: nn.Module, encoder: PathLike | None = None, decoder: PathLike | None = None, input: Mapping | None = None
 ) -> nn.Module:
     """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
 
