@@ -18,8 +18,6 @@ from monai.utils import convert_to_numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from pgl_ext.distributed import launched_rank_and_world_size
-from pgl_ext.figures.base import figure_to_array
-from pgl_ext.figures.overlays import plot_overlay
 from pgl_ext.handlers import MetricsLog
 from pgl_ext.segmentation.cases import segmented_items
 from pgl_ext.settings import check_positive
@@ -203,6 +201,9 @@ class OverlayPictures:
         self._validations += 1
 
     def _draw(self, engine: Engine) -> None:
+        from pgl_ext.figures.base import figure_to_array
+        from pgl_ext.figures.overlays import plot_overlay
+
         state = self.evaluator.state
         if not state.output:
             return
