@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 import signal
@@ -15,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 
-from pgl_ext.distributed import launched_rank_and_world_size, rank_and_world_size
+from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
 from pgl_ext.files import write_atomically
 from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
@@ -40,20 +39,21 @@ class CheckpointFolder:
     Args:
         folder: where they lie; made when the first is written.
         keep_last: how many are kept.
+
+    Raises:
+        ValueError: ``keep_last`` is less than 1.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep_last: int = 3) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, got {keep_last}.")
+    def __init__(self, folder: PathLike, keep_last: int = 3) -> None:
         self.folder = Path(folder)
-        self.keep_last = keep_last
+        self.keep_last = check_positive(keep_last, "keep_last", "a run is resumed from the last one")
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        found = [path for path in self.folder.glob("checkpoint_*.pt") if _PATTERN.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(_PATTERN.fullmatch(path.name)[1]))
+        matches = [(_PATTERN.fullmatch(path.name), path) for path in self.folder.glob("checkpoint_*.pt")]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
-    def write(self, content: Mapping[str, Any], step: int) -> Path:
+    def write(self, content: Mapping, step: int) -> Path:
         """Write the checkpoint of a step, complete or not at all, and remove the oldest ones."""
         path = self.folder / _NAME.format(step)
         write_atomically(lambda file: torch.save(dict(content), file), path)
@@ -61,7 +61,7 @@ class CheckpointFolder:
             old.unlink()
         return path
 
-    def newest_intact(self) -> tuple[Path, dict[str, Any]]:
+    def newest_intact(self) -> tuple[Path, dict]:
         """The newest checkpoint that can be read, and its content; damaged ones are passed over with a warning.
 
         Raises:
@@ -78,7 +78,7 @@ class CheckpointFolder:
 
 
 class CheckpointHandler:
-    """Saves, resumes, and stops on SIGTERM; rank 0 alone writes.
+    """Saves, resumes, and stops on SIGTERM; the first process alone writes.
 
     A checkpoint holds the network (online and target), optimiser, schedule, loss scaler, the state of every object
     given, step and epoch, the sampler's position and the random states of every process. Files hold tensors and plain
@@ -95,30 +95,27 @@ class CheckpointHandler:
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
         resume: go on from the newest intact checkpoint.
-        rank: this process; default: as torchrun started it.
-        decoder_path: decoder file written with every checkpoint where the network has ``aspp`` and ``decoder``; None:
-            none.
+        decoder_path: decoder file of a network with ``aspp`` and ``decoder``, like ``encoder_path``.
         overwrite: remove another run's checkpoints.
 
     Raises:
-        FileExistsError: as training starts, where the folder holds another run's checkpoints and neither ``resume`` nor
+        FileExistsError: as training starts, the folder holds another run's checkpoints and neither ``resume`` nor
             ``overwrite`` is true.
-        ValueError: where ``interval`` or ``keep_last`` is less than 1, or ``input`` is not as a record has it.
+        ValueError: ``interval`` or ``keep_last`` is less than 1, or ``input`` is not as a record has it.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: PathLike,
         network: torch.nn.Module,
-        objects: Mapping[str, Any],
+        objects: Mapping,
         sampler: Any,
-        encoder_path: str | os.PathLike | None = None,
-        description: Mapping[str, Any] | None = None,
+        encoder_path: PathLike | None = None,
+        description: Mapping | None = None,
         interval: int = 5,
         keep_last: int = 3,
         resume: bool = False,
-        rank: int | None = None,
-        decoder_path: str | os.PathLike | None = None,
+        decoder_path: PathLike | None = None,
         overwrite: bool = False,
     ) -> None:
         self.folder = CheckpointFolder(folder, keep_last)
@@ -130,12 +127,11 @@ class CheckpointHandler:
         self.description = dict(description or {})
         # Now, and not as the first checkpoint is written.
         InputRecord.from_json(self.description.get("input", {}), "the config's description")
-        self.interval = check_positive(
-            interval, "checkpoint_interval", "to save only at the end, set it above max_epochs"
-        )
+        remedy = "to save only at the end, set it above max_epochs"
+        self.interval = check_positive(interval, "checkpoint_interval", remedy)
         self.resume = parse_bool(resume, "resume")
         self.overwrite = parse_bool(overwrite, "overwrite")
-        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
+        self.rank = launched_rank_and_world_size()[0]
         self._saved_step = -1
 
     def attach(self, engine: Engine) -> None:
@@ -156,17 +152,14 @@ class CheckpointHandler:
         if self.resume:
             self._load(engine)
         elif self.overwrite:
-            self._remove_others()
+            # Not left to the first that is written: the oldest go then, and those are not of the other run.
+            for path in self.folder.paths() if self.rank == 0 else []:
+                path.unlink()
         elif self.folder.paths():
             raise FileExistsError(
                 f"{self.folder.folder} already holds checkpoints: continue with --resume true, begin anew with "
                 "--overwrite true, which removes them, or choose another --output_dir."
             )
-
-    def _remove_others(self) -> None:
-        # Not left to the first that is written: the oldest go then, and those are not of the other run.
-        for path in self.folder.paths() if self.rank == 0 else []:
-            path.unlink()
 
     def _stop_within_epoch(self, engine: Engine) -> None:
         if engine.state.iteration % engine.state.epoch_length:
@@ -189,7 +182,7 @@ class CheckpointHandler:
         if step == self._saved_step:
             return
         self._saved_step = step
-        random_states = _random_states()
+        random_states = gather(_random_state())
         if self.rank > 0:
             return
         record = self._record(engine)
@@ -228,7 +221,7 @@ class CheckpointHandler:
         }
         return EncoderRecord.from_json(content, "the config's description")
 
-    def _check_settings(self, path: Path, recorded: Mapping[str, Any]) -> None:
+    def _check_settings(self, path: Path, recorded: Mapping) -> None:
         """Turn settings away that the optimiser's state would undo, or that the first half was not trained with."""
         before = dict(flat_entries(EncoderRecord.from_json(recorded, path).to_json()))
         changed = [
@@ -260,16 +253,12 @@ class CheckpointHandler:
         for name, item in self.objects.items():
             item.load_state_dict(content["objects"][name])
         engine.read_errors = content["read_errors"]
-        position = {key: content[key] for key in ("epoch_length", "max_epochs")}
-        engine.load_state_dict({**position, "iteration": content["step"]})
-        random_states = content["random"]
-        if len(random_states) != rank_and_world_size()[1]:
+        engine.load_state_dict({**content, "iteration": content["step"]})
+        random_states, processes = content["random"], rank_and_world_size()[1]
+        if len(random_states) != processes:
             logger.warning(
-                "%s holds the random states of %d processes, this run has %d: it will draw other random numbers than "
-                "one that never stopped.",
-                path,
-                len(random_states),
-                rank_and_world_size()[1],
+                f"{path} holds the random states of {len(random_states)} processes, this run has {processes}: it will "
+                "draw other random numbers than one that never stopped."
             )
         if self.rank < len(random_states):
             # Not now: making the loaders' iterators, for training and for validation before it, draws random numbers.
@@ -278,15 +267,7 @@ class CheckpointHandler:
         logger.info("resumed from %s at step %d", path, content["step"])
 
 
-def _random_states() -> list[dict[str, Any]]:
-    """The random states of all processes, by rank; all have to call it."""
-    states = [_random_state()] * rank_and_world_size()[1]
-    if len(states) > 1:
-        dist.all_gather_object(states, states[0])
-    return states
-
-
-def _random_state() -> dict[str, Any]:
+def _random_state() -> dict:
     """Python's, NumPy's and PyTorch's random states, as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -301,7 +282,7 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(state: Mapping) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["launched_rank_and_world_size", "local_world_size", "rank_and_world_size"]
+__all__ = ["gather", "launched_rank_and_world_size", "local_world_size", "rank_and_world_size"]
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -23,3 +24,11 @@ def launched_rank_and_world_size() -> tuple[int, int]:
 def local_world_size() -> int:
     """How many training processes share this machine, as torchrun, or a study, says in the environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process has, by rank; all have to call it."""
+    values = [value] * rank_and_world_size()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values

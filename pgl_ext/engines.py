@@ -1,11 +1,11 @@
-"""Trainers of self-supervised methods and of segmentation, and the label-free evaluator."""
+"""Trainers of self-supervised methods and of segmentation, and the evaluator of pre-training."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch.distributed as dist
 from ignite.engine import EventEnum
 from ignite.metrics import Average
 from monai.engines import SupervisedEvaluator, SupervisedTrainer, Trainer
-from monai.inferers import Inferer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pgl_ext.distributed import rank_and_world_size
 from pgl_ext.retrieval import correspondence_retrieval
 from pgl_ext.settings import check_positive, parse_bool
 
@@ -55,14 +55,11 @@ class StepTrainer(SupervisedTrainer):
         seed: of ``batch_transform``.
         max_non_finite: stop after this many consecutive steps with a loss or gradients that are not finite. Each is
             skipped, and leaves weights and buffers, such as batch-norm statistics, as they were before it.
-        inferer: calls the network with the batch.
-        train_handlers: Ignite handlers with ``attach``.
-        loss_function: for subclasses that need one.
-        kwargs: further arguments of ``monai.engines.SupervisedTrainer``.
+        kwargs: further arguments of ``monai.engines.SupervisedTrainer``, such as ``inferer`` and ``train_handlers``.
 
     Raises:
-        FloatingPointError: where loss or gradients stay non-finite.
-        ValueError: where ``micro_batch_size`` is less than 1.
+        FloatingPointError: loss or gradients stay non-finite.
+        ValueError: ``micro_batch_size`` is less than 1.
     """
 
     def __init__(
@@ -79,9 +76,6 @@ class StepTrainer(SupervisedTrainer):
         amp_dtype: str = "bfloat16",
         seed: int = 0,
         max_non_finite: int = 10,
-        inferer: Inferer | None = None,
-        train_handlers: Sequence | None = None,
-        loss_function: Callable | None = None,
         **kwargs: Any,
     ) -> None:
         self.lr_scheduler = lr_scheduler
@@ -89,8 +83,7 @@ class StepTrainer(SupervisedTrainer):
         if micro_batch_size is not None:
             check_positive(micro_batch_size, "micro_batch_size", "set it to batch_size for one pass per step")
         self.micro_batch_size = micro_batch_size
-        amp = parse_bool(amp, "amp")
-        self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
+        self.amp_dtype = _amp_dtype(amp, amp_dtype)
         self.seed = seed
         self.max_non_finite = max_non_finite
         self.read_errors = 0
@@ -98,18 +91,15 @@ class StepTrainer(SupervisedTrainer):
         self.stop_agreed = False  # by any process, known to all
         self._non_finite = 0
         super().__init__(
-            device=device,
-            max_epochs=max_epochs,
-            train_data_loader=train_data_loader,
-            network=network,
-            optimizer=optimizer,
-            loss_function=loss_function,
-            inferer=inferer,
-            train_handlers=train_handlers,
-            amp=amp,
+            device,
+            max_epochs,
+            train_data_loader,
+            network,
+            optimizer,
+            amp=self.amp_dtype is not None,
             decollate=False,
             event_names=[TrainerEvents],
-            **{"non_blocking": True, **kwargs},
+            **{"loss_function": None, "non_blocking": True, **kwargs},
         )
         self.scaler = torch.amp.GradScaler(self.state.device.type, enabled=self.amp_dtype == torch.float16)
 
@@ -124,11 +114,11 @@ class StepTrainer(SupervisedTrainer):
         if self.stop_agreed and self.state.iteration < self.state.max_epochs * self.state.epoch_length:
             raise SystemExit(143)
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         """``"loss"``, a scalar to minimise, and further scalars to log."""
         raise NotImplementedError
 
-    def _iteration(self, engine: StepTrainer, batchdata: dict[str, Any]) -> list[dict[str, float]]:
+    def _iteration(self, engine: StepTrainer, batchdata: dict) -> list[dict[str, float]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         if self.batch_transform is not None:
             entropy = [self.seed, self.state.rank, self.state.iteration]
@@ -138,7 +128,9 @@ class StepTrainer(SupervisedTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.network.buffers()]
         logged = self._accumulate_gradients(batch)
-        logged["largest gradient"] = self._largest_gradient()
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        # Not finite where one of them is not.
+        logged["largest gradient"] = torch.nn.utils.get_total_norm(gradients, math.inf)
         logged = self._over_processes(logged, batchdata)
         if self._check_finite(logged["loss"], logged.pop("largest gradient")) and self._step():
             self.fire_event(TrainerEvents.OPTIMIZER_STEP_COMPLETED)
@@ -152,18 +144,20 @@ class StepTrainer(SupervisedTrainer):
             self.lr_scheduler.step()
         return [logged]
 
-    def _accumulate_gradients(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _accumulate_gradients(self, batch: dict) -> dict[str, torch.Tensor]:
         """Backward passes of all micro-batches; returns the averages of what is logged."""
-        parts = _split(batch, self._number_of_parts(len(next(iter(batch.values())))))
-        total = sum(size for size, _ in parts)
+        total = len(next(iter(batch.values())))
+        parts = self._number_of_parts(total)
+        edges = [round(total * i / parts) for i in range(parts + 1)]
         logged: dict[str, torch.Tensor] = {}
-        for number, (size, part) in enumerate(parts, start=1):
-            with self._synchronised(number == len(parts)):
-                with _autocast(self.state.device, self.amp_dtype):
-                    output = self.compute_loss(part)
-                self.scaler.scale(output["loss"] * (size / total)).backward()
+        for start, stop in itertools.pairwise(edges):
+            share = (stop - start) / total
+            with self._synchronised(stop == total):
+                with torch.autocast(self.state.device.type, self.amp_dtype, self.amp):
+                    output = self.compute_loss({key: value[start:stop] for key, value in batch.items()})
+                self.scaler.scale(output["loss"] * share).backward()
             for key, value in output.items():
-                logged[key] = logged.get(key, 0) + value.detach() * (size / total)
+                logged[key] = logged.get(key, 0) + value.detach() * share
         return logged
 
     def _number_of_parts(self, size: int) -> int:
@@ -171,17 +165,12 @@ class StepTrainer(SupervisedTrainer):
         if self.micro_batch_size is None:
             return 1
         largest = smallest = size
-        if dist.is_available() and dist.is_initialized():
+        if rank_and_world_size()[1] > 1:
             # Shares of a batch can differ by one.
             sizes = torch.tensor([size, -size], device=self.state.device)
             dist.all_reduce(sizes, dist.ReduceOp.MAX)
             largest, smallest = sizes.abs().tolist()
         return min(math.ceil(largest / self.micro_batch_size), smallest)
-
-    def _largest_gradient(self) -> torch.Tensor:
-        """Largest absolute value among the gradients; not finite where one of them is not."""
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients, math.inf)
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients travel between processes once per step, with the last micro-batch."""
@@ -189,15 +178,16 @@ class StepTrainer(SupervisedTrainer):
             return contextlib.nullcontext()
         return self.network.no_sync()
 
-    def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict[str, Any]) -> dict[str, float]:
+    def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict) -> dict[str, float]:
         """Average over processes, count read errors, and agree on stopping, in one exchange."""
         values = torch.stack([value.float() for value in logged.values()])
         read_errors = float(torch.as_tensor(batchdata.get("read_errors", 0)).sum())
         counts = values.new_tensor([read_errors, float(self.stop_requested)])
         values = torch.cat([values, counts])
-        if dist.is_available() and dist.is_initialized():
+        processes = rank_and_world_size()[1]
+        if processes > 1:
             dist.all_reduce(values)
-            values[:-2] /= dist.get_world_size()
+            values[:-2] /= processes
         *averages, read_errors, stop = values.tolist()
         self.read_errors += int(read_errors)
         self.stop_agreed = stop > 0
@@ -235,7 +225,7 @@ class PretrainTrainer(StepTrainer):
         args, kwargs: see :class:`StepTrainer`.
     """
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         return self.inferer(batch, self.network)
 
 
@@ -250,7 +240,7 @@ class SegmentationTrainer(StepTrainer):
     def __init__(self, *args: Any, loss_function: Callable[[torch.Tensor, dict], torch.Tensor], **kwargs: Any) -> None:
         super().__init__(*args, loss_function=loss_function, **kwargs)
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         logits = self.inferer(batch["image"], self.network)
         # Sums over a million voxels, which half precision could not hold.
         with torch.autocast(self.state.device.type, enabled=False):
@@ -270,8 +260,7 @@ class PretrainEvaluator(SupervisedEvaluator):
         network: the method itself, with ``encoder`` and ``logged``.
         amp: mixed precision.
         amp_dtype: ``"bfloat16"`` or ``"float16"``.
-        inferer: calls the network with the batch.
-        kwargs: further arguments of ``monai.engines.SupervisedEvaluator``.
+        kwargs: further arguments of ``monai.engines.SupervisedEvaluator``, such as ``inferer``.
     """
 
     def __init__(
@@ -281,31 +270,21 @@ class PretrainEvaluator(SupervisedEvaluator):
         network: torch.nn.Module,
         amp: bool = False,
         amp_dtype: str = "bfloat16",
-        inferer: Inferer | None = None,
         **kwargs: Any,
     ) -> None:
-        amp = parse_bool(amp, "amp")
-        self.amp_dtype = _amp_dtype(amp_dtype) if amp else None
-        super().__init__(
-            device=device,
-            val_data_loader=val_data_loader,
-            network=network,
-            inferer=inferer,
-            amp=amp,
-            decollate=False,
-            **kwargs,
-        )
+        self.amp_dtype = _amp_dtype(amp, amp_dtype)
+        super().__init__(device, val_data_loader, network, amp=self.amp_dtype is not None, decollate=False, **kwargs)
         for name in ("loss", "feature_std", *network.logged, "retrieval_top1", "retrieval_chance"):
             # A row for each pair: the last batch may be smaller than the others.
             average = Average(lambda output, name=name: torch.full((output[0]["pairs"], 1), output[0][name]))
             average[0].attach(self, f"val_{name}")
 
-    def _iteration(self, engine: PretrainEvaluator, batchdata: dict[str, Any]) -> list[dict[str, float | int]]:
+    def _iteration(self, engine: PretrainEvaluator, batchdata: dict) -> list[dict[str, float | int]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         views, affines = batch["views"], batch["affines"]
         view_size = tuple(views.shape[3:])
         self.network.eval()
-        with torch.no_grad(), _autocast(self.state.device, self.amp_dtype):
+        with torch.no_grad(), torch.autocast(self.state.device.type, self.amp_dtype, self.amp):
             logged = {key: float(value) for key, value in self.inferer(batch, self.network).items()}
             features = self.network.encoder(views.flatten(0, 1))[-1].unflatten(0, views.shape[:2])
         logged["retrieval_top1"] = float(correspondence_retrieval(features, affines, view_size).mean())
@@ -313,31 +292,18 @@ class PretrainEvaluator(SupervisedEvaluator):
         return [{**logged, "pairs": len(views)}]
 
 
-def _to_device(batch: dict[str, Any], device: torch.device, non_blocking: bool) -> dict[str, Any]:
+def _to_device(batch: dict, device: torch.device, non_blocking: bool) -> dict:
     return {
         key: value if key in _HOST_KEYS or not torch.is_tensor(value) else value.to(device, non_blocking=non_blocking)
         for key, value in batch.items()
     }
 
 
-def _split(batch: dict[str, Any], parts: int) -> list[tuple[int, dict[str, Any]]]:
-    """Cut a batch into as many (size, micro-batch), as even as possible."""
-    total = len(next(iter(batch.values())))
-    edges = [round(total * i / parts) for i in range(parts + 1)]
-    return [
-        (stop - start, {key: value[start:stop] for key, value in batch.items()})
-        for start, stop in itertools.pairwise(edges)
-    ]
-
-
-def _amp_dtype(name: str) -> torch.dtype:
+def _amp_dtype(amp: bool | str, name: str) -> torch.dtype | None:
+    """The type of mixed precision; None without."""
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    if not parse_bool(amp, "amp"):
+        return None
     if name not in dtypes:
         raise ValueError(f"amp_dtype must be one of {sorted(dtypes)}, got {name!r}.")
     return dtypes[name]
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)

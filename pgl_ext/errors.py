@@ -16,16 +16,24 @@ def root_cause(error: BaseException) -> BaseException:
 
     MONAI wraps errors in others (``raise ... from``). The outermost one about files and such has the remedy.
     """
-    while error.__cause__ is not None and not isinstance(error, _ABOUT_THE_INPUT):
-        error = error.__cause__
-    return error
+    chain = _chain(error)
+    return next((cause for cause in chain if isinstance(cause, _ABOUT_THE_INPUT)), chain[-1])
 
 
 def transform_error(error: BaseException) -> BaseException:
     """The error of a transform itself, without the layers that MONAI's ``Compose`` wraps around it."""
-    while error.__cause__ is not None and str(error).startswith("applying transform"):
-        error = error.__cause__
-    return error
+    chain = _chain(error)
+    return next((cause for cause in chain if not str(cause).startswith("applying transform")), chain[-1])
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and those that it was raised from, each once: a chain may come back to where it began."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and not any(following is known for known in chain):
+        chain.append(following)
+        following = following.__cause__
+    return chain
 
 
 def report_root_cause() -> None:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds them complete or not at all."""
+"""Reading files, and writing them so that a reader finds them complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 
-__all__ = ["read_json", "write_atomically", "write_csv", "write_json", "write_nifti", "write_text"]
+__all__ = ["read_csv", "read_json", "write_atomically", "write_csv", "write_json", "write_nifti", "write_text"]
 
 # Fields of a NIfTI header that say where its voxels lie.
 _GRID_FIELDS = (
@@ -51,14 +51,36 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(lambda file: file.write(text.encode("utf-8")), path)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: str | os.PathLike, kind: str = "File", remedy: str = "restore or remove it") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        kind: what to call it in messages, such as ``"Data list"``.
+        remedy: what to do about a file that holds none, for messages.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no JSON, or something else than an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{kind} {path} is damaged, not valid JSON ({error}): {remedy}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{kind} {path} holds a {type(content).__name__}, not an object: {remedy}.")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is complete or absent; its folder is made if missing."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

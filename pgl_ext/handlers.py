@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pgl_ext.distributed import launched_rank_and_world_size
 from pgl_ext.engines import TrainerEvents
+from pgl_ext.files import read_csv
 from pgl_ext.settings import check_positive
 
 __all__ = [
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_IN_BAR = ("loss", "lr", "tau", "val_mean_dice", "pairs_per_s", "patches_per_s")
+_COLLAPSED = 0.2  # share of the healthy standard deviation
 
 
 class TargetEMA:
@@ -46,12 +50,10 @@ class TargetEMA:
     """
 
     def __init__(self, method: Any, total_steps: int, base_momentum: float = 0.996) -> None:
-        if total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
         if not 0 <= base_momentum <= 1:
             raise ValueError(f"base_momentum must lie in [0, 1], got {base_momentum}.")
         self.method = method
-        self.total_steps = total_steps
+        self.total_steps = check_positive(total_steps, "total_steps", "train for an epoch or more")
         self.base_momentum = base_momentum
         self.step = 0
 
@@ -83,9 +85,7 @@ class TargetEMA:
 
 
 class TrainingProgress:
-    """Tells a method how much of its training is done, as an epoch starts: completed epochs / epochs, in [0, 1).
-
-    It follows from the epoch, so that a resumed run needs nothing else to go on with it.
+    """Sets a method's ``progress`` at the start of each epoch: completed epochs / epochs, in [0, 1).
 
     Args:
         method: has a scalar buffer ``progress``.
@@ -102,20 +102,10 @@ class TrainingProgress:
 
 
 class ProgressBar:
-    """A bar over all optimiser steps, with some of the metrics and the time left; of the first process only.
+    """A bar over all optimiser steps, titled, with some metrics and the time left; in the first process only."""
 
-    Args:
-        title: in front of the bar.
-        names: metrics to show, where there are any.
-    """
-
-    def __init__(
-        self,
-        title: str = "pre-training",
-        names: Sequence[str] = ("loss", "lr", "tau", "val_mean_dice", "pairs_per_s", "patches_per_s"),
-    ) -> None:
+    def __init__(self, title: str = "pre-training") -> None:
         self.title = title
-        self.names = names
         self._bar: tqdm | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -131,7 +121,7 @@ class ProgressBar:
 
     def _update(self, engine: Engine) -> None:
         metrics = engine.state.metrics
-        shown = {name: f"{metrics[name]:.4g}" for name in self.names if name in metrics}
+        shown = {name: f"{metrics[name]:.4g}" for name in _IN_BAR if name in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
@@ -145,7 +135,7 @@ class ProgressBar:
 class MetricsLog:
     """Writes metrics.csv and TensorBoard scalars, measures samples per second, and draws the curves at the end.
 
-    Subclasses say what is written of a validation.
+    It does so in the first process only.
 
     Args:
         output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
@@ -154,34 +144,30 @@ class MetricsLog:
         columns: of ``metrics.csv``, after step and epoch.
         speed: name of the samples per second among the metrics.
         interval: optimiser steps between rows.
-        rank: this process; only rank 0 writes. Default: as torchrun started it.
         plot_arguments: further arguments of ``figures.plot_metrics``.
 
     Raises:
-        ValueError: where ``interval`` is less than 1.
+        ValueError: ``interval`` is less than 1.
     """
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        output_dir: PathLike,
         evaluator: Engine,
         samples_per_epoch: int,
         columns: Sequence[str],
         speed: str,
         interval: int = 10,
-        rank: int | None = None,
         **plot_arguments: Any,
     ) -> None:
-        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
         self.folder = Path(output_dir)
         self.path = self.folder / "metrics.csv"
         self.evaluator = evaluator
         self.samples_per_epoch = samples_per_epoch
         self.columns = ("step", "epoch", *columns)
         self.speed = speed
-        self.interval = check_positive(
-            interval, "log_interval", "to log validations only, set it above the number of steps"
-        )
+        remedy = "to log validations only, set it above the number of steps"
+        self.interval = check_positive(interval, "log_interval", remedy)
         self.plot_arguments = plot_arguments
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
@@ -189,7 +175,7 @@ class MetricsLog:
         raise NotImplementedError
 
     def attach(self, engine: Engine) -> None:
-        if self.rank > 0:
+        if launched_rank_and_world_size()[0] > 0:
             return
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure_speed)
@@ -200,14 +186,11 @@ class MetricsLog:
     def _start(self, engine: Engine) -> None:
         step = engine.state.iteration
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if step > 0 and self.path.is_file():
-            # Steps that are done again would stand there twice.
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
-            rows = [row for row in rows if self._is_kept(row, step)]
+        # Steps that are done again would stand there twice.
+        rows = read_csv(self.path) if step > 0 and self.path.is_file() else []
+        rows = [row for row in rows if row["step"] and self._is_kept(row, step)]
         with open(self.path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         self._rows = len(rows)
@@ -215,8 +198,8 @@ class MetricsLog:
         self._clock, self._clock_step = time.perf_counter(), step
 
     def _is_kept(self, row: dict[str, str], step: int) -> bool:
-        """Whether a row up to the step that a run goes on from is kept."""
-        return True
+        """Whether a run that goes on from a step keeps an earlier row."""
+        return int(row["step"]) <= step
 
     def _measure_speed(self, engine: Engine) -> None:
         elapsed = time.perf_counter() - self._clock
@@ -233,17 +216,15 @@ class MetricsLog:
         metrics = self.validation_metrics(evaluator, engine)
         engine.state.metrics.update(metrics)
         self._write(engine, metrics)
-        shown = ", ".join(
-            f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in metrics.items()
-        )
-        logger.info("step %d, validation: %s", engine.state.iteration, shown)
+        shown = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in metrics.items())
+        logger.info("step %d, validation: %s", engine.state.iteration, shown.replace("_", " "))
 
     def _write(self, engine: Engine, values: dict[str, float]) -> None:
         step = engine.state.iteration
         self._rows += 1
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             row = {"step": step, "epoch": engine.state.epoch, **{k: f"{v:.6g}" for k, v in values.items()}}
-            csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
         for name, value in values.items():
             group = "validation/" + name.removeprefix("val_") if name.startswith("val_") else "training/" + name
             self._writer.add_scalar(group, value, step)
@@ -261,52 +242,40 @@ class PretrainMetricsLog(MetricsLog):
     """The log of a pre-training run.
 
     Args:
-        output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
+        output_dir, interval: see :class:`MetricsLog`.
         evaluator: its first run, before the first step, is the untrained encoder, whose retrieval is repeated beside
             the later ones.
         pairs_per_epoch: over all processes.
-        interval: optimiser steps between rows.
         logged: further columns, for what the method logs beside loss and feature spread.
         healthy_std: standard deviation of features that have not collapsed, drawn as a line.
-        rank: this process; only rank 0 writes. Default: as torchrun started it.
     """
-
-    training_columns = ("loss", "feature_std", "lr", "tau", "pairs_per_s", "read_errors")
-    validation_columns = (
-        "val_loss",
-        "val_feature_std",
-        "val_retrieval_top1",
-        "val_retrieval_untrained",
-        "val_retrieval_chance",
-    )
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        output_dir: PathLike,
         evaluator: Engine,
         pairs_per_epoch: int,
         interval: int = 10,
         logged: Sequence[str] = (),
         healthy_std: float | None = None,
-        rank: int | None = None,
     ) -> None:
-        columns = (*self.training_columns, *logged, *self.validation_columns)
+        training = ("loss", "feature_std", "lr", "tau", "pairs_per_s", "read_errors", *logged)
+        validation = ("loss", "feature_std", "retrieval_top1", "retrieval_untrained", "retrieval_chance")
+        columns = (*training, *(f"val_{name}" for name in validation))
         super().__init__(
-            output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", interval, rank, healthy_std=healthy_std
+            output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", interval, healthy_std=healthy_std
         )
         self.untrained: float | None = None
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
-        metrics = dict(evaluator.state.metrics)
+        metrics = evaluator.state.metrics
         if engine.state.iteration == 0:
             self.untrained = metrics["val_retrieval_top1"]
-        if self.untrained is not None:
-            metrics["val_retrieval_untrained"] = self.untrained
-        return metrics
+        return metrics if self.untrained is None else {**metrics, "val_retrieval_untrained": self.untrained}
 
     def _is_kept(self, row: dict[str, str], step: int) -> bool:
         # Validation runs at the start too, and so again at the step that a run goes on from.
-        return int(row["step"]) < step or not row["val_loss"]
+        return super()._is_kept(row, step - 1 if row["val_loss"] else step)
 
     def state_dict(self) -> dict[str, float | None]:
         return {"untrained": self.untrained}
@@ -323,10 +292,10 @@ class ViewPictures:
         interval: epochs between pictures; one is always drawn at the first step.
 
     Raises:
-        ValueError: where ``interval`` is less than 1.
+        ValueError: ``interval`` is less than 1.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, interval: int = 50) -> None:
+    def __init__(self, output_dir: PathLike, interval: int = 50) -> None:
         self.folder = Path(output_dir)
         self.interval = check_positive(interval, "picture_interval", "to draw only once, set it above max_epochs")
 
@@ -351,13 +320,11 @@ class CollapseWarning:
 
     Args:
         healthy_std: 1 / sqrt(channels of the compared features).
-        fraction: warn below this share of the healthy value.
-        patience: consecutive steps below before a warning; it is repeated every ten times as many.
+        patience: consecutive steps below a fifth of that before a warning; it is repeated every ten times as many.
     """
 
-    def __init__(self, healthy_std: float, fraction: float = 0.2, patience: int = 20) -> None:
+    def __init__(self, healthy_std: float, patience: int = 20) -> None:
         self.healthy_std = healthy_std
-        self.fraction = fraction
         self.patience = patience
         self._below = 0
 
@@ -368,13 +335,11 @@ class CollapseWarning:
 
     def __call__(self, engine: Engine) -> None:
         value = engine.state.metrics["feature_std"]
-        self._below = self._below + 1 if value < self.fraction * self.healthy_std else 0
+        self._below = self._below + 1 if value < _COLLAPSED * self.healthy_std else 0
         if self._below == self.patience or (self._below and self._below % (10 * self.patience) == 0):
             logger.warning(
-                "THE FEATURES ARE COLLAPSING: their standard deviation is %.5f at step %d, healthy is about %.5f. The "
-                "encoder is learning to answer the same everywhere. Use a larger micro_batch_size (batch norm needs "
-                "several samples), a lower --lr, or start from another seed.",
-                value,
-                engine.state.iteration,
-                self.healthy_std,
+                f"THE FEATURES ARE COLLAPSING: their standard deviation is {value:.5f} at step "
+                f"{engine.state.iteration}, healthy is about {self.healthy_std:.5f}. The encoder is learning to answer "
+                "the same everywhere. Use a larger micro_batch_size (batch norm needs several samples), a lower --lr, "
+                "or start from another seed."
             )

@@ -1,7 +1,8 @@
-"""Affines of scans, and files of every format, made with libraries that the package does not read with."""
+"""Affines of scans, data lists, and files of every format, made with libraries that the package does not read with."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -25,6 +26,18 @@ def oblique(axes=(0, 1, 2), flips=(1, 1, 1), tilt=0.0) -> np.ndarray:
     matrix[:3, :3] = (rotation @ np.diag(flips))[:, list(axes)] @ np.diag([1.5, 2.0, 2.5])
     matrix[:3, 3] = [10, -20, 30]
     return matrix
+
+
+def touch(root: Path, *names: str) -> None:
+    """Files with no content to speak of."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def write_list(path: Path, entries: list, key: str = "training") -> Path:
+    path.write_text(json.dumps({"name": "x", key: entries}))
+    return path
 
 
 def sitk_image(array: np.ndarray, affine: np.ndarray):

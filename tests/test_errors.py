@@ -2,9 +2,10 @@ import pickle
 import sys
 
 import pytest
+from monai.transforms import Compose
 from monai.utils import OptionalImportError
 
-from pgl_ext.errors import report_root_cause, root_cause
+from pgl_ext.errors import report_root_cause, root_cause, transform_error
 
 
 def wrapped(cause: Exception, times: int = 3) -> Exception:
@@ -38,6 +39,54 @@ def report(monkeypatch, capsys):
 def test_root_cause(times):
     cause = ValueError("the cause")
     assert root_cause(wrapped(cause, times)) is cause
+
+
+def in_a_circle(*errors: Exception) -> Exception:
+    """The first of some errors, each of which was raised from the next, and the last from the first."""
+    for error, cause in zip(errors, (*errors[1:], errors[0]), strict=True):
+        error.__cause__ = cause
+    return errors[0]
+
+
+class TestTransformError:
+    @pytest.mark.parametrize("error", [TypeError, ValueError, FileNotFoundError, MemoryError, KeyError])
+    @pytest.mark.parametrize("nested", [0, 1, 3])
+    def test_is_what_the_transform_raised(self, error, nested):
+        cause = error("of a transform")
+
+        def fail(data: object) -> None:
+            raise cause
+
+        step = fail
+        for _ in range(nested):
+            step = Compose([step])
+        with pytest.raises((error, RuntimeError)) as caught:
+            step(1)
+        assert transform_error(caught.value) is cause
+
+    def test_is_not_what_that_was_raised_from(self):
+        cause = ValueError("damaged")
+        cause.__cause__ = OSError("short read")
+        outer = RuntimeError("applying transform x")
+        outer.__cause__ = cause
+        assert transform_error(outer) is cause
+
+    def test_ends_where_causes_form_a_circle(self):
+        errors = [RuntimeError("applying transform x"), RuntimeError("applying transform y")]
+        assert transform_error(in_a_circle(*errors)) is errors[1]
+        assert transform_error(in_a_circle(errors[0])) is errors[0]
+        memory = MemoryError("of a transform")
+        assert transform_error(in_a_circle(errors[0], memory)) is memory
+
+
+def test_root_cause_ends_where_causes_form_a_circle(report):
+    """As where the error of a transform is raised from the error that wraps it."""
+    memory, wrapper = MemoryError("too large"), RuntimeError("applying transform x")
+    assert root_cause(in_a_circle(memory, wrapper)) is wrapper
+    assert root_cause(in_a_circle(memory)) is memory
+    assert "MemoryError: too large" in report(in_a_circle(memory, wrapper))
+    bad = ValueError("bad --lr")
+    assert root_cause(in_a_circle(wrapper, memory, bad)) is bad
 
 
 def test_an_error_raised_while_handling_another_is_its_own_cause():

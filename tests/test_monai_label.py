@@ -11,7 +11,7 @@ from monai.bundle import ConfigParser
 from programs import ROOT, SEGMENTATION_CONFIGS, TINY_SEGMENTATION
 
 from pgl_ext.tools.phantom import write_dataset
-from pgl_ext.weights import save_encoder
+from pgl_ext.weights import EncoderRecord, InputRecord, save_encoder
 
 sys.path.append(str(ROOT / "benchmarks"))
 import monai_label
@@ -54,7 +54,7 @@ class TestSettings:
         train_json["train#dataset"] = {"data": ["case"] * 3}
         train_json["batch_size"], train_json["patches_per_case"] = 4, 4
         assert train_json.get_parsed_content("train#sampler").max_epochs == epochs
-        assert train_json.get_parsed_content("total_steps") == epochs * 3
+        assert train_json.get_parsed_content("train#sampler").total_steps == epochs * 3
 
 
 @pytest.mark.label
@@ -64,8 +64,8 @@ def test_session(tmp_path, make_encoder, capsys):
     """Requests are checked as they are sent, results for the grids of their images."""
     data_list = write_dataset(tmp_path / "data", 6, seed=0, test_cases=1, shape=(64, 64, 32))
     encoder = make_encoder()
-    description = {"architecture": encoder.architecture, "normalization": {"clip_hu": [-1024, 325]}, "spacing": None}
-    save_encoder(encoder, tmp_path / "encoder.pt", description)
+    record = EncoderRecord(architecture=encoder.architecture, input=InputRecord(hu_window=[-1024, 325]))
+    save_encoder(encoder, tmp_path / "encoder.pt", record)
     tiny = {name: value for name, value in TINY_SEGMENTATION.items() if not name.startswith(("encoder", "max_epochs"))}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**tiny, "patches_per_case": 16, "spacing": [7, 7, 10]}))
     results = monai_label.session(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from monai.config import PathLike
+from monai.utils import ensure_tuple
+
+from pgl_ext.files import read_json
 from pgl_ext.transforms.formats import SUPPORTED, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
 
 __all__ = [
@@ -20,12 +23,12 @@ __all__ = [
     "load_datalist",
     "source_names",
     "unique_names",
+    "without_suffix",
 ]
 
 SOURCE_FIELDS = ("task", "group")
 """Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
 
-_PATH_KEYS = ("image", "label")
 _KEPT_KEYS = ("image", "series_uid", *SOURCE_FIELDS)
 
 
@@ -36,14 +39,12 @@ def item_name(item: Mapping) -> str:
 
 
 def load_datalist(
-    data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
-    dataset_dir: str | os.PathLike | None = None,
+    data_list_file_path: PathLike | Sequence[PathLike],
+    dataset_dir: PathLike | None = None,
     key: str = "training",
     keep: Iterable[str] = (),
 ) -> list[dict]:
     """Read a data list in the style of the Medical Segmentation Decathlon, or several that are aggregated.
-
-    For lists with labels see :func:`labelled_items`.
 
     Args:
         data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``. Its own
@@ -61,9 +62,8 @@ def load_datalist(
         ValueError: a file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an unsupported
             type; not one of the images of a file exists; or a scan is named more than once, in one file or several.
     """
-    single = isinstance(data_list_file_path, (str, os.PathLike))
-    paths = [data_list_file_path] if single else data_list_file_path
-    items = [item for path in paths for item in _read_list(Path(path), dataset_dir, key, keep)]
+    paths = map(Path, ensure_tuple(data_list_file_path))
+    items = [item for path in paths for item in _read_list(path, dataset_dir, key, keep)]
     twice = [name for name, count in Counter(map(item_name, items)).items() if count > 1]
     if twice:
         raise ValueError(
@@ -73,7 +73,7 @@ def load_datalist(
     return items
 
 
-def _read_list(path: Path, dataset_dir: str | os.PathLike | None, key: str, keep: Iterable[str]) -> list[dict]:
+def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterable[str]) -> list[dict]:
     content = _read_content(path, key)
     task = content.get("task", content.get("name"))
     sources = {"task": task, "group": content.get("group", task)}
@@ -98,34 +98,33 @@ def _read_list(path: Path, dataset_dir: str | os.PathLike | None, key: str, keep
 def _read_content(path: Path, key: str) -> dict:
     if not path.is_file():
         raise ValueError(f"Data list {path} does not exist or is not a file: give the path of a JSON data list.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Data list {path} is not valid JSON: {error}. Correct the file.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Data list {path} holds a {type(content).__name__}, not an object with a list {key!r}.")
+    content = read_json(path, "Data list", f"give one with a list {key!r}")
     lists = [name for name, value in content.items() if isinstance(value, list) and value]
     if key not in lists:
         raise ValueError(f"Data list {path} has no entries under the key {key!r}; keys with entries: {lists}.")
     return content
 
 
-def listed_path(path: str, data_list_file_path: str | os.PathLike, dataset_dir: str | os.PathLike | None = None) -> str:
+def listed_path(path: str, data_list_file_path: PathLike, dataset_dir: PathLike | None = None) -> str:
     """The absolute path that a data list means by ``path``: relative ones start from ``dataset_dir``, or the list."""
     base = os.path.abspath(Path(data_list_file_path).parent if dataset_dir is None else dataset_dir)
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
 
 
-def _to_item(entry: object, index: int, dataset_dir: str | os.PathLike | None, path: Path, kept: Iterable[str]) -> dict:
+def _to_item(entry: object, index: int, dataset_dir: PathLike | None, path: Path, kept: Iterable[str]) -> dict:
     entry = {"image": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
+    if not isinstance(entry, dict) or not _is_path(entry.get("image")):
         raise ValueError(
             f"Entry {index} of data list {path} has no single 'image' path: {entry!r}. Each entry must be a path or an "
             "object with one path under 'image'."
         )
     item = {name: entry[name] for name in kept if name in entry}
-    paths = {name: item[name] for name in _PATH_KEYS if isinstance(item.get(name), str) and item[name]}
-    return item | {name: listed_path(value, path, dataset_dir) for name, value in paths.items()}
+    paths = [name for name in ("image", "label") if _is_path(item.get(name))]
+    return item | {name: listed_path(item[name], path, dataset_dir) for name in paths}
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def has_known_suffix(path: str) -> bool:
@@ -144,9 +143,9 @@ def _is_supported(path: str) -> bool:
     )
 
 
-def _few(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _few(names: Sequence[str]) -> str:
+    """Up to five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def source_names(items: Iterable[Mapping], field: str) -> list[str]:
@@ -175,18 +174,16 @@ def source_names(items: Iterable[Mapping], field: str) -> list[str]:
 
 
 def labelled_items(
-    data_list_file_path: str | os.PathLike | Sequence[str | os.PathLike],
-    dataset_dir: str | os.PathLike | None = None,
+    data_list_file_path: PathLike | Sequence[PathLike],
+    dataset_dir: PathLike | None = None,
     key: str = "training",
     annotated_key: str | None = None,
 ) -> list[dict]:
     """Read the labelled cases of a data list in the style of the Medical Segmentation Decathlon.
 
     Args:
-        data_list_file_path: JSON file that maps ``key`` to a list of dicts with ``"image"`` and ``"label"``; or several
-            such files.
-        dataset_dir: folder that relative paths start from; by default the folder of the JSON file, of each its own.
-        key: which list of the file to take.
+        data_list_file_path: see :func:`load_datalist`, but each entry has ``"image"`` and ``"label"``.
+        dataset_dir, key: see :func:`load_datalist`.
         annotated_key: field of an entry that lists the organs annotated in its label map; those not listed are
             unknown there, not background. Where an entry lacks it, its field ``"annotated"`` counts, which the files
             written by :func:`pgl_ext.data.prepare.prepare_cases` have. None: every label map shows all organs.
@@ -196,24 +193,18 @@ def labelled_items(
         given and ``"annotated"``, a list of names, with an ``annotated_key``.
 
     Raises:
-        ValueError: the list cannot be used (see :func:`load_datalist`), or entries lack a label
-            or, with an ``annotated_key``, the names of the annotated organs. All such entries are named at once.
+        ValueError: the list cannot be used (see :func:`load_datalist`), or entries lack a label or, with an
+            ``annotated_key``, the names of the annotated organs. All such entries are named at once.
     """
-    fields = ["label", "annotated"] + ([annotated_key] if annotated_key else [])
     cases, problems = [], []
-    for item in load_datalist(data_list_file_path, dataset_dir, key, keep=fields):
-        case = {name: item[name] for name in ("image", "series_uid") if name in item}
-        label = item.get("label")
-        if isinstance(label, str) and label:
-            case["label"] = label
-        else:
-            problems.append(f"{item_name(item)} has no single 'label' path, but {label!r}")
+    for item in load_datalist(data_list_file_path, dataset_dir, key, keep=("label", "annotated", annotated_key)):
+        case = {name: item[name] for name in ("image", "series_uid", "label") if name in item}
+        if not _is_path(case.get("label")):
+            problems.append(f"{item_name(item)} has no single 'label' path, but {case.get('label')!r}")
         if annotated_key:
-            annotated = item.get(annotated_key, item.get("annotated"))
-            if isinstance(annotated, list) and all(isinstance(name, str) for name in annotated):
-                case["annotated"] = list(annotated)
-            else:
-                problems.append(f"{item_name(item)} has no list of organ names under {annotated_key!r}: {annotated!r}")
+            organs = case["annotated"] = item.get(annotated_key, item.get("annotated"))
+            if not isinstance(organs, list) or not all(isinstance(organ, str) for organ in organs):
+                problems.append(f"{item_name(item)} has no list of organ names under {annotated_key!r}: {organs!r}")
         cases.append(case)
     if problems:
         raise ValueError(
@@ -224,15 +215,14 @@ def labelled_items(
     return cases
 
 
-def _stem(path: str) -> str:
-    """The name of a file without its ending, or of a folder."""
-    name = Path(path).name
-    return name if os.path.isdir(path) else name[: len(name) - len(file_suffix(name))]
+def without_suffix(path: str) -> str:
+    """The path of a file without its ending, or of a folder."""
+    return path if os.path.isdir(path) else path[: len(path) - len(file_suffix(path))]
 
 
 def unique_names(items: Sequence[Mapping]) -> list[str]:
     """File names for outputs: the scan's own where no other scan has it, else with its folders or series before it."""
-    names = [_stem(item["image"]) for item in items]
+    names = [Path(without_suffix(item["image"])).name for item in items]
     if len(set(names)) == len(names):
         return names
     root = os.path.commonpath([os.path.dirname(item["image"]) for item in items])

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from pgl_ext.data.memory import available_memory
 from pgl_ext.distributed import launched_rank_and_world_size, local_world_size
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms.checks import BadVolumeError
 
 __all__ = ["CaseDataset", "EpochBatchSampler", "TrainingLoader", "VolumeDataset", "default_workers", "delay_sigterm"]
 
@@ -72,17 +74,20 @@ class VolumeDataset(Dataset):
             limit -= self.cache.nbytes(item)
             if limit < 0:
                 break
-            volumes[index] = self.cache.open(item)[:]
+            try:
+                volumes[index] = self._open(index)[:]
+            except _ReadError as error:
+                logger.warning("not held in memory, %s: %s", item_name(item), error)
         return volumes
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict]:
         """One sample of each volume; indices themselves have no end."""
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
         """Return the sample drawn for ``index`` or ``(epoch, index)``; index modulo length is the volume.
 
         ``read_errors`` counts volumes that could not be read and were replaced by the next one.
@@ -91,66 +96,73 @@ class VolumeDataset(Dataset):
         for skipped in range(len(self.data)):
             volume = (index + skipped) % len(self.data)
             seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
-            self.transform.set_random_state(seed)
             try:
-                sample = self._read_and_transform(volume)
-            except OSError as error:
+                sample = self._read_and_transform(volume, seed)
+            except _ReadError as error:
                 logger.warning("skipped %s: %s", item_name(self.data[volume]), error)
                 continue
             return {**sample, "read_errors": skipped}
         raise OSError(f"none of the {len(self.data)} volumes could be read from {self.cache.cache_dir}.")
 
-    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+    def inputs(self, volume: int, array: Any) -> dict:
         """What the transform is given for a volume, whose array (C, X, Y, Z) may lie on disk."""
         item = self.data[volume]
         return {"image": array, **{field: item[field] for field in SOURCE_FIELDS if field in item}}
 
-    def _read_and_transform(self, volume: int) -> dict[str, Any]:
-        if volume in self._in_memory:
-            return self.transform(self.inputs(volume, self._in_memory[volume]))
-        for attempt in range(_READ_ATTEMPTS):
-            try:
-                return self.transform(self.inputs(volume, _CachedArray(self.cache.open(self.data[volume]))))
-            except (OSError, RuntimeError) as error:  # MONAI makes a RuntimeError of what its transforms raise
-                # Network file systems fail for moments; a broken cache file is rebuilt by open().
-                cause = transform_error(error)
-                if not isinstance(cause, OSError):
-                    raise
-                if attempt == _READ_ATTEMPTS - 1:
-                    raise OSError(f"{type(cause).__name__}: {cause}") from error
-                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
-        raise AssertionError("unreachable")
+    def _read_and_transform(self, volume: int, seed: int, attempts: int = _READ_ATTEMPTS) -> dict:
+        # Anew each time: a transform may have drawn before it reads.
+        self.transform.set_random_state(seed)
+        try:
+            array = self._in_memory[volume] if volume in self._in_memory else self._open(volume)
+            return self.transform(self.inputs(volume, array))
+        except Exception as error:
+            cause = transform_error(error)
+            if not isinstance(cause, _ReadError):
+                raise
+            if attempts == 1:
+                raise cause from cause.__cause__
+        # Network file systems fail for moments; a broken cache file is rebuilt by open().
+        time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        return self._read_and_transform(volume, seed, attempts - 1)
+
+    def _open(self, volume: int) -> _CachedArray:
+        try:
+            return _CachedArray(self.cache.open(self.data[volume]))
+        except (OSError, BadVolumeError) as error:
+            raise _ReadError(f"{type(error).__name__}: {error}") from error
+
+
+class _ReadError(OSError):
+    """A cached volume cannot be read; unlike any error of a transform, nothing to stop for."""
 
 
 class _CachedArray:
-    """An array on disk whose reading fails with an OSError, whatever its library raises."""
+    """An array on disk; where it cannot be read, a :class:`_ReadError` tells this from errors of its user."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
-        self.shape = array.shape
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
 
     def __getitem__(self, place: Any) -> np.ndarray:
         try:
             return self._array[place]
-        except (RuntimeError, ValueError) as error:
-            raise OSError(f"a cached volume cannot be read: {error}") from error
+        except (OSError, RuntimeError) as error:  # blosc2 has the latter for damaged blocks
+            raise _ReadError(f"{type(error).__name__}: {error}") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
 
 
 class CaseDataset(VolumeDataset):
-    """Samples of labelled cases, each a function of (seed, epoch, index) alone, as in pre-training.
+    """Samples of labelled cases, each a function of (seed, epoch, index) alone.
 
     The transform is given the cached case as ``image`` (2, X, Y, Z), ``organ_points`` (for each organ of the task up to
     10,000 of its voxels, (N, 3)), and, for cases that say which organs were annotated, ``annotated`` (organs,).
 
     Args:
         data: items with ``image`` and ``label``, optionally ``annotated``.
-        cache: makes the cached cases.
-        transform: makes a sample; a MONAI randomizable transform.
+        cache, transform, kwargs: see :class:`VolumeDataset`.
         task: the organs.
-        kwargs: further arguments of :class:`VolumeDataset`.
     """
 
     def __init__(
@@ -166,7 +178,7 @@ class CaseDataset(VolumeDataset):
         self._partly_annotated = any("annotated" in item for item in self.data)
         self._organ_points: dict[int, list[np.ndarray]] = {}
 
-    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+    def inputs(self, volume: int, array: Any) -> dict:
         if volume not in self._organ_points:
             self._organ_points[volume] = self._find_organs(array)
         sample = {"image": array, "organ_points": self._organ_points[volume]}
@@ -183,10 +195,10 @@ class CaseDataset(VolumeDataset):
         generator = np.random.default_rng(0)
         points = []
         for organ in self.task.organs.values():
-            found = places[np.isin(values, organ)]
-            if len(found) > _POINTS_PER_ORGAN:
-                found = generator.choice(found, _POINTS_PER_ORGAN, replace=False)
-            points.append(np.stack(np.unravel_index(found, labels.shape), axis=1).astype(np.int32))
+            voxels = places[np.isin(values, organ)]
+            if len(voxels) > _POINTS_PER_ORGAN:
+                voxels = generator.choice(voxels, _POINTS_PER_ORGAN, replace=False)
+            points.append(np.stack(np.unravel_index(voxels, labels.shape), axis=1).astype(np.int32))
         return points
 
 
@@ -206,7 +218,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         world_size: number of processes.
 
     Raises:
-        ValueError: where there are fewer samples per step than processes.
+        ValueError: a number is less than 1, or there are fewer samples per step than processes.
     """
 
     def __init__(
@@ -220,8 +232,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         world_size: int | None = None,
     ) -> None:
         launched = launched_rank_and_world_size()
-        rank = launched[0] if rank is None else rank
-        world_size = launched[1] if world_size is None else world_size
+        self.rank = launched[0] if rank is None else rank
+        self.world_size = launched[1] if world_size is None else world_size
         if min(num_volumes, batch_size, max_epochs, patches_per_volume) < 1:
             raise ValueError(
                 "num_volumes, batch_size, max_epochs and patches_per_volume must be at least 1, got "
@@ -229,15 +241,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             )
         self.draws = num_volumes * patches_per_volume
         self.steps = math.ceil(self.draws / batch_size)
-        if self.draws // self.steps < world_size:
+        if self.draws // self.steps < self.world_size:
             raise ValueError(
-                f"{self.draws} samples in {self.steps} steps leave some of {world_size} processes without work: use "
-                "fewer processes, a larger --batch_size, or more patches of each volume or case per epoch."
+                f"{self.draws} samples in {self.steps} steps leave some of {self.world_size} processes without work: "
+                "use fewer processes, a larger --batch_size, or more patches of each volume or case per epoch."
             )
         self.max_epochs = max_epochs
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
         self.start_step = 0
 
     def __len__(self) -> int:
@@ -270,7 +280,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Go on after ``step`` optimiser steps of a run whose ``state_dict`` was ``state``.
 
         Raises:
-            ValueError: where the data or the batch size have changed since.
+            ValueError: the data or the batch size have changed since.
         """
         if state != self.state_dict():
             raise ValueError(
@@ -308,12 +318,18 @@ def default_workers() -> int:
 
 
 def delay_sigterm(worker: int) -> None:
-    """For ``worker_init_fn``: let a loading process go on for 30 s after SIGTERM.
+    """For ``worker_init_fn``: let a loading process go on for 30 s after a SIGTERM of others than its training process.
 
     Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
     and saves a checkpoint, which it could not do if those that load for it ended at once.
-
-    Args:
-        worker: number of the process, not used.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    # A handler would not be told who sent the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_after_sigterm, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after_sigterm(parent: int) -> None:
+    sent = signal.sigwaitinfo({signal.SIGTERM})
+    while sent is not None and sent.si_pid != parent:
+        sent = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_AFTER_SIGTERM)
+    os._exit(0)

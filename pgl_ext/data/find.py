@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, unique_names
+from monai.config import PathLike
+
+from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, unique_names, without_suffix
 from pgl_ext.transforms.formats import (
     DICOM_SUFFIXES,
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
     SUPPORTED,
-    SUPPORTED_SUFFIXES,
     dicom_header,
     file_suffix,
     is_dicom_file,
@@ -23,19 +25,17 @@ __all__ = ["find_cases", "find_scans", "find_volumes"]
 
 logger = logging.getLogger(__name__)
 
+_FILE_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
 _LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "imagests"}
 _CASE_FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
 
 
-def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
+def find_volumes(dataset_dir: PathLike) -> list[dict]:
     """Find every volume in a folder and the folders below it.
 
     NIfTI, NRRD and MetaImage files and DICOM series are found. Files of other types and hidden files are passed
     over, so are DICOM objects that hold no image volume. Folders called ``labels``, ``labelsTr`` or ``labelsTs`` next
     to ``images``, ``imagesTr`` or ``imagesTs``, and ``.seg.nrrd`` files, are left out.
-
-    Where a ``dataset.json`` lies in the folder, prefer :func:`load_datalist`: it knows which files are images, and
-    which belong to a held-out set.
 
     Args:
         dataset_dir: folder to search; links to folders are followed.
@@ -50,14 +50,13 @@ def find_volumes(dataset_dir: str | os.PathLike) -> list[dict]:
     """
     root = os.path.abspath(dataset_dir)
     remedy = f"Set it to a folder of volumes; {SUPPORTED}."
-    if not os.path.exists(root):
-        raise ValueError(f"Dataset folder {root} does not exist. {remedy}")
     if not os.path.isdir(root):
-        raise ValueError(f"Dataset folder {root} is a file, not a folder. {remedy}")
+        problem = "is a file, not a folder" if os.path.exists(root) else "does not exist"
+        raise ValueError(f"Dataset folder {root} {problem}. {remedy}")
     items: list[dict] = []
     left_out = 0
     for folder, names, is_label_folder in _walk_folders(root):
-        volumes = [n for n in names if file_suffix(n) in SUPPORTED_SUFFIXES and file_suffix(n) not in DICOM_SUFFIXES]
+        volumes = [n for n in names if file_suffix(n) in _FILE_SUFFIXES]
         labels = [n for n in volumes if is_label_folder or n.lower().endswith(".seg.nrrd")]
         left_out += len(labels)
         items += [{"image": os.path.join(folder, n)} for n in volumes if n not in labels]
@@ -94,29 +93,30 @@ def _dicom_series(folder: str, names: Sequence[str]) -> list[str]:
     """UIDs of the DICOM series in ``folder`` that make up a volume."""
     paths = [os.path.join(folder, n) for n in names]
     paths = [p for p in paths if file_suffix(p) in DICOM_SUFFIXES or (not has_known_suffix(p) and is_dicom_file(p))]
-    slices: dict[str, int] = {}
+    slices: Counter[str] = Counter()
     for path in paths:
         uid, count = _series_and_slices(path)
-        if uid:
-            slices[uid] = slices.get(uid, 0) + count
-    single = [uid for uid, count in slices.items() if count < 2]
+        slices[uid] += count
+    del slices[""]
+    single = {uid for uid, count in slices.items() if count < 2}
     if single:
         logger.info("%s: left out %d DICOM series of a single slice.", folder, len(single))
-    return sorted(set(slices) - set(single))
+    return sorted(slices.keys() - single)
 
 
 def _series_and_slices(path: str) -> tuple[str, int]:
-    """SeriesInstanceUID and number of slices in one DICOM file; ``("", 0)`` if it holds no scan."""
+    """SeriesInstanceUID, empty if it holds no scan, and number of slices of one DICOM file."""
     try:
         header = dicom_header(path, ["SeriesInstanceUID", "Modality", "Rows", "NumberOfFrames"])
     except OSError as error:
         logger.warning("%s is not a readable DICOM file and is left out: %s", path, error)
         return "", 0
     is_scan = "Rows" in header and header.get("Modality") not in ("SEG", "RTDOSE")
-    return (str(header.get("SeriesInstanceUID", "")), int(header.get("NumberOfFrames") or 1)) if is_scan else ("", 0)
+    uid = str(header.get("SeriesInstanceUID", "")) if is_scan else ""
+    return uid, int(header.get("NumberOfFrames") or 1)
 
 
-def find_cases(dataset_dir: str | os.PathLike) -> list[dict]:
+def find_cases(dataset_dir: PathLike) -> list[dict]:
     """Pair the images and label maps in the folders ``imagesTr`` and ``labelsTr``, or ``images`` and ``labels``.
 
     An image and its label map have the same path below their folders but for the file type, or the image's name ends
@@ -134,30 +134,31 @@ def find_cases(dataset_dir: str | os.PathLike) -> list[dict]:
             named at once.
     """
     root = os.path.abspath(dataset_dir)
-    folders = [tuple(os.path.join(root, name) for name in names) for names in _CASE_FOLDERS]
-    found = next((pair for pair in folders if all(map(os.path.isdir, pair))), None)
-    if found is None:
+    pairs = [[os.path.join(root, name) for name in names] for names in _CASE_FOLDERS]
+    images, label_maps = next((pair for pair in pairs if all(map(os.path.isdir, pair))), (None, None))
+    if images is None:
         raise ValueError(
             f"Dataset folder {root} has neither imagesTr and labelsTr nor images and labels: set --dataset_dir to a "
             "folder that does, or give a --data_list_file_path that names image and label of each case."
         )
     labels: dict[str, str] = {}
     problems = []
-    for path in _label_files(found[1]):
-        if labels.setdefault(_case_name(path, found[1]), path) != path:
-            problems.append(f"{path} has the name of {labels[_case_name(path, found[1])]}")
+    for path in _label_files(label_maps):
+        same = labels.setdefault(_case_name(path, label_maps), path)
+        if same != path:
+            problems.append(f"{path} has the name of {same}")
     cases, used = [], {}
-    for item in find_volumes(found[0]):
-        name = _case_name(item["image"], found[0])
+    for item in find_volumes(images):
+        name = _case_name(item["image"], images)
         name = name if name in labels else name.removesuffix("_0000")
         if name not in labels:
-            problems.append(f"{item_name(item)} has no label map in {found[1]}")
+            problems.append(f"{item_name(item)} has no label map in {label_maps}")
         elif name in used:
             problems.append(f"{labels[name]} belongs to both {used[name]} and {item_name(item)}")
         else:
             used[name] = item_name(item)
             cases.append({**item, "label": labels[name]})
-    problems += [f"{labels[name]} has no image in {found[0]}" for name in sorted(set(labels) - set(used))]
+    problems += [f"{labels[name]} has no image in {images}" for name in sorted(set(labels) - set(used))]
     if problems:
         raise ValueError(
             f"{len(problems)} files in {root} do not pair off:\n"
@@ -170,20 +171,17 @@ def find_cases(dataset_dir: str | os.PathLike) -> list[dict]:
 
 def _label_files(folder: str) -> list[str]:
     """Label maps below a folder: unlike :func:`find_volumes` with those called ``.seg.nrrd``, but without DICOM."""
-    suffixes = NIFTI_SUFFIXES + ITK_SUFFIXES
     paths = (os.path.join(inside, name) for inside, names, _ in _walk_folders(folder) for name in names)
-    return sorted(path for path in paths if file_suffix(path) in suffixes)
+    return sorted(path for path in paths if file_suffix(path) in _FILE_SUFFIXES)
 
 
 def _case_name(path: str, folder: str) -> str:
-    name = os.path.relpath(path, folder)
-    suffix = "" if os.path.isdir(path) else file_suffix(path)
-    return name[: len(name) - len(suffix)].removesuffix(".seg")
+    return os.path.relpath(without_suffix(path), folder).removesuffix(".seg")
 
 
 def find_scans(
-    dataset_dir: str | os.PathLike | None = None,
-    data_list_file_path: str | os.PathLike | None = None,
+    dataset_dir: PathLike | None = None,
+    data_list_file_path: PathLike | None = None,
     data_list_key: str = "training",
     passed_over: Sequence[str] = (),
 ) -> list[dict]:
@@ -213,16 +211,15 @@ def find_scans(
         items = [item for item in volumes if not item["image"].endswith(tuple(passed_over))]
         if len(items) < len(volumes):
             logger.info("Passed over %d outputs of earlier runs.", len(volumes) - len(items))
-    if not items:
-        raise ValueError(f"Dataset folder {dataset_dir} holds only outputs of earlier runs: give a folder of scans.")
+        if not items:
+            raise ValueError(f"Dataset folder {dataset_dir} holds only outputs of earlier runs: give one of scans.")
     return [{**item, "name": name} for item, name in zip(items, unique_names(items), strict=True)]
 
 
 def _whole_series(path: str) -> dict:
     """The series that a DICOM file is a slice of; other files stand for themselves."""
-    if is_dicom_file(path):
-        header = dicom_header(path, ["SeriesInstanceUID", "NumberOfFrames"])
-        folder, uid = os.path.dirname(path), str(header.get("SeriesInstanceUID", ""))
-        if int(header.get("NumberOfFrames") or 1) == 1 and uid and len(series_files(folder, uid)) > 1:
-            return {"image": folder, "series_uid": uid}
+    folder = os.path.dirname(path)
+    uid, slices = _series_and_slices(path) if is_dicom_file(path) else ("", 0)
+    if uid and slices == 1 and len(series_files(folder, uid)) > 1:
+        return {"image": folder, "series_uid": uid}
     return {"image": path}

@@ -27,13 +27,7 @@ __all__ = ["METRICS", "STATUSES", "Metric", "organ_scores", "surface_voxels"]
 
 
 class Metric(NamedTuple):
-    """How a metric is shown, and what of it is good.
-
-    Args:
-        title: with the unit.
-        digits: after the point.
-        perfect: value of a segmentation that is its reference.
-    """
+    """How a metric is shown, title with unit and digits after the point, and the value of a perfect segmentation."""
 
     title: str
     digits: int
@@ -86,40 +80,31 @@ def organ_scores(
             f"prediction and reference must be masks of one shape (X, Y, Z), got {prediction.shape} and "
             f"{reference.shape}: compare them on the grid of the original image."
         )
-    millilitres = math.prod(spacing) / 1000
+    voxel_ml = math.prod(spacing) / 1000
     predicted = int(np.count_nonzero(prediction))
-    scores: dict[str, float | str] = {**dict.fromkeys(METRICS, math.nan), "reference_ml": math.nan}
-    scores |= {"predicted_ml": predicted * millilitres, "status": "not annotated"}
-    if not annotated:
-        return scores
-    expected = int(np.count_nonzero(reference))
-    scores["reference_ml"] = expected * millilitres
-    if predicted and expected:
+    expected = int(np.count_nonzero(reference)) if annotated else math.nan
+    volumes = {"reference_ml": expected * voxel_ml, "predicted_ml": predicted * voxel_ml}
+    if predicted and expected > 0:
         common = int(np.count_nonzero(prediction & reference))
-        scores |= {"dice": 2 * common / (predicted + expected), "iou": common / (predicted + expected - common)}
-        scores["hd_mm"], scores["hd95_mm"] = _hausdorff_distances(prediction, reference, spacing)
-        scores["status"] = "ok"
-    elif predicted or expected:
-        diagonal = math.hypot(*(n * s for n, s in zip(prediction.shape, spacing, strict=True)))
-        scores |= {"dice": 0.0, "iou": 0.0, "hd_mm": diagonal, "hd95_mm": diagonal}
-        scores["status"] = "missed" if expected else "spurious"
+        dice, iou = 2 * common / (predicted + expected), common / (predicted + expected - common)
+        values, status = (dice, iou, *_hausdorff_distances(prediction, reference, spacing)), "ok"
+    elif annotated and (predicted or expected):
+        diagonal = math.hypot(*np.multiply(prediction.shape, spacing))
+        values, status = (0.0, 0.0, diagonal, diagonal), "missed" if expected else "spurious"
     else:
-        scores["status"] = "absent"
-    return scores
+        values, status = (math.nan,) * len(METRICS), "absent" if annotated else "not annotated"
+    return {**dict(zip(METRICS, values, strict=True)), **volumes, "status": status}
 
 
 def surface_voxels(mask: np.ndarray) -> np.ndarray:
-    """Indices (N, 3) of a mask's surface voxels: those with one of six neighbours outside it.
+    """Indices (N, 3) of the voxels of a mask, bool (X, Y, Z), not empty, with one of six neighbours outside it.
 
     Outside the volume there is nothing, so that voxels at its border are surface.
-
-    Args:
-        mask: bool (X, Y, Z), not empty.
     """
     # Only the bounding box, which for most organs is a small part of the volume.
     (box,) = find_objects(mask.view(np.uint8), max_label=1)
     inside = mask[box]
-    return np.argwhere(inside & ~binary_erosion(inside)) + [part.start for part in box]
+    return np.argwhere(inside & ~binary_erosion(inside)) + [axis.start for axis in box]
 
 
 def _hausdorff_distances(
@@ -132,7 +117,7 @@ def _hausdorff_distances(
 
 
 def _distances(start: np.ndarray, end: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """From each of some voxels (N, 3) the distance in mm to the nearest of others (M, 3)."""
+    """Distance in mm from each start voxel (N, 3) to the nearest end voxel (M, 3), in voxel indices."""
     if len(start) <= _TREE_LIMIT:
         return KDTree(end * np.asarray(spacing)).query(start * np.asarray(spacing))[0]
     low = np.minimum(start.min(0), end.min(0))

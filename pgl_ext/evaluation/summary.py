@@ -15,7 +15,11 @@ __all__ = [
     "AVERAGE",
     "case_means",
     "confidence_interval",
+    "finite",
     "finite_mean",
+    "grouped",
+    "interval_text",
+    "number_text",
     "summarise",
     "summary_rows",
     "summary_table",
@@ -26,48 +30,45 @@ AVERAGE = "average"
 """Name of the row over all organs."""
 
 
-def confidence_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
-    """95 % confidence interval of the mean over cases by the percentile bootstrap, the same in every run.
-
-    Args:
-        values: one per case, finite.
-        resamples: number of times that as many cases are drawn with replacement.
-
-    Returns:
-        Both ends; NaN of fewer than two cases.
-    """
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of the mean over cases, by the percentile bootstrap; NaN of fewer than two cases."""
     if len(values) < 2:
         return math.nan, math.nan
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    found = bootstrap((np.asarray(values),), np.mean, n_resamples=resamples, method="percentile", rng=0)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    low, high = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=0).confidence_interval
+    return float(low), float(high)
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    """The values that are neither NaN nor infinite."""
+    return [float(value) for value in values if math.isfinite(value)]
 
 
 def finite_mean(values: Iterable[float]) -> float:
     """Mean of the values that are finite, NaN where none is."""
-    found = [value for value in values if math.isfinite(value)]
-    return float(np.mean(found)) if found else math.nan
+    values = finite(values)
+    return float(np.mean(values)) if values else math.nan
 
 
 def case_means(rows: Iterable[Mapping], metric: str) -> dict[str, float]:
-    """Mean over the organs of each case, NaN where a case has no value at all.
+    """Mean over the organs of each case, NaN where it has no value, of rows with ``"case"`` and the metric."""
+    cases = grouped(rows, "case")
+    return {case: finite_mean(row[metric] for row in case_rows) for case, case_rows in cases.items()}
 
-    Args:
-        rows: ``"case"`` and the metric, as in ``cases.csv``.
-        metric: name of the column.
-    """
-    values: dict[str, list[float]] = {}
+
+def grouped(rows: Iterable[Mapping], column: str) -> dict[str, list[Mapping]]:
+    """Rows by their value in a column."""
+    groups: dict[str, list[Mapping]] = {}
     for row in rows:
-        values.setdefault(row["case"], []).append(row[metric])
-    return {case: finite_mean(found) for case, found in values.items()}
+        groups.setdefault(row[column], []).append(row)
+    return groups
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
     """Mean, spread and confidence interval over cases, of each organ and of their average.
 
-    The average is that of the cases' means over their organs: cases are what is drawn at random, so that they are what
-    is resampled.
+    The average is that of the cases' means over their organs, since cases are what is resampled.
 
     Args:
         rows: one per case and organ, as in ``cases.csv``.
@@ -76,31 +77,38 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
         By organ, and for ``"average"`` at the end: per metric ``mean``, ``std`` (of a sample), ``n`` and ``ci95`` (both
         ends), None where there are too few cases; and how often each status occurs.
     """
-    by_organ: dict[str, list[Mapping]] = {}
-    for row in rows:
-        by_organ.setdefault(row["organ"], []).append(row)
     summary = {
-        organ: {metric: _statistics([row[metric] for row in some]) for metric in METRICS} | _counts(some)
-        for organ, some in by_organ.items()
+        organ: {metric: _statistics(row[metric] for row in organ_rows) for metric in METRICS} | _counts(organ_rows)
+        for organ, organ_rows in grouped(rows, "organ").items()
     }
     means = {metric: _statistics(case_means(rows, metric).values()) for metric in METRICS}
     return {**summary, AVERAGE: means | _counts(rows)}
 
 
 def _statistics(values: Iterable[float]) -> dict[str, Any]:
-    values = [value for value in values if math.isfinite(value)]
-    low, high = confidence_interval(values)
+    values = finite(values)
+    several = len(values) > 1
     return {
         "mean": float(np.mean(values)) if values else None,
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "std": float(np.std(values, ddof=1)) if several else None,
         "n": len(values),
-        "ci95": [low, high] if len(values) > 1 else None,
+        "ci95": list(confidence_interval(values)) if several else None,
     }
 
 
 def _counts(rows: Iterable[Mapping]) -> dict[str, int]:
-    found = [row["status"] for row in rows]
-    return {status: found.count(status) for status in STATUSES}
+    statuses = [row["status"] for row in rows]
+    return {status: statuses.count(status) for status in STATUSES}
+
+
+def number_text(value: float | None, form: str) -> str:
+    """A number in a format such as ``.3f``; "n/a" where there is none."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def interval_text(ends: Sequence[float] | None, form: str) -> str:
+    """Both ends of an interval in a format such as ``.3f``; "n/a" where there is none."""
+    return " to ".join(f"{end:{form}}" for end in ends) if ends and not math.isnan(ends[0]) else "n/a"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -117,10 +125,10 @@ def summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     for organ, entry in summary.items():
         row: dict[str, Any] = {"organ": organ}
         for metric in METRICS:
-            found = entry[metric]
-            low, high = found["ci95"] or (None, None)
-            row |= {f"{metric}_mean": found["mean"], f"{metric}_std": found["std"]}
-            row |= {f"{metric}_ci95_low": low, f"{metric}_ci95_high": high, f"{metric}_n": found["n"]}
+            values = entry[metric]
+            low, high = values["ci95"] or (None, None)
+            row |= {f"{metric}_mean": values["mean"], f"{metric}_std": values["std"]}
+            row |= {f"{metric}_ci95_low": low, f"{metric}_ci95_high": high, f"{metric}_n": values["n"]}
         rows.append(row | {status.replace(" ", "_"): entry[status] for status in STATUSES})
     return rows
 
@@ -128,23 +136,9 @@ def summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
 def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """What :func:`summarise` returned as a table to read."""
     head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "cases", "missed", "spurious")
-    return table(head, [_table_row(name, entry) for name, entry in summary.items()])
-
-
-def _table_row(name: str, entry: Mapping[str, Any]) -> list[str]:
-    def mean(metric: str, digits: int) -> str:
-        value = entry[metric]["mean"]
-        return "n/a" if value is None else f"{value:.{digits}f}"
-
-    interval = entry["dice"]["ci95"]
-    return [
-        name,
-        mean("dice", 3),
-        f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "n/a",
-        mean("iou", 3),
-        mean("hd_mm", 1),
-        mean("hd95_mm", 1),
-        str(entry["dice"]["n"]),
-        str(entry["missed"]),
-        str(entry["spurious"]),
-    ]
+    rows = []
+    for organ, entry in summary.items():
+        dice, *others = (number_text(entry[name]["mean"], f".{metric.digits}f") for name, metric in METRICS.items())
+        counts = (entry["dice"]["n"], entry["missed"], entry["spurious"])
+        rows.append([organ, dice, interval_text(entry["dice"]["ci95"], ".3f"), *others, *map(str, counts)])
+    return table(head, rows)

@@ -1,6 +1,6 @@
-"""What the pictures share: rendering and saving, colours, planes and grey levels.
+"""What the pictures share: saving, colours, axes, grey levels and slices.
 
-Only matplotlib's object interface is used, so no display is needed and pyplot's global state is left alone.
+Only matplotlib's object interface is used: no display is needed, and pyplot's global state stays as it is.
 """
 
 from __future__ import annotations
@@ -18,21 +18,17 @@ __all__ = [
     "BLUE",
     "GREY",
     "ORANGE",
-    "PLANES",
     "figure_to_array",
     "grey_levels",
     "name_ticks",
     "organ_colors",
     "save_figure",
-    "slice_through",
+    "show_slice",
     "tidy",
     "unit_range",
 ]
 
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#777777"
-PLANES = (("axial", (0, 1)), ("coronal", (0, 2)), ("sagittal", (1, 2)))
-"""Name and the two axes, across and up, of each plane of a volume in RAS order."""
-
 
 _ORGANS = (
     "#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#9a6324", "#b18cff",
@@ -49,11 +45,7 @@ def organ_colors(count: int) -> np.ndarray:
 
 
 def figure_to_array(figure: Figure) -> np.ndarray:
-    """Render a figure, for example for TensorBoard's `add_image(..., dataformats="HWC")`.
-
-    Returns:
-        uint8 RGB image (H, W, 3).
-    """
+    """Render a figure as uint8 RGB (H, W, 3), as for TensorBoard's ``add_image(..., dataformats="HWC")``."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -72,25 +64,26 @@ def tidy(axes: Axes) -> None:
 
 
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Names below the places 0, 1, ...; many of them tilted."""
+    """Names below the places 0, 1, ...; tilted where there are more than three."""
     tilted = len(names) > 3
     axes.set_xticks(range(len(names)), names, rotation=35 if tilted else 0, ha="right" if tilted else "center")
 
 
 def unit_range(image: np.ndarray) -> np.ndarray:
-    """Scale to [0, 1] between the 0.5 and 99.5 percentiles, per view, as the views' intensities differ on purpose."""
+    """Scale an image to [0, 1] between its 0.5 and 99.5 percentiles."""
     low, high = np.quantile(image, (0.005, 0.995))
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
 def grey_levels(volume: np.ndarray) -> np.ndarray:
-    """[0, 1] greyscale; HU in a wide soft-tissue window, other ranges between percentiles."""
+    """Scale to [0, 1]: HU from -400 to 400, other intensities (none below -500) between percentiles."""
     if volume.min() < -500:
         return np.clip((volume + 400) / 800, 0, 1)
     return unit_range(volume)
 
 
-def slice_through(volume: np.ndarray, point: Sequence[float], plane: tuple[int, int]) -> np.ndarray:
-    """Slice of `volume` in `plane` (two axes) through a point."""
-    (fixed,) = {0, 1, 2} - set(plane)
-    return np.take(volume, int(np.clip(np.rint(point[fixed]), 0, volume.shape[fixed] - 1)), axis=fixed)
+def show_slice(axes: Axes, image: np.ndarray, aspect: float = 1.0) -> None:
+    """Show a slice (I, J), grey in [0, 1], or RGB (I, J, 3), with its second axis up; aspect: of a voxel, J to I."""
+    style = {"cmap": "gray", "vmin": 0, "vmax": 1, "origin": "lower", "interpolation": "nearest"}
+    axes.imshow(image.swapaxes(0, 1), aspect=aspect, **style)
+    axes.set(xticks=[], yticks=[])

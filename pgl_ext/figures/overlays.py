@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from pgl_ext.figures.base import PLANES, grey_levels, organ_colors, save_figure, slice_through
+from pgl_ext.figures.base import grey_levels, organ_colors, save_figure, show_slice
 
 __all__ = ["plot_overlay", "thinning"]
 
 _PICTURE_SIZE = 256  # voxels per axis
+_PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis across each plane
 
 
 def thinning(shape: Sequence[int]) -> tuple[slice, ...]:
@@ -54,33 +55,27 @@ def plot_overlay(
     masks = {heading: np.asarray(mask).astype(bool, copy=False) for heading, mask in masks.items()}
     _check(image, masks, names, spacing)
     extent = np.multiply(image.shape, spacing)
-    widths, heights = zip(*((extent[a], extent[b]) for _, (a, b) in PLANES), strict=True)
-    unit = 3.4 / max(widths)
-    legend_width = 0.5 + 0.07 * max(map(len, names))  # inches
-    size = (unit * max(widths) * len(masks) + 0.4 + legend_width, unit * sum(heights) + 0.6)
-    figure = Figure(size, dpi=110, layout="constrained", facecolor="white")
+    heights = extent[[1, 2, 2]]
+    inches = 3.4 / max(extent[:2])  # per mm
+    width = 3.4 * len(masks) + 0.9 + 0.07 * max(map(len, names))
+    figure = Figure((width, inches * sum(heights) + 0.6), dpi=110, layout="constrained", facecolor="white")
     panels = figure.subplots(3, len(masks), squeeze=False, gridspec_kw={"height_ratios": heights})
     colors, grey = organ_colors(len(names)), grey_levels(image)
-    point, shown = _fullest_slices(next(iter(masks.values()))), np.zeros(len(names), dtype=bool)
-    for row, (name, plane) in zip(panels, PLANES, strict=True):
-        aspect = spacing[plane[1]] / spacing[plane[0]]
+    shown = np.zeros(len(names), dtype=bool)
+    for row, (plane, axis) in zip(panels, _PLANES.items(), strict=True):
+        index = _fullest_slice(next(iter(masks.values())), axis)
+        across, up = np.delete(spacing, axis)
+        row[0].set_ylabel(plane, fontsize=10)
         for axes, mask in zip(row, masks.values(), strict=True):
-            cut = np.stack([slice_through(organ, point, plane) for organ in mask])
+            cut = mask.take(index, axis + 1)
             shown |= cut.any((1, 2))
-            _draw(axes, slice_through(grey, point, plane), cut, colors, aspect)
-        row[0].set_ylabel(name, fontsize=10)
+            _draw(axes, grey.take(index, axis), cut, colors, up / across)
     for axes, heading in zip(panels[0], masks, strict=True):
         axes.set_title(heading, fontsize=11)
-    patches = [Patch(color=c, label=n) for c, n, on in zip(colors, names, shown, strict=True) if on]
+    patches = [Patch(color=colors[number], label=names[number]) for number in np.flatnonzero(shown)]
     if patches:
-        figure.legend(
-            handles=patches,
-            loc="outside right center",
-            ncols=-(-len(patches) // 30),
-            frameon=False,
-            fontsize=8.5,
-            handlelength=1.2,
-        )
+        style = {"ncols": -(-len(patches) // 30), "frameon": False, "fontsize": 8.5, "handlelength": 1.2}
+        figure.legend(handles=patches, loc="outside right center", **style)
     if title:
         figure.suptitle(title, fontsize=12)
     if out_path is not None:
@@ -103,12 +98,10 @@ def _check(image: np.ndarray, masks: Mapping[str, np.ndarray], names: Sequence[s
         raise ValueError(f"spacing must be three positive numbers (mm), got {tuple(spacing)}.")
 
 
-def _fullest_slices(masks: np.ndarray) -> list[int]:
-    """Per axis the index of the slice with most organ voxels; the middle where there is none."""
-    inside = masks.any(0)
-    if not inside.any():
-        return [n // 2 for n in inside.shape]
-    return [int(np.argmax(inside.sum(tuple({0, 1, 2} - {axis})))) for axis in range(3)]
+def _fullest_slice(masks: np.ndarray, axis: int) -> int:
+    """Index of the slice across an axis with most organ voxels; the middle one where there are none."""
+    counts = np.moveaxis(masks.any(0), axis, 0).sum((1, 2))
+    return int(counts.argmax()) if counts.any() else len(counts) // 2
 
 
 def _draw(axes: Axes, grey: np.ndarray, cut: np.ndarray, colors: np.ndarray, aspect: float) -> None:
@@ -116,10 +109,7 @@ def _draw(axes: Axes, grey: np.ndarray, cut: np.ndarray, colors: np.ndarray, asp
     filled = np.repeat(grey[..., None], 3, -1)
     for mask, color in zip(cut, colors, strict=True):
         filled[mask] = 0.65 * filled[mask] + 0.35 * color
-    axes.imshow(filled.swapaxes(0, 1), origin="lower", aspect=aspect, interpolation="nearest", vmin=0, vmax=1)
-    for mask, color in zip(cut, colors, strict=True):
         # A volume of one slice has cuts of one line, which has no outline.
         if mask.any() and not mask.all() and min(mask.shape) > 1:
             axes.contour(mask.T, levels=[0.5], colors=[color], linewidths=1.1)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    show_slice(axes, filled, aspect)

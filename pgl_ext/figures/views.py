@@ -1,7 +1,4 @@
-"""Aligned views.
-
-Views are shown as the network sees them, so a flipped view appears flipped.
-"""
+"""Aligned views, each shown as the network sees it: a flipped view appears flipped."""
 
 from __future__ import annotations
 
@@ -15,13 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pgl_ext import geometry
-from pgl_ext.figures.base import save_figure, unit_range
+from pgl_ext.aligner import PriorGuidedAligner
+from pgl_ext.figures.base import save_figure, show_slice, unit_range
+from pgl_ext.geometry import axis_scale_and_offset, overlap_extent
 
 __all__ = ["plot_views", "source_to_view"]
 
 _POINTS = ("#ffd92f", "#66e0a3", "#ff7fbf", "#7fd4ff", "#ffa64d")
 _TINTS = ((1.0, 0.92, 0.74), (0.74, 0.92, 1.0))
+_TILES = 6  # along the longer side of a checkerboard
+_TITLES = ("view 1", "view 2", "overlap, from view 1", "overlap, from view 2", "checkerboard of the two")
 
 
 def source_to_view(affines: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -37,106 +37,8 @@ def source_to_view(affines: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: if an affine rotates, shears or is singular.
     """
-    scale, offset = geometry.axis_scale_and_offset(affines)
+    scale, offset = axis_scale_and_offset(affines)
     return (points.to(affines) - offset.unsqueeze(-2)) / scale.unsqueeze(-2)
-
-
-def _overlap_slices(
-    views: torch.Tensor, affines: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Axial slice through the middle of the overlap, of each whole view and of the overlap on one common grid.
-
-    Args:
-        views: (2, 1, X, Y, Z); affines: (2, 4, 4); lower, upper: (3,) in source voxels.
-
-    Returns:
-        whole slices (2, X, Y) and overlap slices (2, I, J).
-    """
-    scale, _ = geometry.axis_scale_and_offset(affines)
-    # As fine as the finer view; edges, not centres, bound the region.
-    cells = [max(2, math.ceil(float(n))) for n in ((upper - lower) / scale.abs().amin(0))[:2]] + [1]
-    edges = source_to_view(affines, torch.stack([lower, upper]))
-    region = [
-        geometry.linear_interpolation_matrix(
-            geometry.cell_samples(edges[:, 0, axis], edges[:, 1, axis], n, 1), views.shape[2 + axis]
-        )
-        for axis, n in enumerate(cells)
-    ]
-    whole = [torch.eye(n).expand(2, n, n) for n in views.shape[2:4]] + [region[2]]
-    return tuple(geometry.resample_axes(views, weights)[:, 0, :, :, 0].numpy() for weights in (whole, region))
-
-
-def _landmarks(image: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` cells (N, 2) of strong structure that keep a distance, so that the eye can check them.
-
-    Args:
-        image: (I, J).
-    """
-    strength = np.hypot(*np.gradient(image))
-    position = np.stack(np.meshgrid(*(np.arange(n) for n in image.shape), indexing="ij"), -1)
-    # Numbers written at the very edge of the overlap would be cut off.
-    inner = np.minimum(position, np.array(image.shape) - 1 - position) / np.array(image.shape)
-    strength[inner.min(-1) < 0.06] = 0
-    chosen = []
-    while len(chosen) < count and strength.max() > 0:
-        chosen.append(np.unravel_index(np.argmax(strength), strength.shape))
-        distance = np.linalg.norm((position - chosen[-1]) / np.array(image.shape), axis=-1)
-        strength[distance < 0.22] = 0
-    return np.array(chosen, dtype=float).reshape(-1, 2)
-
-
-def _checkerboard(first: np.ndarray, second: np.ndarray, tiles: int = 6) -> np.ndarray:
-    """Interleave two images (I, J) as RGB (I, J, 3), tinted since aligned tiles cannot be told apart otherwise."""
-    side = max(1, math.ceil(max(first.shape) / tiles))
-    i, j = np.indices(first.shape) // side
-    tinted = [image[..., None] * np.array(tint) for image, tint in ((first, _TINTS[0]), (second, _TINTS[1]))]
-    return np.where((i + j)[..., None] % 2 == 0, *tinted)
-
-
-def _show(axes: Axes, image: np.ndarray, aspect: float = 1.0) -> None:
-    axes.imshow(
-        image.swapaxes(0, 1), cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect, interpolation="nearest"
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _number(axes: Axes, points: np.ndarray) -> None:
-    """Draw numbered points (N, 2), given in array indices."""
-    colors = [_POINTS[n % len(_POINTS)] for n in range(len(points))]
-    axes.scatter(*points.T, s=42, facecolors="none", edgecolors=colors, linewidths=1.6)
-    for number, (point, color) in enumerate(zip(points, colors, strict=True), 1):
-        axes.annotate(
-            str(number), point, (5, 5), textcoords="offset points", color=color, fontsize=9, fontweight="bold"
-        )
-
-
-def _describe(scale: Sequence[float]) -> str:
-    flips = "".join(name for name, s in zip("xyz", scale, strict=True) if s < 0)
-    zoom = " x ".join(f"{abs(s):.2f}" for s in scale)
-    return f"scale {zoom}, {'flipped ' + ', '.join(flips) if flips else 'not flipped'}"
-
-
-def _draw_pair(panels: Sequence[Axes], views: torch.Tensor, affines: torch.Tensor, num_points: int) -> None:
-    lower, upper = (edge[0] for edge in geometry.overlap_extent(affines[None], views.shape[2:]))
-    whole, region = _overlap_slices(views, affines, lower, upper)
-    whole, region = ([unit_range(image) for image in images] for images in (whole, region))
-    cells = _landmarks(region[0], num_points)
-    step = (upper - lower)[:2].numpy() / np.array(region[0].shape)  # source voxels per cell of the common grid
-    source = np.column_stack([lower[:2].numpy() + (cells + 0.5) * step, np.full(len(cells), (lower + upper)[2] / 2)])
-    points = source_to_view(affines, torch.from_numpy(source)).numpy()
-    corners = source_to_view(affines, torch.stack([lower, upper])).numpy()
-    scales = geometry.axis_scale_and_offset(affines)[0].tolist()
-    for view in range(2):
-        _show(panels[view], whole[view])
-        _number(panels[view], points[view, :, :2])
-        box = Rectangle(corners[view, 0, :2], *np.diff(corners[view, :, :2], axis=0)[0], fill=False, clip_on=False)
-        box.set(linewidth=1.4, linestyle="--", edgecolor="#00d5ff")
-        panels[view].add_patch(box)
-        panels[view].set_xlabel(_describe(scales[view]), fontsize=7)
-        _show(panels[2 + view], region[view], step[1] / step[0])
-        _number(panels[2 + view], cells)
-    _show(panels[4], _checkerboard(*region), step[1] / step[0])
 
 
 def plot_views(
@@ -176,17 +78,97 @@ def plot_views(
         )
     if num_pairs < 1:
         raise ValueError(f"num_pairs must be at least 1, got {num_pairs}.")
-    rows = min(num_pairs, views.shape[0])
+    rows = min(num_pairs, len(views))
     # A plain tensor: a MetaTensor would carry its metadata through every product below.
-    images = torch.as_tensor(np.asarray(views[:rows, :, :1].detach().float().cpu()))
+    images = torch.as_tensor(np.asarray(views[:rows, :, 0].detach().float().cpu()))
     priors = torch.as_tensor(np.asarray(affines[:rows].detach().double().cpu()))
     figure = Figure(figsize=(13, 2.75 * rows + 0.3), dpi=110, layout="constrained")
     panels = figure.subplots(rows, 5, squeeze=False)
-    titles = ("view 1", "view 2", "overlap, from view 1", "overlap, from view 2", "checkerboard of the two")
-    for axes, title in zip(panels[0], titles, strict=True):
+    for axes, title in zip(panels[0], _TITLES, strict=True):
         axes.set_title(title, fontsize=10)
-    for row in range(rows):
-        _draw_pair(panels[row], images[row], priors[row], num_points)
+    for row, pair, prior in zip(panels, images, priors, strict=True):
+        _draw_pair(row, pair, prior, num_points)
     if out_path is not None:
         save_figure(figure, out_path)
     return figure
+
+
+def _draw_pair(panels: Sequence[Axes], views: torch.Tensor, affines: torch.Tensor, num_points: int) -> None:
+    """Fill a row of panels with views (2, X, Y, Z)."""
+    bounds = torch.cat(overlap_extent(affines[None], views.shape[1:]))
+    whole, overlap = _middle_slices(views, affines, bounds)
+    cells = _landmarks(overlap[0], num_points)
+    # The overlap is one cell high; source voxels per cell.
+    step = (bounds[1] - bounds[0]) / torch.tensor([*overlap[0].shape, 1])
+    source = bounds[0] + step * (torch.from_numpy(np.pad(cells, ((0, 0), (0, 1)))) + 0.5)
+    points = source_to_view(affines, source)[..., :2].numpy()
+    corners = source_to_view(affines, bounds)[..., :2].numpy()
+    aspect = float(step[1] / step[0])
+    for view, scale in enumerate(axis_scale_and_offset(affines)[0].tolist()):
+        show_slice(panels[view], whole[view])
+        _number(panels[view], points[view])
+        outline = {"fill": False, "clip_on": False, "linewidth": 1.4, "linestyle": "--", "edgecolor": "#00d5ff"}
+        panels[view].add_patch(Rectangle(corners[view, 0], *(corners[view, 1] - corners[view, 0]), **outline))
+        panels[view].set_xlabel(_describe(scale), fontsize=7)
+        show_slice(panels[2 + view], overlap[view], aspect)
+        _number(panels[2 + view], cells)
+    show_slice(panels[4], _checkerboard(*overlap), aspect)
+
+
+def _middle_slices(
+    views: torch.Tensor, affines: torch.Tensor, bounds: torch.Tensor
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Axial slices through the middle of the overlap, in [0, 1].
+
+    Args:
+        views: (2, X, Y, Z).
+        affines: (2, 4, 4).
+        bounds: lower and upper edge of the overlap (2, 3), in source voxels.
+
+    Returns:
+        a slice (X, Y) of each view, and one (I, J) of the overlap in each view on one common grid, as fine as the finer
+        view.
+    """
+    finest = axis_scale_and_offset(affines)[0].abs().amin(0)
+    cells = [max(2, math.ceil(float(n))) for n in ((bounds[1] - bounds[0]) / finest)[:2]]
+    aligner = PriorGuidedAligner([*cells, 1], sampling_ratio=1)
+    size = views.shape[1:]
+    _, _, height = aligner.axis_matrices(affines[None], size, size)
+    whole = torch.einsum("vxyz,vkz->vxy", views, height[0])
+    overlap = aligner(views[None, :, None], affines[None], size)[0, :, 0, :, :, 0]
+    return [unit_range(image.numpy()) for image in whole], [unit_range(image.numpy()) for image in overlap]
+
+
+def _landmarks(image: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` cells (N, 2) of an image (I, J) with strong structure, at some distance from each other."""
+    strength = np.hypot(*np.gradient(image))
+    place = np.stack(np.meshgrid(*(np.linspace(0, 1, n) for n in image.shape), indexing="ij"))
+    # Numbers written at the very edge of the overlap would be cut off.
+    strength[(np.minimum(place, 1 - place) < 0.06).any(0)] = 0
+    chosen = []
+    while len(chosen) < count and strength.max() > 0:
+        i, j = np.unravel_index(strength.argmax(), strength.shape)
+        chosen.append((i, j))
+        strength[np.linalg.norm(place - place[:, i, j, None, None], axis=0) < 0.22] = 0
+    return np.array(chosen, dtype=float).reshape(-1, 2)
+
+
+def _checkerboard(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Interleave two images (I, J) as RGB (I, J, 3), tinted since aligned tiles cannot be told apart otherwise."""
+    side = math.ceil(max(first.shape) / _TILES)
+    odd = (np.indices(first.shape) // side).sum(0) % 2
+    return np.where(odd[..., None], second[..., None] * _TINTS[1], first[..., None] * _TINTS[0])
+
+
+def _number(axes: Axes, points: np.ndarray) -> None:
+    """Draw numbered points (N, 2), given in array indices."""
+    for number, point in enumerate(points):
+        color = _POINTS[number % len(_POINTS)]
+        axes.annotate(number + 1, point, (5, 5), textcoords="offset points", color=color, fontsize=9, weight="bold")
+    axes.scatter(*points.T, s=42, facecolors="none", edgecolors=_POINTS[: len(points)], linewidths=1.6)
+
+
+def _describe(scale: Sequence[float]) -> str:
+    flips = [name for name, s in zip("xyz", scale, strict=True) if s < 0]
+    zoom = " x ".join(f"{abs(s):.2f}" for s in scale)
+    return f"scale {zoom}, {'flipped ' + ', '.join(flips) if flips else 'not flipped'}"

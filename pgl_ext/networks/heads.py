@@ -24,9 +24,9 @@ class ConvHead(nn.Sequential):
 
 
 class MLPHead(nn.Sequential):
-    """Linear layer, batch norm, ReLU, linear layer: BYOL's projector and predictor (Grill et al. 2020, section 3.2).
+    """:class:`ConvHead` for pooled features, with linear layers: (B, in_channels) becomes (B, out_channels).
 
-    For pooled features: (B, in_channels) becomes (B, out_channels). Otherwise as :class:`ConvHead`.
+    BYOL's projector and predictor (Grill et al. 2020, section 3.2).
     """
 
     def __init__(self, in_channels: int, hidden_channels: int = 4096, out_channels: int = 256) -> None:

@@ -56,61 +56,43 @@ class SegmentationNet(nn.Module):
         decoder_channels: Sequence[int] = (256, 128, 32),
     ) -> None:
         super().__init__()
-        if isinstance(encoder, nn.Module):
-            self.encoder = encoder
-        else:
-            self.encoder = ResNetEncoder(**{"in_channels": in_channels, **(encoder or {})})
-        _check_encoder(self.encoder, in_channels)
-        stem, stage1, stage2, _, deepest = self.encoder.channels
+        if not isinstance(encoder, nn.Module):
+            encoder = ResNetEncoder(**{"in_channels": in_channels, **(encoder or {})})
+        _check_encoder(encoder, in_channels)
+        self.encoder = encoder
+        stem, stage1, stage2, _, deepest = encoder.channels
         self.aspp = ASPP(deepest, aspp_channels)
         self.dropout = nn.Dropout3d(dropout)
         self.decoder = Decoder(aspp_channels, (stage2, stage1, stem), decoder_channels, out_channels, dropout)
         self.arguments = {
             "in_channels": in_channels,
             "out_channels": out_channels,
-            "encoder": getattr(self.encoder, "arguments", None),
+            "encoder": getattr(encoder, "arguments", None),
             "dropout": dropout,
             "aspp_channels": aspp_channels,
             "decoder_channels": list(decoder_channels),
         }
         self.architecture = {"family": self.family, "arguments": self.arguments}
-        self.stem_stride = tuple(float(s) for s in self.encoder.strides[0])
+        self.stem_stride = [float(s) for s in encoder.strides[0]]
         initialise_convolutions(self.aspp)
         initialise_convolutions(self.decoder)
 
     @torch.jit.unused
     def parameter_groups(self, lr: float, encoder_lr_factor: float = 1.0) -> list[dict[str, Any]]:
         """Parameters for an optimiser: the encoder's with a learning rate of their own, then all others."""
-        encoder = list(self.encoder.parameters())
-        known = {id(parameter) for parameter in encoder}
-        others = [parameter for parameter in self.parameters() if id(parameter) not in known]
-        return [{"params": encoder, "lr": lr * encoder_lr_factor}, {"params": others, "lr": lr}]
+        others = [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")]
+        return [{"params": [*self.encoder.parameters()], "lr": lr * encoder_lr_factor}, {"params": others, "lr": lr}]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Segment.
-
-        Args:
-            x: (B, in_channels, X, Y, Z), any size.
-
-        Returns:
-            logits (B, out_channels, X, Y, Z).
-        """
+        """Logits (B, out_channels, X, Y, Z) of inputs (B, in_channels, X, Y, Z) of any size."""
         return self.decode(self.encoder(x), x.shape[2:])
 
     def decode(self, features: list[torch.Tensor], size: list[int]) -> torch.Tensor:
-        """From features to the input's grid.
-
-        Args:
-            features: the encoder's feature maps, finest first.
-            size: (X, Y, Z) of the encoder's input.
-
-        Returns:
-            logits (B, out_channels, X, Y, Z).
-        """
+        """Logits (B, out_channels, *size) of the encoder's feature maps, finest first, for its input's size."""
         deepest = self.dropout(self.aspp(features[4]))
         logits = self.decoder(deepest, [features[2], features[1], features[0]])
         # By the stride and not to the size: a size that the stride does not divide would stretch the map.
-        return _crop(F.interpolate(logits, scale_factor=list(self.stem_stride), mode="trilinear"), size)
+        return _crop(F.interpolate(logits, scale_factor=self.stem_stride, mode="trilinear"), size)
 
 
 class ASPP(nn.Module):
@@ -129,7 +111,7 @@ class ASPP(nn.Module):
         super().__init__()
         self.reduce = _conv(in_channels, channels)
         self.branches = nn.ModuleList(
-            [_conv(channels, channels), *(_separable_conv(channels, channels, d) for d in dilations)]
+            [_conv(channels, channels), *(_separable_conv(channels, dilation) for dilation in dilations)]
         )
         self.pool = nn.AdaptiveAvgPool3d(1)
         self.pooled = _conv(channels, channels)
@@ -164,24 +146,20 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        widths = [in_channels, *channels]
-        self.levels = nn.ModuleList(
-            _DecoderLevel(widths[i], skip, widths[i + 1]) for i, skip in enumerate(skip_channels)
-        )
+        levels = zip(itertools.pairwise([in_channels, *channels]), skip_channels, strict=True)
+        self.levels = nn.ModuleList(_DecoderLevel(*widths, skip) for widths, skip in levels)
         self.dropout = nn.Dropout3d(dropout)
-        self.head = nn.Conv3d(widths[-1], out_channels, kernel_size=1)
+        self.head = nn.Conv3d(channels[-1], out_channels, kernel_size=1)
 
     def forward(self, x: torch.Tensor, skips: list[torch.Tensor]) -> torch.Tensor:
         """Logits (B, out_channels, ...) of the size of the last of the skips, which come coarse to fine."""
         for index, level in enumerate(self.levels):
-            x = level(x, skips[index])
+            x = level(x, skips[index].shape[2:], skips[index])
         return self.head(self.dropout(x))
 
 
 class PlainDecoder(nn.Module):
-    """A decoder without skips, of which every level's map is wanted: double the resolution, refine.
-
-    Its tensors are named as those of :class:`Decoder`, which has the projected skips beside them.
+    """:class:`Decoder` without skips and last convolution, with the same names of tensors; returns every level's map.
 
     Args:
         in_channels: channels of the map to start from.
@@ -190,7 +168,7 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(_PlainLevel(*widths) for widths in itertools.pairwise([in_channels, *channels]))
+        self.levels = nn.ModuleList(_DecoderLevel(*widths) for widths in itertools.pairwise([in_channels, *channels]))
 
     def forward(self, x: torch.Tensor, sizes: list[list[int]]) -> list[torch.Tensor]:
         """Decode.
@@ -210,40 +188,20 @@ class PlainDecoder(nn.Module):
 
 
 class _DecoderLevel(nn.Module):
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, skip_channels: int | None = None) -> None:
         super().__init__()
-        self.up = _double(in_channels, out_channels)
-        self.project = nn.Sequential(
-            nn.Conv3d(skip_channels, out_channels, kernel_size=1, bias=False), nn.BatchNorm3d(out_channels)
-        )
-        self.refine = _refine(out_channels)
+        self.up = _normalised(nn.ConvTranspose3d(in_channels, out_channels, kernel_size=2, stride=2, bias=False))
+        self.project = None
+        if skip_channels is not None:
+            convolution = nn.Conv3d(skip_channels, out_channels, kernel_size=1, bias=False)
+            self.project = nn.Sequential(convolution, nn.BatchNorm3d(out_channels))
+        self.refine = nn.Sequential(_separable_conv(out_channels), _separable_conv(out_channels))
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        x = _crop(self.up(x), skip.shape[2:]) + self.project(skip)
-        return x + self.refine(x)
-
-
-class _PlainLevel(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.up = _double(in_channels, out_channels)
-        self.refine = _refine(out_channels)
-
-    def forward(self, x: torch.Tensor, size: list[int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, size: list[int], skip: torch.Tensor | None = None) -> torch.Tensor:
         x = _crop(self.up(x), size)
+        if self.project is not None and skip is not None:
+            x = x + self.project(skip)
         return x + self.refine(x)
-
-
-def _double(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.ConvTranspose3d(in_channels, out_channels, kernel_size=2, stride=2, bias=False),
-        nn.BatchNorm3d(out_channels),
-        nn.ReLU(inplace=True),
-    )
-
-
-def _refine(channels: int) -> nn.Sequential:
-    return nn.Sequential(_separable_conv(channels, channels), _separable_conv(channels, channels))
 
 
 def _crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
@@ -252,19 +210,17 @@ def _crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=False),
-        nn.BatchNorm3d(out_channels),
-        nn.ReLU(inplace=True),
-    )
+    return _normalised(nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=False))
 
 
-def _separable_conv(in_channels: int, out_channels: int, dilation: int = 1) -> nn.Sequential:
+def _separable_conv(channels: int, dilation: int = 1) -> nn.Sequential:
     """Per channel in space, then across channels in each voxel."""
-    depthwise = nn.Conv3d(
-        in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False
-    )
-    return nn.Sequential(depthwise, *_conv(in_channels, out_channels))
+    depthwise = nn.Conv3d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels, bias=False)
+    return nn.Sequential(depthwise, *_conv(channels, channels))
+
+
+def _normalised(convolution: nn.Module) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.BatchNorm3d(convolution.out_channels), nn.ReLU(inplace=True))
 
 
 def _check_encoder(encoder: nn.Module, in_channels: int) -> None:
@@ -275,9 +231,8 @@ def _check_encoder(encoder: nn.Module, in_channels: int) -> None:
         )
     stem, stage1, stage2, _, deepest = encoder.strides
     levels = (deepest, stage2, stage1, stem)
-    for coarse, fine in itertools.pairwise(levels):
-        if any(c != 2 * f for c, f in zip(coarse, fine, strict=True)):
-            raise ValueError(
-                f"the decoder doubles the resolution between the encoder's levels, but their strides are {levels}: "
-                "build the encoder with last_stage_stride=1."
-            )
+    if any(coarse != tuple(2 * n for n in fine) for coarse, fine in itertools.pairwise(levels)):
+        raise ValueError(
+            f"the decoder doubles the resolution between the encoder's levels, but their strides are {levels}: build "
+            "the encoder with last_stage_stride=1."
+        )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from monai.config import PathLike
 
 import pgl_ext
 from pgl_ext.figures.base import organ_colors
@@ -18,50 +19,46 @@ __all__ = ["organ_codes", "require_highdicom", "write_dicom_seg"]
 
 # Names that DICOM has under another word; letters only, lower case.
 _SYNONYMS = {
-    "parotid": "parotidgland",
-    "submandibular": "submandibulargland",
-    "adrenal": "adrenalgland",
+    **{name: f"{name}gland" for name in ("parotid", "submandibular", "adrenal")},
+    **dict.fromkeys(("tumour", "tumor", "cancer"), "neoplasm"),
     "oesophagus": "esophagus",
     "urinarybladder": "bladder",
     "vertebralcolumn": "spine",
-    "tumour": "neoplasm",
-    "tumor": "neoplasm",
-    "cancer": "neoplasm",
 }
-# What references to a source are made from, of DICOM's type 2: may be empty, but not absent.
+# What references to a source are made from: anonymising tools drop it, but DICOM wants it, if only empty (type 2).
 _WANTED = (
     "AccessionNumber", "PatientBirthDate", "PatientID", "PatientName", "PatientSex", "ReferringPhysicianName",
     "SeriesNumber", "SliceThickness", "StudyDate", "StudyID", "StudyTime",
 )  # fmt: skip
-_ANATOMY, _ABNORMALITIES = "CID7192", "CID7159"  # context groups of DICOM PS3.16
 
 
-def require_highdicom() -> None:
-    """Raise now, before hours of computation, if DICOM SEG cannot be written.
+def require_highdicom() -> ModuleType:
+    """The package ``highdicom``; also to check, before hours of computation, that DICOM SEG can be written.
 
     Raises:
-        ImportError: ``highdicom`` is not installed.
+        ImportError: it is not installed.
     """
     try:
-        import highdicom  # noqa: F401
+        import highdicom
     except ImportError as error:
         raise ImportError(
             "Writing DICOM SEG needs the package 'highdicom': pip install highdicom, or go without with "
             "--save_dicom_seg false."
         ) from error
+    return highdicom
 
 
 def write_dicom_seg(
     masks: np.ndarray,
     names: Sequence[str],
-    source_files: Sequence[str | os.PathLike],
-    path: str | os.PathLike,
+    source_files: Sequence[PathLike],
+    path: PathLike,
     series_description: str = "Segmentation",
 ) -> None:
     """Write masks of organs as one DICOM SEG object, whose frames lie on the slices of the source series.
 
-    Each frame refers to the slice it was made from and takes position and orientation from it, so that it fits
-    whichever way the series runs, oblique, or with uneven distances of its slices. Overlapping organs are kept.
+    Each frame refers to the slice it was made from and takes position and orientation from it, also in oblique series
+    and with uneven distances of the slices. Overlapping organs are kept.
 
     Args:
         masks: bool (organs, X, Y, Z): x along a slice's columns, y along its rows, z in the order of
@@ -75,8 +72,7 @@ def write_dicom_seg(
         ImportError: ``highdicom`` is not installed.
         ValueError: the files do not fit the masks.
     """
-    require_highdicom()
-    import highdicom as hd
+    hd = require_highdicom()
     import pydicom
 
     # It reports every module of attributes that it copies.
@@ -84,12 +80,15 @@ def write_dicom_seg(
     sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in source_files]
     _check(masks, names, sources, source_files)
     for source in sources:
-        _complete(source)
+        for name in _WANTED:
+            source.setdefault(name, None)
+        # All slices must share it; it need only differ from that of other series.
+        source.FrameOfReferenceUID = source.get("FrameOfReferenceUID") or f"{source.SeriesInstanceUID}.1"[:64]
     seg = hd.seg.Segmentation(
         source_images=sources,
         pixel_array=_frames(masks),
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=_segments(names),
+        segmentation_type="BINARY",
+        segment_descriptions=_segments(hd, names),
         series_instance_uid=hd.UID(),
         series_number=int(sources[0].SeriesNumber or 0) % 10_000 + 1000,
         sop_instance_uid=hd.UID(),
@@ -101,7 +100,7 @@ def write_dicom_seg(
         content_label="SEGMENTATION",
         series_description=series_description,
     )
-    write_atomically(lambda file: seg.save_as(file), path)
+    write_atomically(seg.save_as, path)
 
 
 def _check(masks: np.ndarray, names: Sequence[str], sources: Sequence[Any], files: Sequence) -> None:
@@ -115,30 +114,17 @@ def _check(masks: np.ndarray, names: Sequence[str], sources: Sequence[Any], file
         )
 
 
-def _complete(source: Any) -> None:
-    """Add what anonymising tools drop although DICOM wants it, if only empty: references are made from it."""
-    for name in _WANTED:
-        if name not in source:
-            setattr(source, name, None)
-    if not source.get("FrameOfReferenceUID"):
-        # All slices must share it; it need only differ from that of other series.
-        source.FrameOfReferenceUID = f"{source.SeriesInstanceUID}.1"[:64]
-
-
 def _frames(masks: np.ndarray) -> np.ndarray:
     """(Z, Y, X) of segment numbers where organs do not overlap, a fraction of the memory, else (Z, Y, X, organs)."""
-    dtype = np.uint8 if len(masks) < 256 else np.uint16
-    labels = np.zeros(masks.shape[:0:-1], dtype=dtype)
+    labels = np.zeros(masks.shape[:0:-1], dtype=np.uint8 if len(masks) < 256 else np.uint16)
     for number, mask in enumerate(masks, start=1):
-        mask = mask.transpose(2, 1, 0)
-        if labels[mask].any():
-            return np.ascontiguousarray(masks.transpose(3, 2, 1, 0))
-        labels[mask] = number
+        if labels[mask.T].any():
+            return np.ascontiguousarray(masks.T)
+        labels[mask.T] = number
     return labels
 
 
-def _segments(names: Sequence[str]) -> list:
-    import highdicom as hd
+def _segments(hd: ModuleType, names: Sequence[str]) -> list:
     from pydicom.sr.codedict import codes
 
     algorithm = hd.AlgorithmIdentificationSequence(
@@ -152,12 +138,12 @@ def _segments(names: Sequence[str]) -> list:
             segment_label=name[:64],
             segmented_property_category=category,
             segmented_property_type=kind,
-            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm,
-            anatomic_regions=None if region is None else [region],
+            anatomic_regions=[region] if region else None,
             display_color=hd.color.CIELabColor.from_rgb(*(round(255 * float(c)) for c in color)),
         )
-        if side is not None:
+        if side:
             coded = segment.SegmentedPropertyTypeCodeSequence[0]
             coded.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept.from_code(side)]
         segments.append(segment)
@@ -165,42 +151,38 @@ def _segments(names: Sequence[str]) -> list:
 
 
 def organ_codes(name: str) -> tuple[Any, Any, Any, Any]:
-    """What an organ's name is in SNOMED CT, as far as DICOM's lists of anatomy and of abnormalities know it.
+    """SNOMED CT codes of an organ's name, from DICOM's lists of anatomy and of abnormalities.
 
     Args:
         name: such as "left adrenal gland", "RightParotid", "kidney tumour".
 
     Returns:
-        Codes of the category, of the type, of the organ that an abnormality lies in, and of the side; the last two may
-        be None. An unknown name has the type "Anatomical Structure".
+        Category, type, organ that an abnormality lies in, and side; the last two may be None. An unknown name has the
+        type "Anatomical Structure".
     """
     from pydicom.sr.codedict import codes
 
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-    words = [word for word in re.split(r"[^a-z0-9]+", words) if word]
-    whole = _code(_ANATOMY, words)
-    if whole is not None:
-        return codes.SCT.AnatomicalStructure, whole, None, None
-    side = next((code for word, code in (("left", codes.SCT.Left), ("right", codes.SCT.Right)) if word in words), None)
-    words = [word for word in words if word not in ("left", "right")]
-    structure = _code(_ANATOMY, words)
-    if structure is not None:
-        return codes.SCT.AnatomicalStructure, structure, None, side
-    abnormality = _code(_ABNORMALITIES, words[-1:])
-    if abnormality is not None:
-        return codes.SCT.MorphologicallyAbnormalStructure, abnormality, _code(_ANATOMY, words[:-1]), side
-    return codes.SCT.AnatomicalStructure, codes.SCT.AnatomicalStructure, None, side
+    anatomy, abnormalities = codes.CID7192, codes.CID7159  # context groups of DICOM PS3.16
+    category = codes.SCT.AnatomicalStructure
+    words = re.findall("[a-z0-9]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    structure = _code(anatomy, words)
+    if structure:
+        return category, structure, None, None
+    sides = {"left": codes.SCT.Left, "right": codes.SCT.Right}
+    side = next((code for word, code in sides.items() if word in words), None)
+    words = [word for word in words if word not in sides]
+    structure, abnormality = _code(anatomy, words), _code(abnormalities, words[-1:])
+    if abnormality and not structure:
+        return codes.SCT.MorphologicallyAbnormalStructure, abnormality, _code(anatomy, words[:-1]), side
+    return category, structure or category, None, side
 
 
-def _code(group: str, words: Sequence[str]) -> Any:
-    """The code of a context group that some words name, in singular or plural; None if there is none."""
-    from pydicom.sr.codedict import Collection
-
-    collection = Collection(group)
-    known = {keyword.lower(): keyword for keyword in collection.dir()}
+def _code(group: Any, words: Sequence[str]) -> Any:
+    """The code of a context group that words name, in singular or plural; None if there is none."""
+    keywords = {keyword.lower(): keyword for keyword in group.dir()}
     letters = "".join(words)
     for candidate in (letters, letters.removesuffix("s")):
-        keyword = known.get(_SYNONYMS.get(candidate, candidate))
-        if keyword is not None:
-            return getattr(collection, keyword)
+        keyword = keywords.get(_SYNONYMS.get(candidate, candidate))
+        if keyword:
+            return getattr(group, keyword)
     return None

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric
+from monai.utils import convert_to_numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from pgl_ext.distributed import launched_rank_and_world_size
+from pgl_ext.figures.base import figure_to_array
+from pgl_ext.figures.overlays import plot_overlay
 from pgl_ext.handlers import MetricsLog
+from pgl_ext.segmentation.cases import segmented_items
 from pgl_ext.settings import check_positive
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights.files import save_weights
@@ -26,13 +31,14 @@ __all__ = ["BestModel", "OverlayPictures", "SegmentationMetricsLog", "Validation
 
 logger = logging.getLogger(__name__)
 
+_SCORE = "val_mean_dice"
+
 
 class ValidationDice(IgniteMetricHandler):
     """Dice of the validation cases as evaluation defines it: the mean over organs, and of these over cases.
 
     An organ that is in the prediction alone has Dice 0; one that is in neither, or is not annotated, takes no part.
     MONAI's ``MeanDice`` would leave out the former, and count the last.
-
     The evaluator's outputs are masks ``pred`` and ``label`` (organs, X, Y, Z), see ``OrganMasksd``. Its batch may
     have ``annotated`` (organs,). Details: (cases, organs), NaN for what takes no part.
     """
@@ -42,12 +48,12 @@ class ValidationDice(IgniteMetricHandler):
         super().__init__(DiceMetric())
 
     def iteration_completed(self, engine: Engine) -> None:
-        for sample, output in zip(engine.state.batch, engine.state.output, strict=True):
-            prediction, reference = output["pred"], output["label"]
+        for data in segmented_items(engine):
+            prediction, reference = data["pred"], data["label"]
             common, predicted, expected = (m.sum((1, 2, 3)) for m in (prediction & reference, prediction, reference))
             dice = 2 * common / (predicted + expected)
-            if "annotated" in sample:
-                dice = dice.masked_fill(~sample["annotated"].to(dice.device), math.nan)
+            if "annotated" in data:
+                dice = dice.masked_fill(~data["annotated"].to(dice.device), math.nan)
             # Masks of a large volume are on the CPU, those of others are not.
             self.metric_fn.append(dice.to(engine.state.device))
 
@@ -61,71 +67,59 @@ class SegmentationMetricsLog(MetricsLog):
         patches_per_epoch: over all processes.
         task: the organs.
         interval: optimiser steps between rows.
-        rank: this process; only rank 0 writes. Default: as torchrun started it.
     """
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        output_dir: PathLike,
         evaluator: Engine,
         patches_per_epoch: int,
         task: SegmentationTask,
         interval: int = 10,
-        rank: int | None = None,
     ) -> None:
         self.names = tuple(f"val_dice_{name}" for name in task.names)
-        columns = ("loss", "lr", "patches_per_s", "read_errors", "val_mean_dice", *self.names)
-        super().__init__(output_dir, evaluator, patches_per_epoch, columns, "patches_per_s", interval, rank)
+        columns = ("loss", "lr", "patches_per_s", "read_errors", _SCORE, *self.names)
+        super().__init__(output_dir, evaluator, patches_per_epoch, columns, "patches_per_s", interval)
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
         # There is no score of an organ that no validation case has, or that was annotated in none.
-        per_organ = torch.nanmean(evaluator.state.metric_details["val_mean_dice"].float(), dim=0).tolist()
+        per_organ = torch.nanmean(evaluator.state.metric_details[_SCORE].float(), dim=0).tolist()
         scores = {name: score for name, score in zip(self.names, per_organ, strict=True) if not math.isnan(score)}
-        return {"val_mean_dice": float(evaluator.state.metrics["val_mean_dice"]), **scores}
+        return {_SCORE: float(evaluator.state.metrics[_SCORE]), **scores}
 
 
+@dataclass(eq=False, repr=False)
 class BestModel:
     """Writes the model that is best on validation, and stops training where it has not become better for long.
 
     Of a run that was never validated it writes the model as it is in the end.
 
     Args:
-        evaluator: validates at the end of epochs; has the metric.
+        evaluator: validates at the end of epochs; has the metric ``val_mean_dice``.
         network: the segmentation network itself, not its distributed wrapper.
         path: model file (``.pt``), a plain state dict; a JSON beside it says how to build the network and use it.
         description: for the record beside it: ``task``, ``network``, ``input`` and others, see :class:`ModelRecord`.
         patience: epochs without a better score after which training stops; None: never.
-        metric: name of the score, larger is better.
         rank: this process; only rank 0 writes. Default: as torchrun started it.
 
     Raises:
-        ValueError: where ``patience`` is less than 1.
+        ValueError: ``patience`` is less than 1.
     """
 
-    def __init__(
-        self,
-        evaluator: Engine,
-        network: torch.nn.Module,
-        path: str | os.PathLike,
-        description: Mapping[str, Any],
-        patience: int | None = None,
-        metric: str = "val_mean_dice",
-        rank: int | None = None,
-    ) -> None:
-        if patience is not None and patience < 1:
+    evaluator: Engine
+    network: torch.nn.Module
+    path: PathLike
+    description: Mapping[str, Any]
+    patience: int | None = None
+    rank: int = field(default_factory=lambda: launched_rank_and_world_size()[0])
+
+    best_score, best_epoch, last_epoch = -math.inf, 0, 0
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and self.patience < 1:
             raise ValueError(
-                f'patience must be at least 1 epoch, got {patience}: set --patience "\\$None" never to stop early.'
+                f'patience must be at least 1 epoch, got {self.patience}: set --patience "\\$None" never to stop early.'
             )
-        self.evaluator = evaluator
-        self.network = network
-        self.path = Path(path)
-        self.description = dict(description)
-        self.patience = patience
-        self.metric = metric
-        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
-        self.best_score = -math.inf
-        self.best_epoch = 0
-        self.last_epoch = 0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._stop_if_patience_is_over)
@@ -133,7 +127,7 @@ class BestModel:
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _validated(self, evaluator: Engine, engine: Engine) -> None:
-        score = float(evaluator.state.metrics[self.metric])
+        score = float(evaluator.state.metrics[_SCORE])
         self.last_epoch = engine.state.epoch
         if score > self.best_score:
             self.best_score, self.best_epoch = score, engine.state.epoch
@@ -143,39 +137,34 @@ class BestModel:
     def _save(self, engine: Engine) -> None:
         if self.rank > 0:
             return
-        score = {self.metric: self.best_score} if self.best_epoch else {}
+        score = {_SCORE: self.best_score} if self.best_epoch else {}
         content = {**self.description, "steps": engine.state.iteration, "epoch": engine.state.epoch, **score}
         save_weights(self.network.state_dict(), self.path, ModelRecord.from_json(content, "the config's description"))
 
     def _stop_if_patience_is_over(self, engine: Engine) -> None:
         if self.patience is not None and self.last_epoch - self.best_epoch >= self.patience:
-            logger.info(
-                "early stopping at epoch %d: the best %s, %.4f, was that of epoch %d",
-                self.last_epoch,
-                self.metric,
-                self.best_score,
-                self.best_epoch,
-            )
+            best = f"the best {_SCORE}, {self.best_score:.4f}, was that of epoch {self.best_epoch}"
+            logger.info("early stopping at epoch %d: %s", self.last_epoch, best)
             engine.terminate()
 
     def _finish(self, engine: Engine) -> None:
         if self.rank > 0:
             return
         if self.best_epoch:
-            logger.info("best model, %s %.4f of epoch %d: %s", self.metric, self.best_score, self.best_epoch, self.path)
+            logger.info("best model, %s %.4f of epoch %d: %s", _SCORE, self.best_score, self.best_epoch, self.path)
         elif engine.state.iteration >= engine.state.max_epochs * engine.state.epoch_length:
             logger.warning("there was no validation to find the best model by: %s is the last one", self.path)
             self._save(engine)
 
     def state_dict(self) -> dict[str, float | int]:
-        return {"best_score": self.best_score, "best_epoch": self.best_epoch, "last_epoch": self.last_epoch}
+        return {name: getattr(self, name) for name in ("best_score", "best_epoch", "last_epoch")}
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
-        self.best_score = state["best_score"]
-        self.best_epoch = state["best_epoch"]
-        self.last_epoch = state["last_epoch"]
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
 
+@dataclass(eq=False, repr=False)
 class OverlayPictures:
     """Draws reference and prediction of the last validation case, to TensorBoard and ``overlay.png``; in one process.
 
@@ -190,21 +179,17 @@ class OverlayPictures:
         ValueError: where ``interval`` is less than 1.
     """
 
-    def __init__(
-        self,
-        evaluator: Engine,
-        output_dir: str | os.PathLike,
-        task: SegmentationTask,
-        spacing: Sequence[float] | None = None,
-        interval: int = 5,
-    ) -> None:
-        self.evaluator = evaluator
-        self.folder = Path(output_dir)
-        self.task = task
-        self.spacing = (1.0, 1.0, 1.0) if spacing is None else tuple(spacing)
+    evaluator: Engine
+    output_dir: PathLike
+    task: SegmentationTask
+    spacing: Sequence[float] | None = None
+    interval: int = 5
+
+    _validations = 0
+
+    def __post_init__(self) -> None:
         remedy = "to draw only the first and the last validation, set it above their number"
-        self.interval = check_positive(interval, "picture_interval", remedy)
-        self._validations = 0
+        check_positive(self.interval, "picture_interval", remedy)
 
     def attach(self, engine: Engine) -> None:
         if launched_rank_and_world_size()[0] > 0:
@@ -213,23 +198,17 @@ class OverlayPictures:
         engine.add_event_handler(Events.COMPLETED, self._draw)
 
     def _validated(self, evaluator: Engine, engine: Engine) -> None:
-        self._validations += 1
-        if self._validations % self.interval == 1 or self.interval == 1:
+        if self._validations % self.interval == 0:
             self._draw(engine)
+        self._validations += 1
 
     def _draw(self, engine: Engine) -> None:
-        if not self.evaluator.state.output:
+        state = self.evaluator.state
+        if not state.output:
             return
-        output = self.evaluator.state.output[-1]
-        image = torch.as_tensor(self.evaluator.state.batch[-1]["image"])[0].float().cpu().numpy()
-        masks = {
-            title: torch.as_tensor(output[key]).cpu().numpy()
-            for title, key in (("reference", "label"), ("prediction", "pred"))
-        }
-        from pgl_ext.figures.base import figure_to_array
-        from pgl_ext.figures.overlays import plot_overlay
-
-        title = f"step {engine.state.iteration}"
-        figure = plot_overlay(image, masks, self.task.names, self.spacing, self.folder / "overlay.png", title)
-        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
-            writer.add_image("overlay", figure_to_array(figure), engine.state.iteration, dataformats="HWC")
+        image, output = convert_to_numpy(state.batch[-1]["image"]), state.output[-1]
+        masks = {"reference": convert_to_numpy(output["label"]), "prediction": convert_to_numpy(output["pred"])}
+        folder, spacing, step = Path(self.output_dir), self.spacing or (1.0, 1.0, 1.0), engine.state.iteration
+        figure = plot_overlay(image[0], masks, self.task.names, spacing, folder / "overlay.png", f"step {step}")
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
+            writer.add_image("overlay", figure_to_array(figure), step, dataformats="HWC")

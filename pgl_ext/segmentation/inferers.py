@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
-from monai.utils import ensure_tuple_rep
+from monai.utils import convert_to_tensor, ensure_tuple_rep
 
 from pgl_ext.task import SegmentationTask
 
@@ -19,8 +18,8 @@ __all__ = ["FlipInferer", "VolumeInferer"]
 class VolumeInferer(SlidingWindowInferer):
     """MONAI's sliding windows with Gaussian weights, padded as training pads its patches, for any precision.
 
-    Volumes smaller than a window are padded with their smallest value instead of 0, which after normalisation would
-    be tissue. Windows are added up in float32: half precision, as from autocast, cannot hold their smallest weights.
+    Volumes smaller than a window are padded with their minimum instead of 0, which after normalisation would be tissue.
+    Windows are added up in float32: half precision, as from autocast, cannot hold their smallest weights.
 
     Args:
         roi_size: size of the windows in voxels.
@@ -42,25 +41,20 @@ class VolumeInferer(SlidingWindowInferer):
             raise ValueError(f"overlap must be in [0, 1), got {overlap}.")
         super().__init__(roi_size, sw_batch_size, overlap, "gaussian", **kwargs)
 
-    def __call__(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Outputs (B, out_channels, X, Y, Z), float32, of volumes (B, C, X, Y, Z)."""
         # A MetaTensor is slow: it tracks its metadata through every operation of the network.
-        inputs = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        inputs = convert_to_tensor(inputs)
         self.cval = float(inputs.min())
-        return super().__call__(inputs, lambda windows: network(windows, *args, **kwargs).float())
+        return super().__call__(inputs, lambda windows: network(windows).float())
 
 
 class FlipInferer(Inferer):
     """Run another inferer on a volume and its mirror images, and average the probabilities, flipped back.
 
-    With n axes the network sees 2^n volumes. Organs keep their sides, as predictions are flipped back, provided that
-    the network was trained on flipped scans too: one that was not takes the left kidney of a mirrored scan for the
-    right one. Use only axes along which training flipped. Without axes, the default, it is plain inference whose
-    output are probabilities.
-
-    How much the flips disagree is part of :func:`pgl_ext.transforms.restore.predictive_entropy` of the average.
+    With n axes the network sees 2^n volumes. Use only axes along which training flipped: another network takes the left
+    kidney of a mirrored scan for the right one. Without axes, the default, it is plain inference whose output are
+    probabilities.
 
     Args:
         inferer: what runs the network, such as :class:`VolumeInferer`; its output is overwritten.
@@ -86,25 +80,19 @@ class FlipInferer(Inferer):
         self.axes = axes
 
     @torch.no_grad()
-    def __call__(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Probabilities (B, out_channels, X, Y, Z), float32, of volumes (B, C, X, Y, Z)."""
-        inputs = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        probabilities = self._predict(inputs, network, *args, **kwargs)
-        for flip in self._flips():
-            probabilities += self._predict(inputs.flip(flip), network, *args, **kwargs).flip(flip)
-        return probabilities.div_(2 ** len(self.axes))
-
-    def _flips(self) -> list[tuple[int, ...]]:
-        """Dimensions of a batch to flip, for every combination of axes but the empty one."""
+        inputs = convert_to_tensor(inputs)
+        probabilities = self._predict(inputs, network)
         dims = [2 + axis for axis in self.axes]
-        return [flip for count in range(1, len(dims) + 1) for flip in itertools.combinations(dims, count)]
+        for count in range(1, len(dims) + 1):
+            for flip in itertools.combinations(dims, count):
+                probabilities += self._predict(inputs.flip(flip), network).flip(flip)
+        return probabilities.div_(2 ** len(dims))
 
-    def _predict(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any):
-        outputs = self.inferer(inputs, network, *args, **kwargs)
-        outputs = (outputs.as_tensor() if isinstance(outputs, MetaTensor) else outputs).float()
+    def _predict(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        outputs = self.inferer(inputs, network).float()
         # In place and in slices: all classes of a whole scan are gigabytes, which need not be held twice.
-        for part in outputs.split(16, dim=2):
-            part.copy_(self.task.probabilities(part))
+        for slab in outputs.split(16, dim=2):
+            slab.copy_(self.task.probabilities(slab))
         return outputs

@@ -1,4 +1,4 @@
-"""Losses of segmentation, which heed what was annotated."""
+"""Losses of segmentation that leave out organs that were not annotated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ __all__ = ["DiceCrossEntropyLoss", "SegmentationLoss"]
 class DiceCrossEntropyLoss(nn.Module):
     """Dice loss plus cross-entropy: binary in each channel of a multi-label task, else over the classes.
 
-    MONAI's ``DiceCELoss`` takes the cross-entropy over classes wherever there are several channels, also with
-    ``sigmoid=True``, as if organs could not overlap.
+    MONAI's ``DiceCELoss`` takes the cross-entropy over classes of several channels also with ``sigmoid=True``.
 
     Args:
         multi_label: whether each channel is a binary decision of its own; else the first one is the background, which
@@ -42,10 +41,10 @@ class DiceCrossEntropyLoss(nn.Module):
 class SegmentationLoss(nn.Module):
     """A segmentation loss of logits and a label map, over the organs that were annotated.
 
-    Where an organ was not annotated in a sample, neither its logits nor its labels count: absent from the label map
-    does not mean absent from the patient. The loss is then ``1 / C * sum over c of loss(logits of c, targets of c)``,
-    where c runs over the C organs and each term over the samples in which c was annotated; without one it is 0. So the
-    weight of an organ depends neither on what else was annotated nor on in how many of the samples it was.
+    Where an organ was not annotated in a sample, neither its logits nor its labels count. The loss is then
+    ``1 / C * sum over c of loss(logits of c, targets of c)``, where c runs over the C organs and each term over the
+    samples in which c was annotated; without one it is 0. So the weight of an organ depends neither on what else was
+    annotated nor on in how many of the samples it was.
 
     Args:
         task: the organs; says how label maps become targets.
@@ -66,28 +65,24 @@ class SegmentationLoss(nn.Module):
         self.loss = DiceCrossEntropyLoss(task.multi_label, batch=True) if loss is None else loss
 
     def forward(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compare.
+        """The loss, a scalar.
 
         Args:
             logits: (B, out_channels, X, Y, Z).
             batch: ``label`` (B, 1, X, Y, Z) with the files' values; and optionally ``annotated`` (B, organs), whether
                 the organ was annotated in the sample.
 
-        Returns:
-            scalar.
-
         Raises:
-            ValueError: where an organ was not annotated and the task is not multi-label: the background then holds
-                that organ unmarked.
+            ValueError: an organ was not annotated and the task is not multi-label.
         """
         target = self.task.targets(batch["label"])
         annotated = batch.get("annotated")
-        if annotated is not None and not bool(annotated.all()):
-            self.task.check_annotated(annotated)
-            # Connected to the network, so that there is a gradient, of zeros, where nothing was annotated.
-            total = logits[:0].sum()
-            for organ, known in enumerate(annotated.bool().T):
-                if bool(known.any()):
-                    total = total + self.loss(logits[known, organ, None], target[known, organ, None])
-            return total / len(self.task.names)
-        return self.loss(logits, target)
+        if annotated is None or bool(annotated.all()):
+            return self.loss(logits, target)
+        self.task.check_annotated(annotated)
+        # Connected to the network, so that there is a gradient, of zeros, where nothing was annotated.
+        total = logits[:0].sum()
+        for organ, known in enumerate(annotated.bool().T):
+            if bool(known.any()):
+                total = total + self.loss(logits[known, organ, None], target[known, organ, None])
+        return total / len(self.task.names)

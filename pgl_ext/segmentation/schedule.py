@@ -1,4 +1,4 @@
-"""The optimiser's parameter groups and learning rates in fine-tuning."""
+"""Learning rates of fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["fine_tuning_schedule"]
 def fine_tuning_schedule(
     optimizer: torch.optim.Optimizer, total_steps: int, frozen_steps: int = 0, power: float = 0.9
 ) -> LambdaLR:
-    """Polynomial decay of the learning rate, (1 - k / K)^power, with the encoder at rest for the first steps.
+    """Polynomial decay of the learning rate, (1 - k / K)^power, with a frozen encoder for the first steps.
 
     Args:
         optimizer: its first parameter group is the encoder.
@@ -27,5 +27,4 @@ def fine_tuning_schedule(
     def encoder_decay(step: int) -> float:
         return 0.0 if step < frozen_steps else decay(step)
 
-    others = len(optimizer.param_groups) - 1
-    return LambdaLR(optimizer, [encoder_decay] + [decay] * others)
+    return LambdaLR(optimizer, [encoder_decay] + [decay] * (len(optimizer.param_groups) - 1))

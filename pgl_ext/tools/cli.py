@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import fire
+import yaml
+
+from pgl_ext.settings import parse_bool
+
+# Commands import what they run when they are called: PyTorch and MONAI take seconds, which --help must not.
 
 
 def phantom(out: str, cases: int = 12, seed: int = 0, test_cases: int = 0) -> str:
@@ -29,7 +35,7 @@ def export_encoder(checkpoint: str, out: str, layout: str = "pgl") -> str:
         out: file to write, ending in .pt or .safetensors.
         layout: pgl (keys encoder.*), monai_resnet (keys of MONAI's resnet50) or flexible_unet (of its FlexibleUNet).
     """
-    from pgl_ext.weights import export_encoder as export
+    from pgl_ext.tools.export import export_encoder as export
 
     return str(export(checkpoint, out, layout))
 
@@ -41,26 +47,9 @@ def export_decoder(checkpoint: str, out: str) -> str:
         checkpoint: file written during pre-training, or a decoder file.
         out: file to write, ending in .pt or .safetensors.
     """
-    from pgl_ext.weights import export_decoder as export
+    from pgl_ext.tools.export import export_decoder as export
 
     return str(export(checkpoint, out))
-
-
-def model_card(weights: str, out: str | None = None, evaluation: str | None = None, license: str = "apache-2.0") -> str:
-    """Write a model card for the Hugging Face Hub from the JSON beside an encoder or a model.
-
-    Args:
-        weights: encoder file of pre-training, or model file of fine-tuning.
-        out: Markdown file to write; by default README.md beside the weights.
-        evaluation: output folder of an evaluation of the model, or of one that was fine-tuned from the encoder.
-        license: of the weights, as the Hub names it.
-    """
-    from pathlib import Path
-
-    from pgl_ext.model_card import write_model_card
-
-    beside = Path(weights).with_name("README.md")
-    return str(write_model_card(weights, beside if out is None else out, evaluation, license))
 
 
 def compare(*runs: str, names: str | None = None, out: str | None = None, common: bool = False) -> str:
@@ -72,12 +61,9 @@ def compare(*runs: str, names: str | None = None, out: str | None = None, common
         out: folder for compare.csv and compare.png.
         common: compare the cases that all runs have, instead of stopping where they differ.
     """
-    from pgl_ext.evaluation.compare import compare_runs
-    from pgl_ext.settings import parse_bool
+    from pgl_ext.tools.compare import compare_runs
 
-    # fire makes a tuple of a,b and a string of true and false.
-    names = names.split(",") if isinstance(names, str) else names
-    return compare_runs(runs, names, out, parse_bool(common, "common"))
+    return compare_runs(runs, _words(names), out, parse_bool(common, "common"))
 
 
 def report(
@@ -95,8 +81,7 @@ def report(
     """
     from pgl_ext.tools.report import write_report
 
-    # fire makes a tuple of a text with commas.
-    pairs = [pair.partition("=") for pair in (runs.split(",") if isinstance(runs, str) else runs)]
+    pairs = [pair.partition("=") for pair in _words(runs)]
     if not all(name and folder for name, _, folder in pairs):
         raise ValueError(f"runs must be NAME=FOLDER,NAME=FOLDER, got {runs!r}.")
     folders = {name: folder for name, _, folder in pairs}
@@ -118,9 +103,6 @@ def study(
         jobs: runs at a time; by default one on each GPU, or one.
         dry_run: only list the runs and estimate the time.
     """
-    import yaml
-
-    from pgl_ext.settings import parse_bool
     from pgl_ext.tools.study.run import run_study
 
     # fire leaves true, null and the like as text.
@@ -152,25 +134,20 @@ def package(
     """
     from pgl_ext.tools.packaging import package_bundles
 
-    # fire makes a tuple of a,b.
-    names = overlays.split(",") if isinstance(overlays, str) else overlays or ()
+    names = _words(overlays) or ()
     paths = package_bundles(bundles, out, model, encoder, model_url, encoder_url, data_license, names)
     return "\n".join(map(str, paths))
 
 
+def _words(text: str | Sequence[str] | None) -> Sequence[str] | None:
+    """Words with commas between them, which fire may have made a tuple of."""
+    return text.split(",") if isinstance(text, str) else text
+
+
 def main() -> None:
-    commands = {
-        "phantom": phantom,
-        "export_encoder": export_encoder,
-        "export_decoder": export_decoder,
-        "model_card": model_card,
-        "compare": compare,
-        "report": report,
-        "study": study,
-        "package": package,
-    }
+    commands = (phantom, export_encoder, export_decoder, compare, report, study, package)
     try:
-        fire.Fire(commands, name="pgl_ext")
+        fire.Fire({command.__name__: command for command in commands}, name="pgl_ext")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from pgl_ext import __version__
 from pgl_ext.evaluation.metrics import METRICS
-from pgl_ext.evaluation.summary import AVERAGE
-from pgl_ext.files import write_atomically
+from pgl_ext.evaluation.summary import AVERAGE, interval_text, number_text
+from pgl_ext.files import read_csv, read_json, write_text
 
 __all__ = ["render_page", "write_report"]
 
@@ -26,11 +24,17 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass
 class _Run:
-    """What one fine-tuning run and its evaluation left behind."""
+    """What one fine-tuning run and its evaluation left behind.
+
+    Args:
+        name: of the run.
+        folder: its output folder, with that of the evaluation in ``evaluation`` below.
+        model: what is recorded beside the model.
+        summary: of the evaluation.
+    """
 
     name: str
-    training: Path
-    evaluation: Path
+    folder: Path
     model: dict[str, Any]
     summary: dict[str, Any]
 
@@ -38,6 +42,11 @@ class _Run:
     def start(self) -> str:
         encoder = self.model.get("pretrained_encoder")
         return f"encoder {Path(encoder).name}" if encoder else "random weights"
+
+    @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """The entries of the organs and of their average."""
+        return {**self.summary["organs"], AVERAGE: self.summary[AVERAGE]}
 
 
 def write_report(
@@ -65,25 +74,23 @@ def write_report(
         FileNotFoundError: a run has no model or no finished evaluation, or a comparison is not there.
         ValueError: the runs were evaluated on different organs.
     """
-    found = [_read_run(name, Path(folder)) for name, folder in runs.items()]
-    organs = list(found[0].summary["organs"])
-    for run in found[1:]:
-        if list(run.summary["organs"]) != organs:
+    first, *others = evaluated = [_read_run(name, Path(folder)) for name, folder in runs.items()]
+    for run in others:
+        if list(run.scores) != list(first.scores):
             raise ValueError(
-                f"run {run.name!r} has the organs {list(run.summary['organs'])}, run {found[0].name!r} has {organs}: "
-                "report only runs of one task together."
+                f"run {run.name!r} has the organs {list(run.summary['organs'])}, run {first.name!r} has "
+                f"{list(first.summary['organs'])}: report only runs of one task together."
             )
+    encoder = Path(pretraining or "") / "models" / "pgl_encoder.json"
     return render_page(
         "report.html",
         out,
         title=title,
         note=note,
-        runs=found,
-        rows=[*organs, AVERAGE],
-        scores=lambda run, row: run.summary[AVERAGE] if row == AVERAGE else run.summary["organs"][row],
-        best=lambda row, metric: _best(found, row, metric),
+        runs=evaluated,
+        best=lambda row, metric: _best(evaluated, row, metric),
         pretraining=None if pretraining is None else Path(pretraining),
-        encoder=_encoder(pretraining),
+        encoder=read_json(encoder) if pretraining is not None and encoder.is_file() else {},
         comparison=None if comparison is None else _read_comparison(Path(comparison)),
     )
 
@@ -108,9 +115,8 @@ def render_page(template: str, out: str | os.PathLike, **content: Any) -> Path:
     )
     environment.filters.update(picture=_picture, score=_score, interval=_interval)
     page = environment.get_template(template).render(version=__version__, today=date.today().isoformat(), **content)
-    out = Path(out)
-    write_atomically(lambda file: file.write(page.encode()), out)
-    return out
+    write_text(Path(out), page)
+    return Path(out)
 
 
 def _read_run(name: str, folder: Path) -> _Run:
@@ -118,41 +124,28 @@ def _read_run(name: str, folder: Path) -> _Run:
     for path, step in ((model, "run training"), (summary, "run evaluating --output_dir RUN/evaluation")):
         if not path.is_file():
             raise FileNotFoundError(f"run {name!r} has no {path}: finish '{step}' first.")
-    return _Run(
-        name,
-        folder,
-        folder / "evaluation",
-        *(json.loads(path.read_text(encoding="utf-8")) for path in (model, summary)),
-    )
-
-
-def _encoder(pretraining: str | os.PathLike | None) -> dict[str, Any]:
-    path = Path(pretraining or "") / "models" / "pgl_encoder.json"
-    return json.loads(path.read_text(encoding="utf-8")) if pretraining is not None and path.is_file() else {}
+    return _Run(name, folder, read_json(model), read_json(summary))
 
 
 def _read_comparison(folder: Path) -> dict[str, Any]:
-    table = folder / "compare.csv"
-    if not table.is_file():
-        raise FileNotFoundError(f"{table} does not exist: run 'python -m pgl_ext compare ... --out {folder}'.")
-    with open(table, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    """By pair of runs and organ the number of cases and what ``pgl_ext compare`` found of each metric."""
+    path = folder / "compare.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: run 'python -m pgl_ext compare ... --out {folder}'.")
     pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        numbers = {name: float(row[name]) if row[name] else None for name in ("difference", "p")}
-        numbers["ci95"] = [float(row["ci95_low"]), float(row["ci95_high"])] if row["ci95_low"] else None
+    for row in read_csv(path):
+        columns = ("difference", "ci95_low", "ci95_high", "p")
+        difference, low, high, p = (float(row[name]) if row[name] else None for name in columns)
+        values = {"difference": difference, "p": p, "ci95": None if low is None else [low, high]}
         organs = pairs.setdefault((row["run"], row["reference"]), {})
-        organs.setdefault(row["organ"], {"n": row["n"]})[row["metric"]] = numbers
+        organs.setdefault(row["organ"], {"n": row["n"]})[row["metric"]] = values
     return {"pairs": pairs, "picture": folder / "compare.png"}
 
 
 def _best(runs: list[_Run], row: str, metric: str) -> str | None:
-    """Name of the run with the best mean of a metric."""
-    means = {}
-    for run in runs:
-        entry = run.summary[AVERAGE] if row == AVERAGE else run.summary["organs"][row]
-        if entry[metric]["mean"] is not None:
-            means[run.name] = entry[metric]["mean"]
+    """Name of the run with the best mean of a metric; None where there is no difference."""
+    means = {run.name: run.scores[row][metric]["mean"] for run in runs}
+    means = {name: mean for name, mean in means.items() if mean is not None}
     if len(set(means.values())) < 2:
         return None
     best = max if METRICS[metric].higher_is_better else min
@@ -167,8 +160,8 @@ def _picture(path: Path) -> str | None:
 
 
 def _score(value: float | None, digits: int = 3) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
+    return number_text(value, f".{digits}f")
 
 
 def _interval(ends: list[float] | None, digits: int = 3) -> str:
-    return "" if ends is None else f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
+    return interval_text(ends, f".{digits}f") if ends else ""

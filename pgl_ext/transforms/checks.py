@@ -1,10 +1,10 @@
-"""Checks that find volumes and label maps which cannot be used."""
+"""Checks of volumes and label maps."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ __all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "
 
 logger = logging.getLogger(__name__)
 
-# float16, as which label maps are cached, holds every whole number up to here.
-_LARGEST_LABEL = 2048
+_LARGEST_LABEL = 2048  # up to which float16, the type of cached label maps, holds every whole number
 _MOST_LABELS = 50
 _SAMPLE = 100_000  # voxels
 _GRID_TOLERANCE = 0.1  # voxels
@@ -32,32 +31,31 @@ class BadVolumeError(ValueError):
 
 
 class BadVolumesError(ValueError):
-    """Some volumes of a data set cannot be used for training.
+    """Some volumes of a data set cannot be used for training; the message lists them.
 
     Args:
-        bad: reason by volume. The message lists all of them.
+        bad: reason by volume.
         total: number of volumes looked at.
         can_skip: whether the program has the option to leave them out.
     """
 
     def __init__(self, bad: Mapping[str, str], total: int, can_skip: bool = True) -> None:
-        super().__init__(bad, total, can_skip)  # what it is rebuilt from in another process
+        super().__init__(bad, total, can_skip)  # the arguments that unpickling passes on
         self.bad = dict(bad)
         self.total = total
         self.can_skip = can_skip
 
     def __str__(self) -> str:
-        lines = [f"  {name}: {reason}" for name, reason in sorted(self.bad.items())]
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in sorted(self.bad.items()))
+        remedy = ", or leave them out with --skip_bad_files true" if self.can_skip else ""
         return (
-            f"{len(self.bad)} of {self.total} volumes cannot be used:\n"
-            + "\n".join(lines)
-            + "\nRepair them or remove them from the data"
-            + (", or leave them out with --skip_bad_files true." if self.can_skip else ".")
+            f"{len(self.bad)} of {self.total} volumes cannot be used:\n{lines}\nRepair them or remove them from the "
+            f"data{remedy}."
         )
 
 
 def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
-    """Raise if a volume holds nothing to learn from or would spoil training.
+    """Raise where a volume cannot be used for training.
 
     Args:
         image: voxels ``(C, X, Y, Z)``. The affine of a :class:`monai.data.MetaTensor` is checked as well.
@@ -73,7 +71,7 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
     voxels = np.asarray(image)
     if voxels.size == 0:
         raise BadVolumeError(f"{source} is empty: shape {voxels.shape}")
-    # Minimum and maximum carry NaN and infinity along: no mask of the volume's size unless it is bad.
+    # Minimum and maximum pass NaN and infinity on, without a mask of the volume's size.
     low, high = voxels.min(), voxels.max()
     if not np.isfinite([low, high]).all():
         nan, inf = np.isnan(voxels).sum(), np.isinf(voxels).sum()
@@ -88,36 +86,29 @@ def _check_affine(affine: np.ndarray, source: str) -> None:
     spacing = np.linalg.norm(affine[:-1, :-1], axis=0)
     if (spacing == 0).any():
         raise BadVolumeError(f"{source} has zero spacing: {spacing.tolist()} mm")
-    # Of unit direction vectors, so that the bound does not depend on the spacing.
+    # Of unit vectors: the bound does not depend on the spacing.
     if abs(np.linalg.det(affine[:-1, :-1] / spacing)) < 1e-6:
         raise BadVolumeError(f"{source} has a singular affine: {affine.tolist()}")
 
 
 class CheckVolumed(MapTransform):
-    """Pass volumes through :func:`check_volume`; place it right after ``LoadVolumed``.
+    """Pass volumes through :func:`check_volume`, and warn of those that look like label maps.
 
-    There it sees the voxels as stored: normalising would turn a constant volume into zeros, and clipping would hide
-    infinite voxels. It warns of what looks like a label map: whole numbers only, and at most 50 different ones, where
-    scans have hundreds.
+    Those have whole numbers only, and at most 50 different ones. Place it right after ``LoadVolumed``: normalising
+    would turn a constant volume into zeros, and clipping would hide infinite voxels.
 
     Args:
-        keys: keys of the volumes ``(C, X, Y, Z)``.
-        allow_missing_keys: don't raise if a key is absent.
+        keys: keys of the volumes (C, X, Y, Z).
 
     Raises:
         BadVolumeError: see :func:`check_volume`.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
-        out = dict(data)
-        for key in self.key_iterator(out):
-            meta = getattr(out[key], "meta", {})
-            source = str(meta.get("filename_or_obj", key))
-            check_volume(out[key], source)
-            values = _label_values(np.asarray(out[key]))
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            source = str(getattr(data[key], "meta", {}).get("filename_or_obj", key))
+            check_volume(data[key], source)
+            values = _label_values(np.asarray(data[key]))
             if values is not None:
                 logger.warning(
                     "%s looks like a label map, but is taken for a scan: its voxels have only %d different values, all "
@@ -125,13 +116,13 @@ class CheckVolumed(MapTransform):
                     source,
                     values.size,
                 )
-        return out
+        return dict(data)
 
 
 def _label_values(voxels: np.ndarray) -> np.ndarray | None:
     """The values of what looks like a label map; None of a scan."""
     flat = voxels.reshape(-1)
-    # Sorting all voxels takes seconds, and a sample of a scan's is enough to tell.
+    # Sorting all voxels takes seconds; for most scans a sample is enough.
     for sample in (flat[:: max(1, flat.size // _SAMPLE)], flat):
         values = np.unique(sample)
         if values.size > _MOST_LABELS or (values != np.rint(values)).any():
@@ -140,17 +131,16 @@ def _label_values(voxels: np.ndarray) -> np.ndarray | None:
 
 
 class CheckLabeld(MapTransform):
-    """Find label maps that do not belong to their image or hold other values than the task's.
+    """Check that label maps lie on the grid of their image and hold the task's values.
 
-    Place it right after ``LoadVolumed`` and ``CheckVolumed``. The label map must lie on the image's grid. Order and
-    direction of its stored voxel axes may differ: they are turned to the image's. Where the affines differ by rounding,
-    the label map gets the image's, so that both are resampled alike.
+    Place it right after ``LoadVolumed`` and ``CheckVolumed``. Stored voxel axes of another order or direction are
+    turned to the image's. Where the affines differ by rounding, the label map gets the image's, so that both are
+    resampled alike.
 
     Args:
         keys: keys of the label maps ``(1, X, Y, Z)``.
         task: what is to be segmented.
         image_key: key of their image ``(1, X, Y, Z)``.
-        allow_missing_keys: don't raise if a key is absent.
 
     Raises:
         ValueError: the task has label values that the cache cannot hold.
@@ -158,21 +148,17 @@ class CheckLabeld(MapTransform):
             voxel off; holds a value that is NaN, not a whole number or not the task's; or shows no organ.
     """
 
-    def __init__(
-        self, keys: KeysCollection, task: SegmentationTask, image_key: str = "image", allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, task: SegmentationTask, image_key: str = "image") -> None:
+        super().__init__(keys)
         if task.values[-1] > _LARGEST_LABEL:
             raise ValueError(
                 f"the task has the label value {task.values[-1]}, but values above {_LARGEST_LABEL} are not kept "
                 "exactly: renumber the labels."
             )
-        # Not the task itself: a cache would be made anew when an organ changes its name.
-        self.values = task.values
-        self.background_values = task.background_values
+        self.task = task
         self.image_key = image_key
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = _on_grid_of(out[key], out[self.image_key])
@@ -180,18 +166,18 @@ class CheckLabeld(MapTransform):
         return out
 
     def _check_values(self, voxels: np.ndarray, source: str) -> None:
-        others = voxels[~np.isin(voxels, self.values)]
-        if others.size:
-            raise BadVolumeError(f"{source} {self._describe(others)}")
-        if np.isin(voxels, self.background_values).all():
+        unknown = voxels[~np.isin(voxels, self.task.values)]
+        if unknown.size:
+            raise BadVolumeError(f"{source} {self._describe(unknown)}")
+        if np.isin(voxels, self.task.background_values).all():
             raise BadVolumeError(
                 f"{source} is empty: none of its {voxels.size} voxels belongs to an organ of the task. Label the case "
                 "or remove it"
             )
 
-    def _describe(self, others: np.ndarray) -> str:
-        """What is wrong with the voxels that have none of the task's values."""
-        fractions = others[others != np.rint(others)]  # NaN among them
+    def _describe(self, unknown: np.ndarray) -> str:
+        """What is wrong with voxels that have none of the task's values."""
+        fractions = unknown[unknown != np.rint(unknown)]  # NaN among them
         if fractions.size:
             nan = int(np.isnan(fractions).sum())
             return (
@@ -199,12 +185,12 @@ class CheckLabeld(MapTransform):
                 f"{fractions[0]:g}: it is no label map, or was resampled with interpolation. Give the label map, "
                 "resampled with nearest neighbour"
             )
-        values, counts = np.unique(others, return_counts=True)
-        found = [f"{value:g} ({count} voxels)" for value, count in zip(values, counts, strict=True)][:_LISTED_VALUES]
+        values, counts = np.unique(unknown, return_counts=True)
+        listed = [f"{value:g} ({count} voxels)" for value, count in zip(values, counts, strict=True)][:_LISTED_VALUES]
         more = f" and {values.size - _LISTED_VALUES} more" if values.size > _LISTED_VALUES else ""
         return (
-            f"has label values that are not the task's: {', '.join(found)}{more}; the task's are {list(self.values)}. "
-            "Add them to an organ or to background_values, or correct the label map"
+            f"has label values that are not the task's: {', '.join(listed)}{more}; the task's are "
+            f"{list(self.task.values)}. Add them to an organ or to background_values, or correct the label map"
         )
 
 
@@ -228,10 +214,9 @@ def _on_grid_of(label: MetaTensor, image: MetaTensor) -> MetaTensor:
             f"{name} lies on another grid than its image {image_name}: shape {shape} at {_rounded(label.pixdim)} mm "
             f"against {image_shape} at {_rounded(image.pixdim)} mm. {remedy}"
         )
-    # Both affines send corners to mm; here to voxels of the image.
-    to_image = np.linalg.inv(image.affine.numpy()) @ label.affine.numpy()
     corners = _corners(shape)
-    distance = np.abs(to_image @ corners - corners).max()
+    in_image = np.linalg.inv(image.affine.numpy()) @ label.affine.numpy() @ corners
+    distance = np.abs(in_image - corners).max()
     if distance > _GRID_TOLERANCE:
         raise BadVolumeError(
             f"{name} lies on another grid than its image {image_name}: corners up to {distance:.3g} voxels off, affine "

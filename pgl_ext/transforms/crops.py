@@ -1,4 +1,4 @@
-"""Reading a crop of a volume that may lie on disk, padding it where it hangs over, and resizing it."""
+"""Crops of volumes that may lie on disk: drawn, read, padded where they hang over, and resized."""
 
 from __future__ import annotations
 
@@ -7,14 +7,59 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_tensor, ensure_tuple_rep
 
 from pgl_ext.geometry import resample_axes
 
-__all__ = ["pad_crop", "read_crop", "resize_crop", "resize_crop_nearest"]
+__all__ = [
+    "check_factors",
+    "check_probability",
+    "checked_size",
+    "cut_view",
+    "draw_crop_sizes",
+    "pad_crop",
+    "read_crop",
+    "resize_crop",
+    "resize_crop_nearest",
+    "start_limits",
+]
 
 
-def read_crop(volume: Any, start: Sequence[int], size: Sequence[int]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+def check_factors(name: str, factors: Sequence[float]) -> None:
+    """Raise a ValueError unless ``factors`` are two increasing positive numbers."""
+    if len(factors) != 2 or not 0 < factors[0] <= factors[1]:
+        raise ValueError(f"{name} must be two increasing positive factors, got {tuple(factors)}.")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+
+
+def checked_size(name: str, size: Sequence[int] | int) -> tuple[int, int, int]:
+    """Three positive numbers of voxels; raises a ValueError otherwise."""
+    size = ensure_tuple_rep(size, 3)
+    if min(size) < 1:
+        raise ValueError(f"{name} must be positive, got {size}.")
+    return size
+
+
+def draw_crop_sizes(
+    random: np.random.RandomState, count: int, size: Sequence[int], scale_range: Sequence[float]
+) -> np.ndarray:
+    """Sizes of crops (count, 3) in voxels: ``size`` times a factor per crop and axis."""
+    scale = random.uniform(*scale_range, size=(count, 3))
+    return np.maximum(1, np.round(size * scale).astype(np.int64))
+
+
+def start_limits(volume_size: Sequence[int], crop_size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest first voxel of crops (..., 3); one larger than the volume hangs over it on both sides."""
+    room = volume_size - crop_size
+    return np.minimum(room, 0), np.maximum(room, 0)
+
+
+def read_crop(volume: Any, start: Sequence[int], size: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
     """Read the part of a crop that lies in the volume, and nothing else of it.
 
     Args:
@@ -23,34 +68,37 @@ def read_crop(volume: Any, start: Sequence[int], size: Sequence[int]) -> tuple[t
         size: of the crop, in voxels.
 
     Returns:
-        the part as float32 (C, x, y, z), and per axis how many voxels of the crop lie before and after the volume.
+        the part as float32 (C, x, y, z), and per axis (3, 2) how many voxels of the crop lie before and after the
+        volume.
     """
-    inside = [slice(max(0, a), min(n, a + c)) for a, c, n in zip(start, size, volume.shape[1:], strict=True)]
-    crop = _as_tensor(volume[(slice(None), *inside)]).float()
-    margins = [(int(s.start - a), int(a + c - s.stop)) for s, a, c in zip(inside, start, size, strict=True)]
-    return crop, margins
+    stop = np.add(start, size)
+    first, last = np.maximum(start, 0), np.minimum(stop, volume.shape[1:])
+    crop = volume[(slice(None), *map(slice, first, last))]
+    if isinstance(crop, np.ndarray):
+        # PyTorch refuses negative strides and warns of read-only memory, such as a memory map's.
+        crop = np.require(crop, requirements="CW")
+    return convert_to_tensor(crop, track_meta=False).float(), np.stack([first - start, stop - last], axis=1)
 
 
-def _as_tensor(crop: np.ndarray | torch.Tensor) -> torch.Tensor:
-    if isinstance(crop, torch.Tensor):
-        return convert_to_tensor(crop, track_meta=False)
-    # PyTorch refuses negative strides and warns of read-only memory, such as a memory map's.
-    usable = crop.flags.writeable and min(crop.strides) >= 0
-    return torch.from_numpy(crop if usable else crop.copy())
-
-
-def pad_crop(crop: torch.Tensor, margins: Sequence[tuple[int, int]], value: float) -> torch.Tensor:
-    """Pad (C, X, Y, Z) with a value by (before, after) voxels per axis."""
-    if not any(before or after for before, after in margins):
+def pad_crop(crop: torch.Tensor, margins: np.ndarray, value: float) -> torch.Tensor:
+    """Pad (C, X, Y, Z) with a value by so many voxels before and after it on each axis, (3, 2)."""
+    if not margins.any():
         return crop
-    flat = [width for pair in reversed(margins) for width in pair]
-    return torch.nn.functional.pad(crop, flat, value=value)
+    return torch.nn.functional.pad(crop, margins[::-1].flatten().tolist(), value=value)
+
+
+def cut_view(
+    volume: Any, start: np.ndarray, size: np.ndarray, flip: np.ndarray, view_size: Sequence[int]
+) -> torch.Tensor:
+    """One view (C, X, Y, Z) of a volume: a crop, padded with its smallest value, resized and flipped."""
+    crop, margins = read_crop(volume, start, size)
+    return resize_crop(pad_crop(crop, margins, float(crop.min())), view_size, flip)
 
 
 def resize_crop(crop: torch.Tensor, new_size: Sequence[int], flip: Sequence[bool]) -> torch.Tensor:
     """Resize (C, X, Y, Z) linearly, half-pixel as MONAI's ``Resized(mode="trilinear")``, and flip it."""
-    sizes = zip(crop.shape[1:], new_size, flip, strict=True)
-    return resample_axes(crop[None], [_linear_matrix(n, p, f) for n, p, f in sizes])[0]
+    matrices = [_linear_matrix(*axis) for axis in zip(crop.shape[1:], new_size, flip, strict=True)]
+    return resample_axes(crop[None], matrices)[0]
 
 
 def _linear_matrix(size: int, new_size: int, flip: bool) -> torch.Tensor:

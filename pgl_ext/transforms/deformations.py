@@ -1,16 +1,13 @@
 """The deformations of Models Genesis (Zhou et al. 2019), whose method restores a patch from its deformed copy.
 
-Each takes a patch (C, X, Y, Z) of intensities in [0, 1] and returns one of the same shape and range. They run in the
-loader's workers, on NumPy arrays. The method's first step, random flips of the original and the copy together, is that
-of the views: they are flipped when they are cut (``RandOverlappingViewsd``).
-
-MONAI's ``RandCoarseShuffle`` and ``RandCoarseDropout`` differ: the former shuffles region after region in a loop, each
-of what the ones before left; the latter draws the number of regions uniformly.
+Each takes a patch (C, X, Y, Z) of intensities in [0, 1] and returns one of the same shape and range. The method's
+random flips are those of the views. MONAI's ``RandCoarseShuffle`` shuffles what earlier regions left, and its
+``RandCoarseDropout`` draws the number of regions uniformly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,29 +16,27 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import Compose, MapTransform, Randomizable, RandomizableTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
+from pgl_ext.transforms.crops import check_probability
+
 __all__ = ["RandBezierIntensity", "RandDeformedCopyd", "RandLocalShuffle", "RandPaint", "rescale_to_unit"]
 
-# Points of a Bezier curve, between which it is linear.
-_CURVE_POINTS = 1000
-# Blocks that may be painted, and windows that may be kept beside the first, each with this probability.
+_CURVE_POINTS = 1000  # of a Bezier curve, linear between them
 _PAINTED_BLOCKS = 5
-_FURTHER_WINDOWS = 4
-_BLOCK_PROB = 0.95
-# Voxels at the border that are not painted in.
-_BORDER = 3
+_FURTHER_WINDOWS = 4  # that are kept beside the first
+_BLOCK_PROB = 0.95  # of each block or window that may follow
+_BORDER = 3  # voxels that are not painted in
 
 
 class _RandDeformation(RandomizableTransform):
     """Apply ``deform`` with probability ``prob``."""
 
     def __init__(self, prob: float) -> None:
-        # MONAI would clip it to [0, 1].
-        if not 0 <= prob <= 1:
-            raise ValueError(f"prob must lie in [0, 1], got {prob}.")
+        # MONAI would clip it.
+        check_probability("prob", prob)
         super().__init__(prob)
 
     def __call__(self, patch: NdarrayOrTensor) -> NdarrayOrTensor:
-        """Deform (C, X, Y, Z); returns a new array or tensor, or the same one where nothing is done."""
+        """Deform (C, X, Y, Z); returns a new array or tensor, or the same one with probability 1 - ``prob``."""
         if patch.ndim != 4:
             raise ValueError(f"expected a patch (C, X, Y, Z), got shape {tuple(patch.shape)}.")
         super().randomize(None)
@@ -50,12 +45,8 @@ class _RandDeformation(RandomizableTransform):
         self.randomize(patch.shape[1:])
         return convert_to_dst_type(self.deform(convert_to_numpy(patch)), patch)[0]
 
-    def randomize(self, size: Sequence[int]) -> None:
-        """Draw the parameters for a patch of this size, (X, Y, Z) in voxels."""
-        raise NotImplementedError
-
     def deform(self, patch: np.ndarray) -> np.ndarray:
-        """Change (C, X, Y, Z) as drawn."""
+        """Change (C, X, Y, Z) as ``randomize`` drew for its size, (X, Y, Z) in voxels."""
         raise NotImplementedError
 
 
@@ -86,16 +77,13 @@ class RandLocalShuffle(_RandDeformation):
 
     def deform(self, patch: np.ndarray) -> np.ndarray:
         voxels, block = _voxels_of_blocks(self.start, self.size, patch.shape[1:])
-        # One sort of all blocks, which stay in their order.
+        # One sort shuffles within all blocks and keeps their order.
         shuffled = voxels[np.argsort(block + self.R.random_sample(len(block)))]
-        # Which of several assignments to one voxel would stay, NumPy leaves open.
-        seen = np.full(patch[0].size, -1)
-        np.maximum.at(seen, voxels, np.arange(len(voxels)))
-        (covered,) = np.nonzero(seen >= 0)
-        original = patch.reshape(len(patch), -1)
-        result = original.copy()
-        result[:, covered] = original[:, shuffled[seen[covered]]]
-        return result.reshape(patch.shape)
+        # NumPy leaves open which of several assignments to one voxel stays.
+        last = np.full(patch[0].size, -1)
+        np.maximum.at(last, voxels, np.arange(len(voxels)))
+        source = np.where(last < 0, np.arange(last.size), shuffled[last])
+        return patch.reshape(len(patch), -1)[:, source].reshape(patch.shape)
 
 
 def _voxels_of_blocks(start: np.ndarray, size: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +142,7 @@ class RandPaint(_RandDeformation):
 
     def __init__(self, prob: float = 0.9, inpaint_prob: float = 0.2) -> None:
         super().__init__(prob)
-        if not 0 <= inpaint_prob <= 1:
-            raise ValueError(f"inpaint_prob must lie in [0, 1], got {inpaint_prob}.")
+        check_probability("inpaint_prob", inpaint_prob)
         self.inpaint_prob = inpaint_prob
 
     def randomize(self, size: Sequence[int]) -> None:
@@ -173,7 +160,7 @@ class RandPaint(_RandDeformation):
         self.start = self.R.randint(margin, room - margin + 1)
 
     def _count(self, most: int) -> int:
-        """How often a draw succeeds before one fails, at most so many times."""
+        """Number of draws that succeed before the first failure, at most ``most``."""
         return int(np.logical_and.accumulate(self.R.random_sample(most) < _BLOCK_PROB).sum())
 
     def deform(self, patch: np.ndarray) -> np.ndarray:
@@ -184,7 +171,22 @@ class RandPaint(_RandDeformation):
         return np.where(inside if self.inpaint else ~inside, noise, patch)
 
 
-class RandDeformedCopyd(Randomizable, MapTransform):
+class RandSteps(Randomizable):
+    """Several transforms of a tensor that draw from one random state.
+
+    Args:
+        transforms: the steps in their order.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        self.transforms = Compose(list(transforms), map_items=False)
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> Randomizable:
+        self.transforms.set_random_state(seed, state)
+        return self
+
+
+class RandDeformedCopyd(RandSteps, MapTransform):
     """Add a deformed copy of the views; the views themselves stay as they are.
 
     Each view is rescaled to [0, 1] by its own smallest and largest value, deformed with draws of its own, and mapped
@@ -201,16 +203,12 @@ class RandDeformedCopyd(Randomizable, MapTransform):
     """
 
     def __init__(self, keys: KeysCollection, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
-        super().__init__(keys)
+        MapTransform.__init__(self, keys)
+        RandSteps.__init__(self, transforms)
         if len(self.keys) != 1:
             raise ValueError(f"views have one key, but keys are {self.keys}.")
-        self.transforms = Compose(list(transforms), map_items=False)
 
-    def set_random_state(self, seed: int | None = None, state: Any = None) -> RandDeformedCopyd:
-        self.transforms.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         scaled, lowest, span = rescale_to_unit(data[self.keys[0]])
         deformed = torch.stack([self.transforms(view) for view in scaled])
         return {**data, "deformed": deformed * span + lowest}

@@ -1,4 +1,4 @@
-"""What a file is: formats by their names, DICOM files and headers, and whether DICOM slices make up a volume."""
+"""File formats by name, DICOM headers, and the check whether DICOM slices form a volume."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ _DRIFT = 1.0  # mm from the first slice to the last, across the stack
 def file_suffix(path: str | os.PathLike) -> str:
     """The supported ending of ``path`` in lower case (``".nii.gz"``), else its last suffix (``".png"``, ``""``)."""
     name = Path(path).name.lower()
-    matches = [s for s in SUPPORTED_SUFFIXES if name.endswith(s)]
-    return max(matches, key=len) if matches else Path(name).suffix
+    return next((suffix for suffix in SUPPORTED_SUFFIXES if name.endswith(suffix)), Path(name).suffix)
 
 
 def is_dicom_file(path: str | os.PathLike) -> bool:
@@ -52,11 +51,7 @@ def is_dicom_file(path: str | os.PathLike) -> bool:
 
 
 def dicom_header(path: str, tags: Sequence[str]) -> Any:
-    """The ``pydicom.Dataset`` of some elements of a DICOM file.
-
-    Args:
-        path: the file.
-        tags: keywords of the elements.
+    """The ``pydicom.Dataset`` of the elements of a DICOM file that have these keywords.
 
     Raises:
         ImportError: ``pydicom`` is not installed.
@@ -74,23 +69,23 @@ def dicom_header(path: str, tags: Sequence[str]) -> Any:
 
 
 def problem_of_series(files: Sequence[str]) -> str:
-    """Why these slices are no volume, and what helps; empty where they are one.
+    """Why these slices are no volume, and what helps; empty where they are one or have no positions.
 
-    An image has one step between its slices and axes at right angles, and readers give it these wherever the slices
-    lie: with some missing, several acquisitions in one series, or a tilted gantry, anatomy would be squeezed or skewed.
+    Readers assume even steps between slices and axes at right angles. With missing slices, several acquisitions in one
+    series or a tilted gantry, anatomy would be squeezed or skewed.
 
     Args:
-        files: of one series, in the order of their slices. Without positions or orientations nothing can be said.
+        files: of one series, in the order of their slices.
 
     Raises:
         ImportError: ``pydicom`` is not installed.
         OSError: a file cannot be read.
     """
-    headers = [dicom_header(file, ["ImagePositionPatient", "ImageOrientationPatient"]) for file in files]
-    if len(files) < 2 or not all("ImagePositionPatient" in h and "ImageOrientationPatient" in h for h in headers):
+    tags = ["ImagePositionPatient", "ImageOrientationPatient"]
+    headers = [dicom_header(file, tags) for file in files]
+    if len(files) < 2 or not all(tag in header for header in headers for tag in tags):
         return ""
-    places = np.array([header.ImagePositionPatient for header in headers], dtype=np.float64)
-    orientations = np.array([header.ImageOrientationPatient for header in headers], dtype=np.float64)
+    places, orientations = (np.array([header[tag].value for header in headers], dtype=np.float64) for tag in tags)
     if np.abs(orientations - orientations[0]).max() > 1e-3:
         return "its slices lie in several planes, as those of a localizer: leave it out"
     normal = np.cross(orientations[0, :3], orientations[0, 3:])

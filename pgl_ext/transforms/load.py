@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from monai.config import KeysCollection
-from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader
+from monai.data import ITKReader, MetaTensor, NibabelReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 
 from pgl_ext.transforms.checks import BadVolumeError
@@ -31,9 +30,8 @@ class LoadVolumed(MapTransform):
     that ``SaveImaged`` names its outputs after it. Trailing dimensions of size 1 are dropped.
 
     A folder is read as a DICOM series: the one named by the item's ``"series_uid"``, or the only one in the folder. Its
-    slices must lie at even steps along their normal.
-    NRRD goes through ITK too: unlike MONAI's ``NrrdReader`` it reads files that lack ``space directions`` and gets
-    every NRRD space right. ITK is imported only when such a file is read.
+    slices must lie at even steps along their normal. NRRD goes through ITK too: unlike MONAI's ``NrrdReader`` it reads
+    files that lack ``space directions`` and gets every NRRD space right.
 
     Args:
         keys: keys of the items whose values are paths.
@@ -46,10 +44,7 @@ class LoadVolumed(MapTransform):
         ImportError: ``itk``, or ``pydicom`` for a series, is needed and not installed.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = _load(str(out[key]), out.get("series_uid"))
@@ -57,22 +52,35 @@ class LoadVolumed(MapTransform):
 
 
 def _load(path: str, series_uid: str | None) -> MetaTensor:
-    reader = _reader_for(path, series_uid)
-    # LoadImage would do the same two steps, but builds every reader MONAI knows each time and, should this one fail,
-    # tries all the others: slow, noisy, and the error that counts is lost.
+    name = f"{path} (series {series_uid})" if series_uid else path
+    _check_type(path)
+    # MONAI's LoadImage would try all other readers after this one, and lose the error that counts.
     try:
-        array, meta = reader.get_data(reader.read(path))
+        if os.path.isfile(path) and file_suffix(path) in NIFTI_SUFFIXES:
+            reader = NibabelReader()
+            array, meta = reader.get_data(reader.read(path))
+        else:
+            array, meta = _read_with_itk(path, series_uid, name)
     except (ImportError, MemoryError, BadVolumeError):
         raise
     except Exception as error:  # what damaged files make of the readers has no bounds
         raise BadVolumeError(
-            f"Cannot read {_describe(path, series_uid)}: {_first_line(error)}. The file may be truncated, damaged or "
-            "of another type than its name says: restore or convert it, or remove it from the data."
+            f"Cannot read {name}: {_first_line(error)}. The file may be truncated, damaged or of another type than its "
+            "name says: restore or convert it, or remove it from the data."
         ) from error
-    array = _as_volume(array, _describe(path, series_uid))
     meta["filename_or_obj"] = path
-    image = MetaTensor.ensure_torch_and_prune_meta(array, meta)
+    image = MetaTensor.ensure_torch_and_prune_meta(_as_volume(array, name), meta)
     return EnsureChannelFirst(channel_dim="no_channel")(image)
+
+
+def _check_type(path: str) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"Volume {path} does not exist: check the data list and the dataset folder.")
+    suffix = file_suffix(path)
+    if os.path.isfile(path) and suffix not in SUPPORTED_SUFFIXES and not is_dicom_file(path):
+        raise BadVolumeError(
+            f"{path} is of an unsupported type {suffix!r}: {SUPPORTED}. Convert the file or remove it."
+        )
 
 
 def _as_volume(array: np.ndarray, name: str) -> np.ndarray:
@@ -93,45 +101,24 @@ def _check_shape(shape: Sequence[int], name: str) -> None:
         )
 
 
-def _reader_for(path: str, series_uid: str | None) -> ImageReader:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"Volume {path} does not exist: check the data list and the dataset folder.")
-    suffix = file_suffix(path)
-    if os.path.isfile(path):
-        if suffix in NIFTI_SUFFIXES:
-            return NibabelReader()
-        if suffix not in SUPPORTED_SUFFIXES and not is_dicom_file(path):
-            raise BadVolumeError(
-                f"{path} is of an unsupported type {suffix!r}: {SUPPORTED}. Convert the file or remove it."
-            )
+def _read_with_itk(path: str, series_uid: str | None, name: str) -> tuple[np.ndarray, dict]:
+    """As MONAI's ``ITKReader``, which needs more than the UID to name a series and takes the first of several."""
     try:
-        import itk  # noqa: F401
+        import itk
     except ImportError as error:
         raise ImportError(f"Reading {path} needs the package 'itk': pip install itk") from error
-    return _SeriesReader(series_name=series_uid or "")
+    files: list[str] | str = path
+    if os.path.isdir(path):
+        files = series_files(path, series_uid)
+        problem = problem_of_series(files)
+        if problem:
+            raise BadVolumeError(f"{name} is no regular volume: {problem}.")
+    _refuse_colour(path if files == path else files[0])
+    return ITKReader().get_data(itk.imread(files))
 
 
-class _SeriesReader(ITKReader):
-    """ITKReader that knows a DICOM series by its plain SeriesInstanceUID.
-
-    MONAI's reader has GDCM append further tags to the UID, so that ``series_name`` cannot be the UID that DICOM
-    headers and data lists hold; and of several series in a folder it takes the first.
-    """
-
-    def read(self, data: str, **kwargs):
-        import itk
-
-        if os.path.isdir(data):
-            folder, data = data, series_files(data, self.series_name)
-            problem = problem_of_series(data)
-            if problem:
-                raise BadVolumeError(f"{_describe(folder, self.series_name)} is no regular volume: {problem}.")
-        _check_components(data if isinstance(data, str) else data[0])
-        return itk.imread(data, **self.kwargs, **kwargs)
-
-
-def _check_components(path: str) -> None:
-    """Turn colour images away, for most of which ITK's Python package has no type and says so at length."""
+def _refuse_colour(path: str) -> None:
+    """Raise for images of several channels: ITK's Python package has no type for most of them."""
     import itk
 
     image_io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
@@ -139,36 +126,36 @@ def _check_components(path: str) -> None:
     if image_io:
         image_io.SetFileName(path)
         image_io.ReadImageInformation()
-        components = image_io.GetNumberOfComponents()
-        if components > 1:
+        channels = image_io.GetNumberOfComponents()
+        if channels > 1:
             shape = [image_io.GetDimensions(axis) for axis in range(image_io.GetNumberOfDimensions())]
-            _check_shape([*shape, components], path)
+            _check_shape([*shape, channels], path)
 
 
-def series_files(directory: str, series_uid: str) -> list[str]:
-    """The files of one DICOM series in the order of their slices along the scan axis."""
+def series_files(directory: str, series_uid: str | None = None) -> list[str]:
+    """The files of one DICOM series in the order of their slices along the scan axis.
+
+    Raises:
+        BadVolumeError: the folder has no such series, or several where none is named.
+    """
     import itk
 
     names = itk.GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(False)
     names.SetDirectory(directory)
-    found = list(names.GetSeriesUIDs())
-    if series_uid in found or (not series_uid and len(found) == 1):
-        return list(names.GetFileNames(series_uid or found[0]))
-    if not found:
+    uids = list(names.GetSeriesUIDs())
+    if series_uid in uids or (not series_uid and len(uids) == 1):
+        return list(names.GetFileNames(series_uid or uids[0]))
+    if not uids:
         raise BadVolumeError(f"Folder {directory} holds no DICOM series: give a folder of DICOM files, or a file.")
     if series_uid:
-        raise BadVolumeError(f"Folder {directory} has no DICOM series {series_uid!r}, only {', '.join(found)}.")
+        raise BadVolumeError(f"Folder {directory} has no DICOM series {series_uid!r}, only {', '.join(uids)}.")
     raise BadVolumeError(
-        f"Folder {directory} holds {len(found)} DICOM series: set 'series_uid' to one of {', '.join(found)}."
+        f"Folder {directory} holds {len(uids)} DICOM series: set 'series_uid' to one of {', '.join(uids)}."
     )
 
 
-def _describe(path: str, series_uid: str | None) -> str:
-    return f"{path} (series {series_uid})" if series_uid else path
-
-
 def _first_line(error: Exception) -> str:
-    """What a reader said, without the C++ source locations and type lists of ITK's longer messages."""
+    """A reader's message without the C++ source locations and type lists that ITK adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "/ITK/" not in line]
     return (lines[0] if lines else type(error).__name__).rstrip(".")

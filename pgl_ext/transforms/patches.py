@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import ensure_tuple_rep
 
-from pgl_ext.transforms.crops import pad_crop, read_crop, resize_crop, resize_crop_nearest
+from pgl_ext.transforms.crops import (
+    check_factors,
+    checked_size,
+    draw_crop_sizes,
+    pad_crop,
+    read_crop,
+    resize_crop,
+    resize_crop_nearest,
+    start_limits,
+)
 
 __all__ = ["RandOrganPatchd"]
 
@@ -18,9 +26,10 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
     """Cut a patch of an image and its label map: a crop of random size, resized to the patch size and flipped.
 
     With probability ``organ_prob`` the crop is centred on a voxel of an organ, each organ of the case as often as any
-    other; else it lies anywhere. Scaling and flipping are those of pre-training (PGL paper, section 3.2), one
-    interpolation per axis: linear for the image, nearest for the label map. Where the volume is smaller than the crop,
-    the image is padded with its smallest value nearby and the label map with 0.
+    other; else it lies anywhere. The entry ``organ_points`` has (N, 3) voxel indices to centre on for each organ.
+    Scaling and flipping are those of pre-training (PGL paper, section 3.2), one interpolation per axis: linear for the
+    image, nearest for the label map. Where the volume is smaller than the crop, the image is padded with its smallest
+    value nearby and the label map with 0.
 
     Args:
         keys: key of the case, a (2, X, Y, Z) array or tensor of image and label map; read in part only. Replaced by
@@ -31,7 +40,6 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
         flip_prob: probability of a flip, one for all axes or one for each. An axis along which left and right organs
             would be confused must not be flipped.
         organ_prob: probability that the patch is centred on an organ.
-        points_key: key of the places to centre on: for each organ (N, 3) voxel indices.
 
     Raises:
         ValueError: where an argument is out of range.
@@ -44,33 +52,22 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
         scale_range: Sequence[float] = (0.8, 1.25),
         flip_prob: Sequence[float] | float = 0.5,
         organ_prob: float = 0.5,
-        points_key: str = "organ_points",
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob=1.0)
-        self.patch_size = ensure_tuple_rep(patch_size, 3)
+        self.patch_size = checked_size("patch_size", patch_size)
         self.flip_prob = ensure_tuple_rep(flip_prob, 3)
-        if min(self.patch_size) < 1:
-            raise ValueError(f"patch_size must be positive, got {self.patch_size}.")
-        if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(f"scale_range must be two increasing positive factors, got {tuple(scale_range)}.")
+        check_factors("scale_range", scale_range)
         if not all(0 <= probability <= 1 for probability in (*self.flip_prob, organ_prob)):
             raise ValueError(f"flip_prob {self.flip_prob} and organ_prob {organ_prob} must lie in [0, 1].")
         self.scale_range = tuple(scale_range)
         self.organ_prob = organ_prob
-        self.points_key = points_key
-        self.crop_start = np.zeros(3, dtype=np.int64)
-        self.crop_size = np.ones(3, dtype=np.int64)
-        self.flip = np.zeros(3, dtype=bool)
 
     def randomize(self, volume_size: Sequence[int], organ_points: Sequence[np.ndarray] = ()) -> None:
-        """Draw the crop, in voxels of the volume, and the flips."""
+        """Draw start and size of the crop (3,), in voxels of the volume, and the flips (3,)."""
         super().randomize(None)
-        scale = self.R.uniform(*self.scale_range, size=3)
-        self.crop_size = np.maximum(1, np.round(np.asarray(self.patch_size) * scale).astype(np.int64))
-        # A crop larger than the volume hangs over it on both sides: its start lies between -(excess) and 0.
-        room = np.asarray(volume_size) - self.crop_size
-        lowest, highest = np.minimum(room, 0), np.maximum(room, 0)
+        (self.crop_size,) = draw_crop_sizes(self.R, 1, self.patch_size, self.scale_range)
+        lowest, highest = start_limits(volume_size, self.crop_size)
         around_organ = self.R.random_sample() < self.organ_prob
         organs = [points for points in organ_points if len(points)]
         if around_organ and organs:
@@ -81,12 +78,11 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
             self.crop_start = self.R.randint(lowest, highest + 1)
         self.flip = self.R.random_sample(3) < self.flip_prob
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         d = dict(data)
         for key in self.key_iterator(d):
-            volume = d[key]
-            self.randomize(volume.shape[1:], d.pop(self.points_key, ()))
-            crop, margins = read_crop(volume, self.crop_start, self.crop_size)
+            self.randomize(d[key].shape[1:], d.pop("organ_points", ()))
+            crop, margins = read_crop(d[key], self.crop_start, self.crop_size)
             image, label = crop[:1], crop[1:]
             d[key] = resize_crop(pad_crop(image, margins, float(image.min())), self.patch_size, self.flip)
             d["label"] = resize_crop_nearest(pad_crop(label, margins, 0), self.patch_size, self.flip)

@@ -1,19 +1,24 @@
-"""Two overlapping views of a volume (PGL paper, section 3.2, steps 1 and 2)."""
+"""Overlapping views of a volume (PGL paper, section 3.2, steps 1 and 2), and small ones around them (PCRLv2)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
-from monai.utils import ensure_tuple_rep
 
-from pgl_ext.transforms.crops import pad_crop, read_crop, resize_crop
+from pgl_ext.transforms.crops import (
+    check_factors,
+    check_probability,
+    checked_size,
+    cut_view,
+    draw_crop_sizes,
+    start_limits,
+)
 
-__all__ = ["RandOverlappingViewsd", "check_factors", "checked_size", "cut_view"]
+__all__ = ["RandGlobalLocalViewsd", "RandOverlappingViewsd"]
 
 # Positions drawn at once for the second crop. One in 2.5 is accepted at the paper's 10 %, so that all fail once in
 # 10^7; at the 46 % of PCRLv2 one in 19, so that all rounds fail once in 10^6.
@@ -29,14 +34,13 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
     the volume is smaller than a crop, the rest is padded with the volume's smallest value nearby (air, in CT).
 
     Cropping, scaling and flipping are one linear interpolation per axis, half-pixel as MONAI's ``SpatialCropd``,
-    ``Resized(mode="trilinear")`` and ``Flipd``; only the crops' voxels are read, so that the volume may be any array
-    with ``shape`` and slicing, such as a compressed one on disk.
+    ``Resized(mode="trilinear")`` and ``Flipd``; only the crops' voxels are read.
 
     Adds to the sample: ``views`` (2, C, X, Y, Z) float32 and ``affines`` (2, 4, 4) float32, view voxel index to voxel
     index of the volume.
 
     Args:
-        keys: key of the volume, (C, X, Y, Z) array or tensor.
+        keys: key of the volume, a (C, X, Y, Z) tensor or array, such as a compressed one on disk.
         view_size: (X, Y, Z) in voxels.
         scale_range: smallest and largest crop, as multiples of the view size. (1, 1) is the paper's "w/o CS" when
             ``min_overlap`` is 1: then both views are the same crop.
@@ -66,37 +70,26 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         if len(self.keys) != 1:
             raise ValueError(f"views are cut from one volume, but keys are {self.keys}.")
         check_factors("scale_range", scale_range)
-        if not 0 < min_overlap <= (scale_range[0] / scale_range[1]) ** 3 + 1e-9:
+        largest = (scale_range[0] / scale_range[1]) ** 3
+        if not 0 < min_overlap <= largest + 1e-9:
             raise ValueError(
-                f"min_overlap must lie in (0, {(scale_range[0] / scale_range[1]) ** 3:.3f}] for scale_range "
-                f"{tuple(scale_range)} (a small crop can not cover more of a large one), got {min_overlap}."
+                f"min_overlap must lie in (0, {largest:.3f}] for scale_range {tuple(scale_range)} (a small crop "
+                f"can not cover more of a large one), got {min_overlap}."
             )
-        if not 0 <= flip_prob <= 1:
-            raise ValueError(f"flip_prob must lie in [0, 1], got {flip_prob}.")
+        check_probability("flip_prob", flip_prob)
         self.view_size = checked_size("view_size", view_size)
         self.scale_range = tuple(scale_range)
         self.min_overlap = min_overlap
         self.flip_prob = flip_prob
-        self.crop_start = np.zeros((2, 3), dtype=np.int64)
-        self.crop_size = np.ones((2, 3), dtype=np.int64)
-        self.flip = np.zeros((2, 3), dtype=bool)
 
     def randomize(self, volume_size: Sequence[int]) -> None:
-        """Draw both crops, in voxels of the volume, and the flips."""
+        """Draw starts and sizes of both crops (2, 3), in voxels of the volume, and the flips (2, 3)."""
         super().randomize(None)
-        volume_size = np.asarray(volume_size)
-        self.crop_size = self._draw_sizes(2, self.view_size, self.scale_range)
-        # A crop larger than the volume hangs over it on both sides: its start lies between -(excess) and 0.
-        room = volume_size - self.crop_size
-        lowest, highest = np.minimum(room, 0), np.maximum(room, 0)
+        self.crop_size = draw_crop_sizes(self.R, 2, self.view_size, self.scale_range)
+        lowest, highest = start_limits(volume_size, self.crop_size)
         first = self.R.randint(lowest[0], highest[0] + 1)
         self.crop_start = np.stack([first, self._second_start(first, lowest[1], highest[1])])
         self.flip = self.R.random_sample((2, 3)) < self.flip_prob
-
-    def _draw_sizes(self, count: int, view_size: Sequence[int], scale_range: Sequence[float]) -> np.ndarray:
-        """Sizes of crops (count, 3): the view size times a factor per crop and axis, in whole voxels."""
-        scale = self.R.uniform(*scale_range, size=(count, 3))
-        return np.maximum(1, np.round(np.asarray(view_size) * scale).astype(np.int64))
 
     def _second_start(self, first: np.ndarray, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
         """Start of the second crop: uniform over the places around the first where the overlap is large enough.
@@ -116,16 +109,14 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         # Concentric crops overlap as much as any two of these sizes can.
         return np.clip(first + (size_1 - size_2) // 2, lowest, highest)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        volume = d[self.keys[0]]
+    def __call__(self, data: dict) -> dict:
+        volume = data[self.keys[0]]
         if len(volume.shape) != 4:
             raise ValueError(f"expected a volume (C, X, Y, Z), got shape {tuple(volume.shape)}.")
         self.randomize(volume.shape[1:])
         boxes = list(zip(self.crop_start, self.crop_size, self.flip, strict=True))
-        d["views"] = torch.stack([cut_view(volume, *box, self.view_size) for box in boxes])
-        d["affines"] = torch.stack([self._affine(*box) for box in boxes])
-        return d
+        views = torch.stack([cut_view(volume, *box, self.view_size) for box in boxes])
+        return {**data, "views": views, "affines": torch.stack([self._affine(*box) for box in boxes])}
 
     def _affine(self, start: np.ndarray, size: np.ndarray, flip: np.ndarray) -> torch.Tensor:
         """View voxel index to volume voxel index (4, 4): voxel edges meet, hence the half voxels."""
@@ -136,23 +127,70 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         return torch.from_numpy(affine)
 
 
-def cut_view(
-    volume: Any, start: np.ndarray, size: np.ndarray, flip: np.ndarray, view_size: Sequence[int]
-) -> torch.Tensor:
-    """One view (C, X, Y, Z) of a volume: a crop, padded with its smallest value, resized and flipped."""
-    crop, margins = read_crop(volume, start, size)
-    return resize_crop(pad_crop(crop, margins, float(crop.min())), view_size, flip)
+class RandGlobalLocalViewsd(RandOverlappingViewsd):
+    """Cut two overlapping global views and some small local ones around them (PCRLv2's sub-crops).
 
+    The global views are those of :class:`RandOverlappingViewsd`. The local crops' sizes are drawn per crop and axis
+    from ``local_scale_range`` times ``local_size``; their centres lie anywhere in the bounding box of both global
+    crops, as far as that lies in the volume. They are padded, resized and flipped as the global ones are.
 
-def check_factors(name: str, factors: Sequence[float]) -> None:
-    """Raise a ValueError unless ``factors`` are two increasing positive numbers."""
-    if len(factors) != 2 or not 0 < factors[0] <= factors[1]:
-        raise ValueError(f"{name} must be two increasing positive factors, got {tuple(factors)}.")
+    With ``min_overlap`` m the intersection over union of the global crops is at least m / (2 - m): with crops of V_1
+    and V_2 voxels that share s >= m max(V_1, V_2), it is s / (V_1 + V_2 - s) >= m / (2 - m).
 
+    Adds to the sample: ``views`` (2, C, X, Y, Z), ``affines`` (2, 4, 4) and ``local_views``
+    (num_local, C, *local_size), float32.
 
-def checked_size(name: str, size: Sequence[int] | int) -> tuple[int, int, int]:
-    """Three positive numbers of voxels; raises a ValueError otherwise."""
-    size = ensure_tuple_rep(size, 3)
-    if min(size) < 1:
-        raise ValueError(f"{name} must be positive, got {size}.")
-    return size
+    Args:
+        keys, view_size, scale_range, min_overlap, flip_prob: see :class:`RandOverlappingViewsd`.
+        local_size: (X, Y, Z) of the local views in voxels.
+        local_scale_range: smallest and largest local crop, as multiples of ``local_size``. The default is a choice of
+            ours: local views are to show parts of the global ones both magnified and reduced.
+        num_local: how many local views.
+
+    Raises:
+        ValueError: where an argument is out of range, or the volume is not (C, X, Y, Z).
+
+    Example:
+        >>> transform = RandGlobalLocalViewsd("image", (32, 32, 16)).set_random_state(seed=0)
+        >>> sample = transform({"image": torch.rand(1, 64, 64, 40)})
+        >>> sample["views"].shape, sample["local_views"].shape
+        (torch.Size([2, 1, 32, 32, 16]), torch.Size([6, 1, 16, 16, 16]))
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        view_size: Sequence[int] | int,
+        scale_range: Sequence[float] = (1.1, 1.4),
+        min_overlap: float = 0.1,
+        flip_prob: float = 0.5,
+        local_size: Sequence[int] | int = 16,
+        local_scale_range: Sequence[float] = (0.5, 2.0),
+        num_local: int = 6,
+    ) -> None:
+        super().__init__(keys, view_size, scale_range, min_overlap, flip_prob)
+        check_factors("local_scale_range", local_scale_range)
+        if num_local < 1:
+            raise ValueError(f"num_local must be at least 1, got {num_local}.")
+        self.local_size = checked_size("local_size", local_size)
+        self.local_scale_range = tuple(local_scale_range)
+        self.num_local = num_local
+
+    def randomize(self, volume_size: Sequence[int]) -> None:
+        """Draw the global crops, then the local ones (num_local, 3), in voxels of the volume, and the flips."""
+        super().randomize(volume_size)
+        self.local_crop_size = draw_crop_sizes(self.R, self.num_local, self.local_size, self.local_scale_range)
+        # A centre outside the volume could leave a crop without any voxel.
+        lower = np.maximum(self.crop_start.min(axis=0), 0)
+        upper = np.minimum((self.crop_start + self.crop_size).max(axis=0), volume_size)
+        # In half voxels: the centre of a crop of an odd number of voxels lies between two edges.
+        lowest = -((self.local_crop_size - 2 * lower) // 2)
+        highest = (2 * upper - self.local_crop_size) // 2
+        self.local_start = self.R.randint(lowest, highest + 1)
+        self.local_flip = self.R.random_sample((self.num_local, 3)) < self.flip_prob
+
+    def __call__(self, data: dict) -> dict:
+        sample = super().__call__(data)
+        boxes = zip(self.local_start, self.local_crop_size, self.local_flip, strict=True)
+        local_views = [cut_view(data[self.keys[0]], *box, self.local_size) for box in boxes]
+        return {**sample, "local_views": torch.stack(local_views)}

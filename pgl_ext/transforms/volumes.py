@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import monai
+import numpy as np
+import torch
 from monai.config import KeysCollection
 from monai.transforms import Compose, MapTransform, NormalizeIntensityd, Orientationd, ScaleIntensityRanged, Spacingd
 from monai.utils import ensure_tuple
@@ -96,20 +100,36 @@ def preprocessing(
     return Preprocessing(steps, arguments)
 
 
-def _described(value: Any) -> Any:
-    """The settings of a user's own step as JSON has them: its class and attributes, and the code of functions."""
+def _described(value: Any, within: tuple[Any, ...] = ()) -> Any:
+    """A user's own step as JSON has it: its class, the code of its methods, its attributes, and so on within these."""
+    if any(value is outer for outer in within):
+        return "what it is part of"
+    describe = functools.partial(_described, within=(*within, value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _described(entry) for key, entry in value.items()}
+        return {str(key): describe(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_described(entry) for entry in value]
-    if hasattr(value, "__code__"):
-        return [value.__code__.co_code.hex(), _described(value.__code__.co_consts), list(value.__code__.co_names)]
-    if hasattr(value, "tobytes"):
-        return [str(value.dtype), digest(value.tobytes())]
-    if hasattr(value, "__dict__") and not isinstance(value, type):
-        return {f"{type(value).__module__}.{type(value).__qualname__}": _described(vars(value))}
+        return [describe(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(describe(entry), sort_keys=True) for entry in value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return [str(value.dtype), list(value.shape), digest(value.tobytes())]
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), describe(value.detach().cpu().double().numpy())]
+    if isinstance(value, functools.partial):
+        return describe([value.func, value.args, value.keywords])
+    if isinstance(value, types.MethodType):
+        return describe([value.__self__, value.__func__])
+    if isinstance(value, types.FunctionType):
+        closure = [cell.cell_contents for cell in value.__closure__ or ()]
+        return describe([value.__code__, value.__defaults__, value.__kwdefaults__, closure])
+    if isinstance(value, types.CodeType):
+        return describe([value.co_code.hex(), value.co_consts, value.co_names])
+    if hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
+        kind = type(value)
+        methods = {name: entry for name, entry in vars(kind).items() if isinstance(entry, types.FunctionType)}
+        return [f"{kind.__module__}.{kind.__qualname__}", describe(methods), describe(vars(value))]
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
 
 
@@ -120,6 +140,6 @@ class VolumeSpacingd(Spacingd):
     dictionary to write into, and fails where it is text, as in MONAI Label. Here the volumes alone are handed on.
     """
 
-    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+    def __call__(self, data: dict, lazy: bool | None = None) -> dict:
         volumes = {key: data[key] for key in self.key_iterator(dict(data))}
         return {**data, **super().__call__(volumes, lazy)}

@@ -1,6 +1,5 @@
-"""Files of weights with the records beside them: writing, loading with a report, exporting, and building networks."""
+"""Files of weights with the records beside them: writing, loading with a report, and building networks."""
 
-from pgl_ext.weights.export import export_decoder, export_encoder
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder, save_weights
 from pgl_ext.weights.loading import (
     LoadReport,
@@ -23,8 +22,6 @@ __all__ = [
     "build_encoder",
     "build_network",
     "compare_states",
-    "export_decoder",
-    "export_encoder",
     "load_decoder",
     "load_encoder",
     "load_model",

@@ -7,14 +7,13 @@ in that format, with the record in their metadata too; all others are PyTorch's.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
+from monai.config import PathLike
 from torch import nn
 
 from pgl_ext.files import write_atomically, write_text
@@ -35,12 +34,12 @@ DECODER_PREFIXES = ("aspp.", "decoder.")
 _SAFETENSORS = ".safetensors"
 
 
-def save_encoder(encoder: nn.Module, path: str | os.PathLike, record: EncoderRecord) -> None:
+def save_encoder(encoder: nn.Module, path: PathLike, record: EncoderRecord) -> None:
     """Write an encoder file (keys ``encoder.*``, tensors on the CPU) with its record beside it."""
     save_weights(encoder.state_dict(), path, record, ENCODER_PREFIX)
 
 
-def save_decoder(network: nn.Module, path: str | os.PathLike, record: EncoderRecord) -> None:
+def save_decoder(network: nn.Module, path: PathLike, record: EncoderRecord) -> None:
     """Write the pyramid pooling and decoder of a network (keys ``aspp.*``, ``decoder.*``) with the encoder's record."""
     save_weights(decoder_state(network), path, record)
 
@@ -51,7 +50,7 @@ def decoder_state(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_weights(
-    state: Mapping[str, torch.Tensor], path: str | os.PathLike, record: EncoderRecord | ModelRecord, prefix: str = ""
+    state: Mapping[str, torch.Tensor], path: PathLike, record: EncoderRecord | ModelRecord, prefix: str = ""
 ) -> None:
     """Write a state dict, its keys after a prefix, and its record as JSON beside it.
 
@@ -80,15 +79,13 @@ def _safetensors() -> ModuleType:
     return safetensors.torch
 
 
-def load_state(path: str | os.PathLike) -> dict[str, Any]:
-    """``torch.load`` on the CPU, tensors and plain values only, with an error that names the file.
-
-    A file ending in ``.safetensors`` is read as such.
+def load_state(path: PathLike) -> dict:
+    """Read a PyTorch file, tensors and plain values only, or a ``.safetensors`` file; tensors are on the CPU.
 
     Raises:
-        FileNotFoundError: where the file is missing.
+        FileNotFoundError: the file is missing.
         ImportError: ``safetensors`` is needed and not installed.
-        ValueError: where it is truncated, damaged, holds more than tensors and plain values, or no dict of names.
+        ValueError: it is truncated, damaged, holds more than tensors and plain values, or no dict of names.
     """
     path = Path(path)
     if not path.is_file():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.config import PathLike
 from torch import nn
 
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
@@ -35,7 +35,7 @@ _HEAD_PREFIX = "decoder.head."
 
 @dataclass
 class LoadReport:
-    """What became of each tensor when an encoder file, a decoder file, or a whole network's, was loaded.
+    """Which tensors of a file of weights were loaded.
 
     Attributes:
         loaded: tensors copied into the network.
@@ -51,18 +51,17 @@ class LoadReport:
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        lines = [f"{len(self.loaded)} of {total} tensors loaded"]
+        parts = [f"{len(self.loaded)} of {total} tensors loaded"]
         for name in ("missing", "unexpected", "mismatched"):
-            entries = getattr(self, name)
-            if entries:
-                lines.append(f"{name} ({len(entries)}): {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}")
-        return "; ".join(lines)
+            if keys := getattr(self, name):
+                parts.append(f"{name} ({len(keys)}): {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}")
+        return "; ".join(parts)
 
 
-def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> LoadReport:
-    """Which tensors of a file's state dict fit those of a network's own; ``loaded`` are those that can be loaded."""
-    report = LoadReport(unexpected=sorted(set(state) - set(own)))
-    for key, value in own.items():
+def compare_states(state: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> LoadReport:
+    """Which tensors of a file's state dict fit those of a network's; ``loaded`` are those that can be loaded."""
+    report = LoadReport(unexpected=sorted(set(state) - set(target)))
+    for key, value in target.items():
         if key not in state:
             report.missing.append(key)
         elif state[key].shape != value.shape:
@@ -75,51 +74,47 @@ def compare_states(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Te
 # --- into a network -------------------------------------------------------------------------------------------------
 
 
-def load_encoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
+def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     """Load an encoder file into a network's encoder: all of its tensors, or none.
-
-    Besides encoder files (keys ``encoder.*``), plain state dicts of MONAI's ResNet are accepted, also those wrapped as
-    ``{"state_dict": {"module.*": ...}}`` (MedicalNet).
 
     Args:
         network: a network with ``.encoder``, or an encoder.
-        path: the file.
+        path: an encoder file (keys ``encoder.*``), or the state dict of a ResNet of MONAI, also wrapped as
+            ``{"state_dict": {"module.*": ...}}`` (MedicalNet).
 
     Returns:
-        the report; everything was loaded, what does not belong to an encoder, such as a classifier, is listed as
-        unexpected.
+        the report; what does not belong to an encoder, such as a classifier, is listed as unexpected.
 
     Raises:
-        FileNotFoundError: where the file is missing.
-        ValueError: where it is damaged, a tensor of the encoder is missing from it or has another shape, or it holds a
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged, a tensor of the encoder is missing from it or has another shape, or it holds a
             larger encoder.
     """
     encoder = getattr(network, "encoder", network)
     state = _load(path, "Encoder file", "the one that pre-training wrote, with --pretrained_encoder FILE")
     state = state.get("state_dict") or state
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    if any(key.startswith(ENCODER_PREFIX) for key in state):
-        state = {k.removeprefix(ENCODER_PREFIX): value for k, value in state.items() if k.startswith(ENCODER_PREFIX)}
-    own = encoder.state_dict()
-    state = _without_shortcut_bias(state, own)
-    report = compare_states(state, own)
+    encoder_state = {k.removeprefix(ENCODER_PREFIX): v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
+    target = encoder.state_dict()
+    state = _without_shortcut_bias(encoder_state or state, target)
+    report = compare_states(state, target)
     # A classifier is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
-    parts = {name for name, _ in encoder.named_children()}
-    larger = any(key.split(".")[0] in parts for key in report.unexpected)
+    stages = {name for name, _ in encoder.named_children()}
+    larger = any(key.split(".")[0] in stages for key in report.unexpected)
     if report.missing or report.mismatched or larger:
         raise ValueError(
             f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
             f"{Path(path).with_suffix('.json').name}, or choose the file that belongs to it."
         )
-    encoder.load_state_dict({key: state[key] for key in own})
+    encoder.load_state_dict({key: state[key] for key in target})
     return report
 
 
-def load_decoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
+def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
     """Load whatever fits of a decoder file into a network's pyramid pooling and decoder.
 
-    The convolution to the classes is left as it is: what it was trained for is another task's. A decoder of another
-    layout, such as one without skips, fits in part.
+    The last convolution, which was trained for another task's classes, is never loaded. A decoder of another layout,
+    such as one without skips, fits in part.
 
     Args:
         network: a network with ``.aspp`` and ``.decoder``.
@@ -129,13 +124,13 @@ def load_decoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
         the report; what is missing or mismatched keeps its values.
 
     Raises:
-        FileNotFoundError: where the file is missing.
-        ValueError: where it is damaged, or nothing of it fits.
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged, or nothing of it fits.
     """
     state = _load(path, "Decoder file", "the one that pre-training wrote, with --pretrained_decoder FILE")
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    own = {key: value for key, value in decoder_state(network).items() if not key.startswith(_HEAD_PREFIX)}
-    report = compare_states(state, own)
+    target = {key: value for key, value in decoder_state(network).items() if not key.startswith(_HEAD_PREFIX)}
+    report = compare_states(state, target)
     # Counts of batches are single numbers, which fit everywhere.
     if all(key.endswith("num_batches_tracked") for key in report.loaded):
         raise ValueError(
@@ -147,9 +142,9 @@ def load_decoder(network: nn.Module, path: str | os.PathLike) -> LoadReport:
 
 
 def load_model(
-    network: nn.Module, path: str | os.PathLike, device: torch.device | str = "cpu", encoder_only: bool = False
+    network: nn.Module, path: PathLike, device: torch.device | str = "cpu", encoder_only: bool = False
 ) -> nn.Module:
-    """Load a file of weights into the network it belongs to, all of its tensors, and move the network to a device.
+    """Load a file of weights into the network it belongs to, all of its tensors.
 
     Args:
         network: the network.
@@ -161,8 +156,8 @@ def load_model(
         the same network, in evaluation mode.
 
     Raises:
-        FileNotFoundError: where the file is missing.
-        ValueError: where it is damaged or does not fit.
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged or does not fit.
     """
     if encoder_only:
         load_encoder(network, path)
@@ -178,16 +173,15 @@ def load_model(
     return network.to(device).eval()
 
 
-def _load(path: str | os.PathLike, kind: str, remedy: str) -> dict[str, Any]:
+def _load(path: PathLike, kind: str, remedy: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind} {Path(path).absolute()} does not exist: give {remedy}.")
     return load_state(path)
 
 
-def _without_shortcut_bias(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict:
-    """Take the biases that MONAI's ResNet has in its shortcuts by default off the running mean, which has them too."""
-    state = dict(state)
-    for key in [key for key in state if key.endswith(".downsample.0.bias") and key not in own]:
+def _without_shortcut_bias(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict:
+    """Subtract the biases that MONAI's ResNet has in its shortcuts from the running means, which contain them."""
+    for key in [key for key in state if key.endswith(".downsample.0.bias") and key not in target]:
         mean = key.removesuffix("0.bias") + "1.running_mean"
         if mean in state:
             state[mean] = state[mean] - state.pop(key)
@@ -198,19 +192,14 @@ def _without_shortcut_bias(state: Mapping[str, torch.Tensor], own: Mapping[str, 
 
 
 def load_pretrained(
-    network: nn.Module,
-    encoder: str | os.PathLike | None = None,
-    decoder: str | os.PathLike | None = None,
-    input: Mapping[str, Any] | None = None,
+    network: nn.Module, encoder: PathLike | None = None, decoder: PathLike | None = None, input: Mapping | None = None
 ) -> nn.Module:
     """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
 
     Args:
         network: has ``.encoder``, and ``.aspp`` and ``.decoder`` where a decoder is loaded.
-        encoder: an encoder file of pre-training, or the state dict of a stock MONAI or MedicalNet ResNet; None: random
-            initialisation.
-        decoder: a decoder file of pre-training, of which everything but the last convolution is loaded that fits;
-            None: random initialisation.
+        encoder: see :func:`load_encoder`; None: random initialisation.
+        decoder: see :func:`load_decoder`; None: random initialisation.
         input: how volumes are prepared here, arguments of :class:`~pgl_ext.weights.InputRecord`.
 
     Returns:
@@ -218,9 +207,9 @@ def load_pretrained(
         tensors were, and raises ``ValueError`` where some of the encoder's were not.
 
     Raises:
-        FileNotFoundError: where a file is missing.
-        ValueError: where one is damaged, the encoder does not fit, or nothing of the decoder does; the message lists
-            missing, unexpected and mismatched tensors.
+        FileNotFoundError: a file is missing.
+        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does; the message lists missing,
+            unexpected and mismatched tensors.
     """
     if encoder is None:
         logger.info("no pretrained_encoder: random initialisation")
@@ -234,7 +223,7 @@ def load_pretrained(
     return network
 
 
-def _input_differences(path: str | os.PathLike, here: InputRecord) -> list[str]:
+def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
     """What is said of a file's input that differs from the input here, or that nothing is said."""
     if not Path(path).with_suffix(".json").is_file():
         return ["there is no JSON beside it, so that its normalisation and spacing are not known"]
@@ -260,7 +249,7 @@ def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: An
 # --- networks of files ----------------------------------------------------------------------------------------------
 
 
-def build_encoder(path: str | os.PathLike | None = None, load: bool = True, **overrides: Any) -> nn.Module:
+def build_encoder(path: PathLike | None = None, load: bool = True, **overrides: Any) -> nn.Module:
     """Build the encoder that an encoder file belongs to, and load the file.
 
     The architecture is the one recorded in the JSON beside the file; where there is none, the default ResNet-50.
@@ -281,7 +270,7 @@ def build_encoder(path: str | os.PathLike | None = None, load: bool = True, **ov
     return encoder
 
 
-def build_network(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+def build_network(path: PathLike, device: torch.device | str = "cpu") -> nn.Module:
     """Build the segmentation network that a model file belongs to, as recorded beside it, with its weights.
 
     Raises:
@@ -291,6 +280,6 @@ def build_network(path: str | os.PathLike, device: torch.device | str = "cpu") -
     return load_model(network_of(ModelRecord.load(path), path), path, device)
 
 
-def network_of(record: ModelRecord, source: str | os.PathLike = "a model") -> nn.Module:
+def network_of(record: ModelRecord, source: PathLike = "a model") -> nn.Module:
     """Build the segmentation network of a record with random weights; errors name the source."""
     return build(NETWORKS, record.network, f"model file {source}")

@@ -6,13 +6,15 @@ A record is a JSON file of the weights' name. It is data: nothing in it is impor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from monai.config import PathLike
+
 from pgl_ext import __version__
+from pgl_ext.files import read_json
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries"]
@@ -41,28 +43,33 @@ class InputRecord:
 
     @classmethod
     def from_json(cls, content: Any, source: Any, channels: int = 1) -> InputRecord:
-        """Make one of what a record has as ``input``; a ValueError names the source where that is something else.
+        """Make one of what a record has as ``input``.
 
         Args:
             content: the entries.
             source: the file, for messages.
             channels: of the network, where the entries do not say.
+
+        Raises:
+            ValueError: it is something else.
         """
-        unknown = sorted(set(content) - {part.name for part in fields(cls)}) if _is_object(content) else [content]
+        names = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(content) - names) if isinstance(content, Mapping) else [content]
         if unknown:
             raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
         return cls(**_of_known_kinds(cls, {"channels": channels, **content}, source))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> InputRecord | None:
+    def load(cls, path: PathLike) -> InputRecord | None:
         """Read it from the JSON beside a file of weights, of whatever kind; None where that does not say.
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: it is damaged.
         """
-        content = _upgraded(_read(path))
-        return cls.from_json(content["input"], _beside(path)) if "input" in content else None
+        source, content = _read(path)
+        content = _upgraded(content)
+        return cls.from_json(content["input"], source) if "input" in content else None
 
     def differences(self, other: InputRecord) -> list[str]:
         """What another preparation differs in, in words with the options that set it."""
@@ -95,12 +102,12 @@ class _Record:
 
     input: InputRecord
     steps: int = 0
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping = field(default_factory=dict)
     version: str = __version__
-    others: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls: type[_R], content: Mapping[str, Any], source: Any) -> _R:
+    def from_json(cls: type[_R], content: Mapping, source: Any) -> _R:
         """Make a record of what a JSON file or a checkpoint holds.
 
         Args:
@@ -110,32 +117,33 @@ class _Record:
         Raises:
             ValueError: something is missing, or of another kind than it should be.
         """
-        if not _is_object(content):
+        if not isinstance(content, Mapping):
             raise ValueError(f"{source} holds a {type(content).__name__}, no description: give {cls._remedy}.")
         content = _upgraded(content)
         missing = sorted(set(cls._needed) - set(content))
         if missing:
             raise ValueError(f"{source} does not describe {cls._what}, it lacks {missing}: give {cls._remedy}.")
-        known = {part.name for part in fields(cls)} - {"others"}
-        typed = {name: value for name, value in content.items() if name in known}
-        others = {name: value for name, value in content.items() if name not in known}
-        typed["input"] = InputRecord.from_json(typed["input"], source, _in_channels(content[cls._built]))
-        return cls(**_of_known_kinds(cls, typed, source), others=others)
+        names = {entry.name for entry in fields(cls)} - {"others"}
+        known = {name: content.pop(name) for name in names & set(content)}
+        known["input"] = InputRecord.from_json(known["input"], source, _in_channels(known[cls._built]))
+        return cls(**_of_known_kinds(cls, known, source), others=content)
 
     @classmethod
-    def load(cls: type[_R], path: str | os.PathLike) -> _R:
+    def load(cls: type[_R], path: PathLike) -> _R:
         """Read the record beside a file of weights, which itself need not exist.
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: it is damaged, or describes something else.
         """
-        return cls.from_json(_read(path), _beside(path))
+        source, content = _read(path)
+        return cls.from_json(content, source)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict:
         """All entries as plain values."""
-        content = {name: value for name, value in asdict(self).items() if name != "others"}
-        return json.loads(json.dumps({**content, **self.others}))
+        content = asdict(self)
+        others = content.pop("others")
+        return json.loads(json.dumps({**content, **others}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +158,7 @@ class EncoderRecord(_Record):
         channels: of each feature map, finest first.
     """
 
-    architecture: Mapping[str, Any]
+    architecture: Mapping
     method: str | None = None
     pairs: int | None = None
     stride: Sequence[int] | None = None
@@ -162,7 +170,7 @@ class EncoderRecord(_Record):
     _needed = ("architecture", "input")
 
     @classmethod
-    def load_or_default(cls, path: str | os.PathLike | None) -> EncoderRecord:
+    def load_or_default(cls, path: PathLike | None) -> EncoderRecord:
         """Read the record beside an encoder file; where there is none, that of the paper's ResNet-50 and its input."""
         if path is not None and Path(path).with_suffix(".json").is_file():
             return cls.load(path)
@@ -182,8 +190,8 @@ class ModelRecord(_Record):
         val_mean_dice: of that validation.
     """
 
-    task: Mapping[str, Any]
-    network: Mapping[str, Any]
+    task: Mapping
+    network: Mapping
     annotated_key: str | None = None
     pretrained_encoder: str | None = None
     pretrained_decoder: str | None = None
@@ -197,7 +205,7 @@ class ModelRecord(_Record):
 
     @classmethod
     def from_json(cls, content: Any, source: Any) -> ModelRecord:
-        """Make a record of what a JSON file holds, see :meth:`EncoderRecord.from_json`."""
+        """See :meth:`EncoderRecord.from_json`."""
         record = super().from_json(content, source)
         if record.input.patch_size is None:
             raise ValueError(f"{source} does not describe {cls._what}, it lacks a patch_size: give {cls._remedy}.")
@@ -208,7 +216,7 @@ class ModelRecord(_Record):
         return record
 
     @classmethod
-    def load_or_default(cls, path: str | os.PathLike, metadata: str | os.PathLike) -> ModelRecord:
+    def load_or_default(cls, path: PathLike, metadata: PathLike) -> ModelRecord:
         """Read the record beside a model file; where there is no file yet, that of the bundle's default task.
 
         The checks of bundles build the network of a bundle that comes without weights.
@@ -224,7 +232,7 @@ class ModelRecord(_Record):
                 f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with "
                 "--model_path FILE."
             )
-        data_format = json.loads(Path(metadata).read_text(encoding="utf-8"))["network_data_format"]
+        data_format = read_json(metadata)["network_data_format"]
         image, pred = data_format["inputs"]["image"], data_format["outputs"]["pred"]
         names = [name for name in pred["channel_def"].values() if name != "background"]
         organs = {name: [value] for value, name in enumerate(names, start=1)}
@@ -236,36 +244,21 @@ class ModelRecord(_Record):
         )
 
 
-def _beside(path: str | os.PathLike) -> Path:
-    """The JSON file of a file of weights."""
-    return Path(path).with_suffix(".json")
-
-
-def _read(weights: str | os.PathLike) -> dict[str, Any]:
-    """What the JSON beside a file of weights holds."""
-    name, path = Path(weights).name, _beside(weights)
+def _read(weights: PathLike) -> tuple[Path, dict]:
+    """The JSON file beside a file of weights, and what it holds."""
+    name, path = Path(weights).name, Path(weights).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"no description {path} beside {name}: copy both, they belong together.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, no JSON ({error}): copy it again, together with {name}.") from error
-    if not _is_object(content):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no description of {name}: copy it again.")
-    return content
-
-
-def _is_object(content: Any) -> bool:
-    return isinstance(content, Mapping)
+    return path, read_json(path, "Description", f"copy it again, together with {name}")
 
 
 def _in_channels(architecture: Any) -> Any:
     """Channels of the input of a recorded network."""
-    arguments = architecture.get("arguments") if _is_object(architecture) else None
-    return arguments.get("in_channels", 1) if _is_object(arguments) else 1
+    arguments = architecture.get("arguments") if isinstance(architecture, Mapping) else None
+    return arguments.get("in_channels", 1) if isinstance(arguments, Mapping) else 1
 
 
-def _of_known_kinds(cls: type, content: Mapping[str, Any], source: Any) -> Mapping[str, Any]:
+def _of_known_kinds(cls: type, content: Mapping, source: Any) -> Mapping:
     """The content, after making sure that each entry is what the fields of a record say that it is."""
     for name, kind in get_type_hints(cls).items():
         if name in content and not _is_a(content[name], kind):
@@ -280,24 +273,22 @@ def _is_a(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind such as ``Sequence[float] | None``; true and false are no numbers."""
     outer, inner = get_origin(kind), get_args(kind)
     if outer is Sequence:
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_a(v, inner[0]) for v in value)
-    if outer is Mapping:
-        return _is_object(value)
+        return isinstance(value, (list, tuple)) and all(_is_a(entry, inner[0]) for entry in value)
     if inner:
-        return any(_is_a(value, part) for part in inner)
+        return any(_is_a(value, option) for option in inner)
     return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
-def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
+def _upgraded(content: Mapping) -> dict:
     """Entries of records that were written before architectures had families and inputs an entry of their own."""
     content = dict(content)
     for name in ("architecture", "network"):
-        if _is_object(content.get(name)) and "family" not in content[name]:
+        if isinstance(content.get(name), Mapping) and "family" not in content[name]:
             content[name] = {"family": "resnet", "arguments": content[name]}
     if "normalization" in content and "input" not in content:
         window = content.pop("normalization")
         content["input"] = {
-            "hu_window": window.get("clip_hu") if _is_object(window) else window,
+            "hu_window": window.get("clip_hu") if isinstance(window, Mapping) else window,
             "spacing": content.pop("spacing", None),
             "patch_size": content.pop("view_size", None) or content.pop("patch_size", None),
             "orientation": content.pop("orientation", "RAS"),
@@ -307,7 +298,7 @@ def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat_entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """All values of nested entries by id, such as ``input#spacing``; lists count as values."""
-    if not _is_object(content) or not content:
+    if not isinstance(content, Mapping) or not content:
         yield name, content
         return
     for key, value in content.items():

@@ -1,6 +1,8 @@
 import functools
 import hashlib
+import importlib
 import json
+import operator
 import os
 import pickle
 import subprocess
@@ -11,43 +13,27 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-import torch
-from monai.transforms import (
-    Compose,
-    ConcatItemsd,
-    Lambdad,
-    LoadImaged,
-    NormalizeIntensityd,
-    Orientationd,
-    RandFlipd,
-    ScaleIntensityRanged,
-    Spacingd,
-)
-from monai.utils import GridSampleMode
-from pgl_ext.data.transform_digest import transform_digest
+from monai.transforms import Compose, ConcatItemsd, Lambdad, NormalizeIntensityd, RandFlipd
 
+from pgl_ext import transforms
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import item_name
 from pgl_ext.data.prepare import resolve_bad
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.phantom import LABELS, generate_case
-from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError, CheckLabeld, CheckVolumed
-from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.transforms import LoadVolumed
+from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError
+from pgl_ext.transforms.volumes import Preprocessing
 
 SHAPE = (70, 66, 20)
 
 
-def preprocessing(low: float = -1024, pixdim: tuple | None = None) -> Compose:
-    return Compose(
-        [
-            LoadVolumed("image"),
-            CheckVolumed("image"),
-            Orientationd("image", axcodes="RAS", labels=None),
-            *([Spacingd("image", pixdim=pixdim)] if pixdim else []),
-            ScaleIntensityRanged("image", low, 325, low, 325, clip=True),
-            NormalizeIntensityd("image"),
-        ]
-    )
+def preprocessing(low: float = -1024, pixdim: tuple | None = None) -> Preprocessing:
+    return transforms.preprocessing("image", spacing=pixdim, hu_window=(low, 325))
+
+
+def only(*steps: Callable) -> Preprocessing:
+    return Preprocessing(steps, {})
 
 
 def save(path: Path, array: np.ndarray | None = None, affine: np.ndarray | None = None) -> dict:
@@ -73,7 +59,7 @@ class CountingLoad(LoadVolumed):
 @pytest.fixture
 def counted(monkeypatch):
     monkeypatch.setattr(CountingLoad, "calls", 0)
-    return Compose([CountingLoad("image"), NormalizeIntensityd("image")])
+    return only(CountingLoad("image"), NormalizeIntensityd("image"))
 
 
 # ---- What is stored
@@ -89,8 +75,6 @@ def test_stored_volume_is_the_preprocessed_one(tmp_path):
     np.testing.assert_array_equal(stored[:], expected.numpy().astype(np.float16))
     np.testing.assert_allclose(stored.vlmeta["affine"], expected.affine.numpy())
     assert stored.vlmeta["source"] == item["image"]
-    assert stored.vlmeta["source_shape"] == list(SHAPE)
-    np.testing.assert_allclose(stored.vlmeta["source_affine"], np.diag([-1.0, 2, 3, 1]))
     assert cache.nbytes(item) == 2 * expected.numel()
 
 
@@ -110,7 +94,7 @@ def test_crops_equal_slices_of_the_whole(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 2, 3), (64, 64, 64), (65, 3, 200)])
 def test_any_volume_size(tmp_path, shape):
     item = save(tmp_path / "a.nii", np.random.default_rng(0).normal(size=shape))
-    volume = VolumeCache(tmp_path / "cache", LoadVolumed("image")).open(item)
+    volume = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"))).open(item)
     np.testing.assert_array_equal(volume[0], nibabel.load(item["image"]).get_fdata().astype(np.float16))
 
 
@@ -130,13 +114,13 @@ def test_dicom_series_of_one_folder_have_files_of_their_own(tmp_path):
             image.SetMetaData("0020|0037", "1\\0\\0\\0\\1\\0")
             writer.SetFileName(str(folder / f"{uid}_{z}.dcm"))
             writer.Execute(image)
-    cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image")))
     items = [{"image": str(folder), "series_uid": uid} for uid in arrays]
     assert cache.prepare(items) == {}
     for item in items:
         volume = cache.open(item)
         np.testing.assert_array_equal(volume[0], arrays[item["series_uid"]])
-        assert volume.vlmeta["series_uid"] == item["series_uid"]
+        assert volume.vlmeta["source"] == item_name(item)
     before = cache.key(items[0])
     os.utime(folder / "1.2.3_4.dcm", ns=(0, 0))
     assert cache.key(items[0]) != before
@@ -145,21 +129,10 @@ def test_dicom_series_of_one_folder_have_files_of_their_own(tmp_path):
 # ---- Labelled cases
 
 
-def labelled_preprocessing(pixdim: tuple | None = None, a_min: float = -1024) -> Compose:
+def labelled_preprocessing(pixdim: tuple | None = None, a_min: float = -1024) -> Preprocessing:
     keys = ["image", "label"]
     task = SegmentationTask({name: [value] for value, name in enumerate(LABELS) if value})
-    return Compose(
-        [
-            LoadVolumed(keys),
-            CheckVolumed("image"),
-            CheckLabeld("label", task),
-            Orientationd(keys, axcodes="RAS", labels=None),
-            *([Spacingd(keys, pixdim=pixdim, mode=["bilinear", "nearest"])] if pixdim else []),
-            ScaleIntensityRanged("image", a_min, 325, a_min, 325, clip=True),
-            NormalizeIntensityd("image"),
-            ConcatItemsd(keys, name="image", dim=0),
-        ]
-    )
+    return transforms.preprocessing(keys, pixdim, (a_min, 325), task, extra=[ConcatItemsd(keys, name="image", dim=0)])
 
 
 def save_case(folder: Path, orientation: str = "LPS", rotation: float = 0) -> dict:
@@ -239,7 +212,7 @@ def test_the_key_of_an_item_without_label_map_is_as_ever(tmp_path):
     """Made from path, series, size and time: a cache filled before label maps were known is still good."""
     path = tmp_path / "a.nii"
     path.write_bytes(b"x")
-    cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image")))
     state = [("a.nii", 1, path.stat().st_mtime_ns)]
     parts = json.dumps([1, cache.digest, str(path), "1.2", state])
     item = {"image": str(path), "series_uid": "1.2"}
@@ -332,7 +305,7 @@ def test_rebuilt_when_only_the_time_of_the_source_changes(tmp_path, counted):
 
 
 def test_rebuilt_when_voxels_beside_a_header_change(tmp_path):
-    cache = VolumeCache(tmp_path / "cache", LoadVolumed("image"))
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image")))
     (tmp_path / "a.mhd").write_text("header")
     (tmp_path / "a.raw").write_text("voxels")
     before = cache.key({"image": str(tmp_path / "a.mhd")})
@@ -422,17 +395,6 @@ def test_all_bad_volumes_are_found_and_listed_at_once(tmp_path, caplog):
     assert dict(line.split("\t") for line in report.read_text().splitlines()) == bad
 
 
-def test_no_good_volume_left(tmp_path):
-    with pytest.raises(BadVolumesError, match="1 of 1"):
-        resolve_bad({"a": "reason"}, [{"image": "a"}], skip_bad_files=True, report_path=tmp_path / "report.txt")
-
-
-def test_no_bad_volume_no_report(tmp_path):
-    items = [{"image": "a"}]
-    assert resolve_bad({}, items, skip_bad_files=True, report_path=tmp_path / "report.txt") == items
-    assert not (tmp_path / "report.txt").exists()
-
-
 def test_opening_a_bad_volume_raises(tmp_path):
     cache = VolumeCache(tmp_path / "cache", preprocessing())
     with pytest.raises(BadVolumeError, match="constant"):
@@ -444,17 +406,58 @@ def test_opening_a_bad_volume_raises(tmp_path):
 
 def test_values_too_large_for_float16(tmp_path):
     item = save(tmp_path / "a.nii", np.arange(8).reshape(2, 2, 2) * 1e4)
-    bad = VolumeCache(tmp_path / "cache", LoadVolumed("image")).prepare([item])
+    bad = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"))).prepare([item])
     assert "70000 after preprocessing, too large for float16" in bad[item_name(item)]
 
 
-def missing_package(image):
-    raise ImportError("pip install itk")
+class Raise:
+    """A transform with a fault in it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, image: object) -> None:
+        raise self.error
 
 
-def test_a_missing_package_is_not_the_volume_s_fault(tmp_path):
-    cache = VolumeCache(tmp_path / "cache", Compose([LoadVolumed("image"), Lambdad("image", missing_package)]))
-    with pytest.raises(ImportError, match="pip install itk"):
+class TwoArguments(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+# Not ``TypeError`` alone: whatever a transform may raise, what counts is that it is not about the file.
+FAULTS = [
+    ImportError("pip install itk"),
+    MemoryError("of a transform"),
+    TypeError("of a transform"),
+    ValueError("of a transform"),
+    OSError("of a transform"),
+    TwoArguments("of a", "transform"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_any_other_error_is_not_the_volume_s_fault(tmp_path, error, caplog):
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"), Lambdad("image", Raise(error))))
+    items = [save(tmp_path / "a.nii")]
+    for prepare in (lambda: cache.prepare(items), lambda: cache.open(items[0])):
+        caplog.clear()
+        with pytest.raises(type(error)) as caught:
+            prepare()
+        assert caught.value is error
+        assert f"preparing {items[0]['image']} failed" in caplog.text
+
+
+@pytest.mark.parametrize("error", [BadVolumeError("too small"), FileNotFoundError("no atlas")])
+def test_errors_about_the_file_are(tmp_path, error):
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"), Lambdad("image", Raise(error))))
+    item = save(tmp_path / "a.nii")
+    assert cache.prepare([item]) == {item["image"]: str(error)}
+
+
+def test_a_result_that_is_no_volume_is_not_the_volume_s_fault(tmp_path):
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"), Lambdad("image", operator.itemgetter(0))))
+    with pytest.raises(ValueError, match=r"a\.nii: preprocessing gave shape \(70, 66, 20\), need \(C, X, Y, Z\)"):
         cache.prepare([save(tmp_path / "a.nii")])
 
 
@@ -472,8 +475,9 @@ def test_a_full_disk_is_not_the_volume_s_fault(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"preprocessing": Compose([LoadVolumed("image"), Compose([RandFlipd("image")])])}, "not be random.*RandFlipd"),
-        ({"preprocessing": LoadVolumed("image"), "num_workers": -1}, "num_workers must be 0 or more, got -1"),
+        ({"preprocessing": only(LoadVolumed("image"), Compose([RandFlipd("image")]))}, "not be random.*RandFlipd"),
+        ({"preprocessing": only(LoadVolumed("image")), "num_workers": -1}, "num_workers must be 0 or more, got -1"),
+        ({"preprocessing": Compose([LoadVolumed("image")])}, r"no digest.*pgl_ext\.transforms\.preprocessing"),
     ],
 )
 def test_bad_arguments(tmp_path, kwargs, message):
@@ -484,7 +488,7 @@ def test_bad_arguments(tmp_path, kwargs, message):
 def test_cache_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Set another cache_dir"):
-        VolumeCache(tmp_path / "file" / "cache", LoadVolumed("image"))
+        VolumeCache(tmp_path / "file" / "cache", only(LoadVolumed("image")))
 
 
 # ---- Processes
@@ -502,9 +506,38 @@ def test_worker_processes_give_the_same_as_none(tmp_path):
         np.testing.assert_allclose(pooled.open(item)[:], alone.open(item)[:], rtol=2**-10, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_an_error_of_a_worker_process_stops(tmp_path):
+    fault = Lambdad("image", functools.partial(operator.add, "text"))
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"), fault), num_workers=1)
+    with pytest.raises(TypeError, match=r'^can only concatenate str .not "MetaTensor". to str$'):
+        cache.prepare([save(tmp_path / "a.nii"), save(tmp_path / "b.nii")])
+
+
+FAULTY = """
+class Held(Exception):
+    def __init__(self, reason):
+        super().__init__(reason)
+        self.callback = lambda: None
+
+def fail(image):
+    raise Held("of a transform")
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_a_worker_process_cannot_send_stops_too(tmp_path, monkeypatch):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    fault = Lambdad("image", importlib.import_module("faulty").fail)
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"), fault), num_workers=1)
+    with pytest.raises(RuntimeError, match="Held: of a transform"):
+        cache.prepare([save(tmp_path / "a.nii")])
+
+
 def test_preprocessing_that_cannot_be_sent_runs_in_this_process(tmp_path, caplog):
     item = save(tmp_path / "a.nii")
-    transform = Compose([LoadVolumed("image"), Lambdad("image", lambda x: x + 1)])
+    transform = only(LoadVolumed("image"), Lambdad("image", lambda x: x + 1))
     assert VolumeCache(tmp_path / "cache", transform, num_workers=2).prepare([item]) == {}
     assert "cannot be sent" in caplog.text
 
@@ -518,19 +551,18 @@ def test_cache_works_after_pickling(tmp_path):
 
 
 SCRIPT = """
-import os, sys, time
+import sys
 sys.path.insert(0, {tests!r})
-from test_cache import VolumeCache, preprocessing, transform_digest
+from test_cache import VolumeCache, preprocessing
 cache = VolumeCache({folder!r}, preprocessing())
 items = [{{"image": path}} for path in {paths!r}]
-open(sys.argv[1], "w").close()
-while len([name for name in os.listdir(".") if name.startswith("ready")]) < 2:
-    time.sleep(0.01)
+print("ready", flush=True)
+sys.stdin.readline()
 for _ in range(5):
     for item in items:
         cache._write(item)
         assert cache.open(item)[:].std() > 0.9
-print(cache.prepare(items), transform_digest(preprocessing()))
+print(cache.prepare(items), cache.digest)
 """
 
 
@@ -541,83 +573,24 @@ def test_two_processes_with_different_hash_seeds_share_a_cache(tmp_path):
     script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "cache"), paths=paths)
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", script, f"ready{seed}"],
+            [sys.executable, "-c", script],
             cwd=tmp_path,
             # One thread as here: sums of other threads differ in the last digit.
             env={**os.environ, "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for seed in (1, 2)
     ]
-    outputs = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
-    assert outputs == [f"{{}} {transform_digest(preprocessing())}"] * 2
+    # Both begin when both are there; of one that ends before there is nothing to read.
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
+    outputs = [run.communicate()[0] for run in runs]
+    assert outputs == [f"{{}} {preprocessing().digest}\n"] * 2
     assert len(cached_files(tmp_path / "cache")) == 3
     cache = VolumeCache(tmp_path / "cache", preprocessing())
     for item in items:
         np.testing.assert_array_equal(cache.open(item)[:], preprocessing()(item)["image"].numpy().astype(np.float16))
-
-
-# ---- Fingerprint
-
-
-class Settings:
-    def __init__(self, **settings):
-        self.__dict__.update(settings)
-
-
-def double(x, by=2):
-    return x * by
-
-
-def scaled_by(factor):
-    return lambda x: x * factor
-
-
-def test_digest_does_not_change_when_the_transform_is_used(tmp_path):
-    transform = preprocessing(pixdim=(2, 2, 2))
-    before = transform_digest(transform)
-    transform(save(tmp_path / "a.nii"))
-    assert transform_digest(transform) == before
-    transform.set_random_state(seed=1)
-    assert transform_digest(transform) == before
-    assert transform_digest(pickle.loads(pickle.dumps(transform))) == before
-
-
-def test_digest_ignores_what_is_no_setting():
-    plain = Settings(size=3)
-    state = Settings(size=3, R=np.random.RandomState(0), generator=torch.Generator(), _cache={1: 2})
-    assert transform_digest(plain) == transform_digest(state)
-    assert transform_digest(Settings(a=1, b={"x", "y", "z"})) == transform_digest(Settings(b={"z", "y", "x"}, a=1))
-    cyclic = Settings(size=3)
-    cyclic.parent = cyclic
-    assert transform_digest(cyclic) != transform_digest(plain)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (preprocessing(low=-1024), preprocessing(low=-1000)),
-        (preprocessing(pixdim=(2, 2, 2)), preprocessing(pixdim=(2, 2, 3))),
-        (preprocessing(), preprocessing(pixdim=(2, 2, 2))),
-        (Spacingd("image", (1, 1, 1), mode="bilinear"), Spacingd("image", (1, 1, 1), mode="nearest")),
-        (LoadImaged("image", dtype=np.float32), LoadImaged("image", dtype=np.float16)),
-        (Compose([LoadVolumed("a"), CheckVolumed("a")]), Compose([CheckVolumed("a"), LoadVolumed("a")])),
-        (Settings(a=1), Settings(a=1.0)),
-        (Settings(a=1), Settings(b=1)),
-        (Settings(a=[1, [2]]), Settings(a=[1, 2])),
-        (Settings(a=np.zeros(3)), Settings(a=np.zeros((3, 1)))),
-        (Settings(a=torch.zeros(3)), Settings(a=torch.ones(3))),
-        (Settings(a=torch.float32), Settings(a=torch.float16)),
-        (Settings(a=Path("a")), Settings(a=Path("b"))),
-        (Settings(a=GridSampleMode.BILINEAR), Settings(a=GridSampleMode.NEAREST)),
-        (Settings(a=double), Settings(a=scaled_by)),
-        (Settings(a=scaled_by(2)), Settings(a=scaled_by(3))),
-        (Settings(a=lambda x: x + 1), Settings(a=lambda x: x + 2)),
-        (functools.partial(double, by=2), functools.partial(double, by=3)),
-        (torch.nn.Conv3d(1, 1, 1), torch.nn.Conv3d(1, 1, 1, stride=2)),
-    ],
-)
-def test_digest_changes_with_every_setting(one, other):
-    assert transform_digest(one) == transform_digest(one)
-    assert transform_digest(one) != transform_digest(other)

@@ -1,108 +1,10 @@
 import json
-import logging
-import os
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
+from made_files import touch, write_list
 
-from pgl_ext.data.datalist import item_name, listed_path, load_datalist, source_names, split_datalist
-from pgl_ext.data.find import find_volumes
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x")
-
-
-def found(root: Path) -> list[str]:
-    items = find_volumes(root)
-    assert all(set(item) <= {"image", "series_uid"} and os.path.isabs(item["image"]) for item in items)
-    return [os.path.relpath(item["image"], root) for item in items]
-
-
-def write_dicom(path: Path, uid: str, **fields) -> None:
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-
-    file = pydicom.Dataset()
-    file.SOPClassUID, file.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", generate_uid()
-    file.SeriesInstanceUID, file.Modality, file.Rows, file.Columns = uid, "CT", 2, 2
-    for name, value in fields.items():
-        if value is None:
-            delattr(file, name)
-        else:
-            setattr(file, name, value)
-    file.file_meta = pydicom.dataset.FileMetaDataset()
-    file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID
-    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pydicom.dcmwrite(path, file, enforce_file_format=True)
-
-
-def test_finds_volumes_of_every_file_type_below_the_folder(tmp_path):
-    volumes = ["a.nii", "b/c.nii.gz", "b/d/e.nrrd", "f.nhdr", "g.mha", "h.mhd", "i.NII.GZ"]
-    touch(tmp_path, *volumes, "f.raw", "h.raw", "x.png", "notes.txt", "dataset.json", ".hidden.nii", "b/._c.nii.gz")
-    touch(tmp_path, ".trash/j.nii", "case/Segmentation.seg.nrrd")
-    assert found(tmp_path) == sorted(volumes)
-
-
-@pytest.mark.parametrize("suffix", ["", "Tr", "Ts"])
-def test_label_folders_are_left_out_next_to_images(tmp_path, suffix, caplog):
-    touch(tmp_path, f"images{suffix}/a.nii.gz", f"labels{suffix}/a.nii.gz", f"labels{suffix}/more/b.nii.gz")
-    with caplog.at_level(logging.INFO):
-        assert found(tmp_path) == [f"images{suffix}/a.nii.gz"]
-    assert "left out 2 label files" in caplog.text
-
-
-def test_label_folder_without_images_is_searched(tmp_path):
-    touch(tmp_path, "labels/a.nii.gz")
-    assert found(tmp_path) == ["labels/a.nii.gz"]
-
-
-def test_linked_folders_are_followed_without_looping(tmp_path):
-    touch(tmp_path, "elsewhere/a.nii", "data/b.nii")
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
-    assert found(tmp_path / "data") == ["b.nii", "link/a.nii"]
-
-
-def test_dicom_series_in_one_folder(tmp_path):
-    for index in range(3):
-        write_dicom(tmp_path / f"case/a{index}.dcm", "1.2.3")
-        write_dicom(tmp_path / f"case/b{index}.IMA", "1.2.4")
-        write_dicom(tmp_path / f"case/1.2.5.{index}", "1.2.5")  # named by UID: the last part is no suffix
-        write_dicom(tmp_path / f"case/noise{index}", "1.2.6")
-    touch(tmp_path, "case/README", "case/LICENSE.txt", "volume.nii")
-    case = str(tmp_path / "case")
-    expected = [{"image": case, "series_uid": f"1.2.{n}"} for n in (3, 4, 5, 6)]
-    assert find_volumes(tmp_path) == [*expected, {"image": str(tmp_path / "volume.nii")}]
-
-
-@pytest.mark.parametrize(
-    "fields", [{"Modality": "SEG"}, {"Modality": "RTDOSE"}, {"Rows": None}, {"SeriesInstanceUID": None}]
-)
-def test_dicom_objects_that_are_no_scans_are_left_out(tmp_path, fields):
-    write_dicom(tmp_path / "x0.dcm", "1.2.3", **fields)
-    write_dicom(tmp_path / "x1.dcm", "1.2.3", **fields)
-    write_dicom(tmp_path / "multi_frame.dcm", "1.2.4", NumberOfFrames=20)
-    write_dicom(tmp_path / "single_slice.dcm", "1.2.5")
-    touch(tmp_path, "garbage.dcm")
-    assert find_volumes(tmp_path) == [{"image": str(tmp_path), "series_uid": "1.2.4"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("missing", "does not exist"), ("file.nii", "is a file"), ("empty", "holds no volumes")]
-)
-def test_unusable_folder(tmp_path, name, message):
-    touch(tmp_path, "file.nii", "empty/picture.png")
-    with pytest.raises(ValueError, match=message) as error:
-        find_volumes(tmp_path / name)
-    assert str(tmp_path / name) in str(error.value)
-    assert ".nii.gz" in str(error.value)
+from pgl_ext.data.datalist import labelled_items, listed_path, load_datalist, source_names, unique_names
 
 
 def data_list(folder: Path, content: object) -> Path:
@@ -296,39 +198,73 @@ def test_missing_data_list(tmp_path):
         load_datalist(tmp_path / "nowhere.json")
 
 
+class TestLabelledItems:
+    def test_paths_start_from_the_list_or_the_folder(self, tmp_path):
+        touch(tmp_path, "lists/images/a.nii", "data/images/a.nii")
+        entries = [{"image": "./images/a.nii", "label": "labels/a.nii", "task": "x"}]
+        path = write_list(tmp_path / "lists" / "l.json", entries)
+        for folder, dataset_dir in (("lists", None), ("data", tmp_path / "data")):
+            root = tmp_path / folder
+            expected = {"image": str(root / "images/a.nii"), "label": str(root / "labels/a.nii")}
+            assert labelled_items(path, dataset_dir) == [expected]
+
+    def test_series_uid_and_key(self, tmp_path):
+        touch(tmp_path, "a/0.dcm")
+        entry = {"image": str(tmp_path / "a"), "label": "/labels/a.nii", "series_uid": "1.2"}
+        assert labelled_items(write_list(tmp_path / "l.json", [entry], "test"), key="test") == [entry]
+
+    def test_annotated_organs(self, tmp_path):
+        touch(tmp_path, "a.nii", "b.nii")
+        entries = [
+            {"image": "a.nii", "label": "la.nii", "contoured": ["liver"]},
+            {"image": "b.nii", "label": "lb.nii", "annotated": []},
+        ]
+        path = write_list(tmp_path / "l.json", entries)
+        assert [case["annotated"] for case in labelled_items(path, annotated_key="contoured")] == [["liver"], []]
+        assert all("annotated" not in case for case in labelled_items(path))
+
+    def test_several_lists(self, tmp_path):
+        touch(tmp_path, "x/a.nii", "y/a.nii")
+        lists = [write_list(tmp_path / name / "l.json", [{"image": "a.nii", "label": "la.nii"}]) for name in ("x", "y")]
+        expected = [
+            {"image": str(tmp_path / name / "a.nii"), "label": str(tmp_path / name / "la.nii")} for name in ("x", "y")
+        ]
+        assert labelled_items([str(path) for path in lists]) == expected
+        assert labelled_items(lists[:1]) == labelled_items(lists[0]) == expected[:1]
+        with pytest.raises(ValueError, match="more than once"):
+            labelled_items([*lists, lists[1]])
+
+    def test_all_bad_entries_are_named_at_once(self, tmp_path):
+        touch(tmp_path, "a.nii")
+        entries = [
+            "a.nii",
+            {"image": "b.nii"},
+            {"image": "c.nii", "label": ["x.nii"], "organs": []},
+            {"image": "d.nii", "label": "ld.nii", "organs": "liver"},
+            {"image": "e.nii", "label": "le.nii", "organs": ["liver"]},
+        ]
+        path = write_list(tmp_path / "l.json", entries)
+        with pytest.raises(ValueError, match="3 entries") as error:
+            labelled_items(path)
+        assert all(name in str(error.value) for name in ("a.nii", "b.nii", "c.nii", str(path), "'label'"))
+        assert "d.nii" not in str(error.value)
+        with pytest.raises(ValueError, match=r"d\.nii has no list of organ names under 'organs': 'liver'"):
+            labelled_items(path, annotated_key="organs")
+
+
 @pytest.mark.parametrize(
-    ("count", "fraction", "validation"),
-    [(10, 0.2, 2), (10, 0.01, 1), (2, 0.9, 1), (3, 0.99, 2), (10, 0, 0), (0, 0.5, 0)],
+    ("paths", "expected"),
+    [
+        (["a/scan.nii", "a/scan.nii.gz", "a/scan_1.nii.gz"], ["scan_0", "scan_2", "scan_1"]),
+        (["a/scan_0.nii", "a/scan_1.nii", "a/scan.nii", "a/scan.mha"], ["scan_0", "scan_1", "scan_2", "scan_3"]),
+        (["a/ct.nii", "b/ct.nii", "a_ct.nii"], ["a_ct_0", "b_ct", "a_ct_2"]),
+        (["a/ct.nii", "a/ct.nii.gz", "a_ct.nii", "a_ct_1.nii", "b/ct.nii"], None),
+        (["x.nii", "x.nii.gz", "x.mha", "x_1.nii", "x_1.nii.gz", "x_1_3.nii", "x_2.nii"], None),
+        (["b/1.nii", "a/1.nii"], ["b_1", "a_1"]),
+        (["b/1.nii", "a/2.nii"], ["1", "2"]),
+    ],
 )
-def test_split_sizes_and_partition(count, fraction, validation):
-    items = [{"image": f"/d/{i:02}.nii"} for i in range(count)]
-    train, valid = split_datalist(items, fraction, seed=0)
-    assert len(valid) == validation
-    assert sorted(train + valid, key=item_name) == items
-
-
-def test_split_depends_on_the_seed_and_not_on_the_order():
-    items = [{"image": f"/d/{i}.nii"} for i in range(40)]
-    shuffled = random.Random(1).sample(items, len(items))
-    assert split_datalist(items, 0.25, seed=3) == split_datalist(shuffled, 0.25, seed=3)
-    splits = {tuple(map(item_name, split_datalist(items, 0.25, seed=s)[1])) for s in range(5)}
-    assert len(splits) == 5
-
-
-def test_series_of_one_folder_are_items_of_their_own():
-    items = [{"image": "/d/case", "series_uid": f"1.{i}"} for i in range(8)]
-    train, valid = split_datalist(np.random.default_rng(0).permutation(items).tolist(), 0.25, seed=0)
-    assert (len(train), len(valid)) == (6, 2)
-    assert {item_name(i) for i in train}.isdisjoint(item_name(i) for i in valid)
-
-
-def test_a_single_item_serves_as_both(caplog):
-    items = [{"image": "/d/a.nii"}]
-    assert split_datalist(items, 0.2, seed=0) == (items, items)
-    assert "/d/a.nii" in caplog.text
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1, 1.5])
-def test_split_fraction_out_of_range(fraction):
-    with pytest.raises(ValueError, match=r"\[0, 1\)"):
-        split_datalist([{"image": "a"}], fraction, seed=0)
+def test_names_are_unique_whatever_scans_are_called(paths, expected):
+    names = unique_names([{"image": f"/data/{path}"} for path in paths])
+    assert len(set(names)) == len(paths)
+    assert expected in (None, names)

@@ -1,20 +1,26 @@
 import itertools
-import json
 import math
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import blosc2
+import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, SelectItemsd
+from monai.transforms import Compose, ConcatItemsd, Lambdad, SelectItemsd
 from torch.utils.data import DataLoader
 
 from pgl_ext.data import dataset as module
-from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset
-from pgl_ext.data.prepare import prepare_volumes
-from pgl_ext.transforms import NameToIndexd, RandOverlappingViewsd
-from pgl_ext.transforms.checks import BadVolumesError
+from pgl_ext.data.cache import VolumeCache
+from pgl_ext.data.dataset import CaseDataset, EpochBatchSampler, TrainingLoader, VolumeDataset
+from pgl_ext.errors import transform_error
+from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms import LoadVolumed, NameToIndexd, RandOrganPatchd, RandOverlappingViewsd, SplitCased
+from pgl_ext.transforms.volumes import Preprocessing
 
 
 def transform() -> Compose:
@@ -23,70 +29,6 @@ def transform() -> Compose:
 
 def same(first: dict, second: dict) -> bool:
     return set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in ("views", "affines"))
-
-
-class TestPrepareVolumes:
-    def test_from_a_folder(self, volumes, cache):
-        parts = prepare_volumes(cache, str(Path(volumes[0]["image"]).parent), validation_fraction=0.4)
-        assert set(parts) == {"training", "validation"}
-        assert [len(parts["training"]), len(parts["validation"])] == [3, 2]
-        assert sorted(i["image"] for part in parts.values() for i in part) == [i["image"] for i in volumes]
-        assert len(list(cache.cache_dir.glob("*.b2nd"))) == 5
-
-    def test_from_a_data_list(self, volumes, cache, tmp_path):
-        data_list = tmp_path / "list.json"
-        names = [Path(item["image"]).name for item in volumes[:3]]
-        data_list.write_text(json.dumps({"pretraining": [{"image": f"volumes/{name}"} for name in names]}))
-        parts = prepare_volumes(cache, str(tmp_path), str(data_list), data_list_key="pretraining")
-        assert len(parts["training"]) == 2
-        assert len(parts["validation"]) == 1
-
-    def test_from_several_data_lists(self, volumes, cache, tmp_path):
-        lists = []
-        for name, items in (("liver", volumes[:2]), ("neck", volumes[2:])):
-            lists.append(tmp_path / f"{name}.json")
-            lists[-1].write_text(json.dumps({"name": name, "training": [item["image"] for item in items]}))
-        parts = prepare_volumes(cache, None, [str(path) for path in lists], source_fields=["task"])
-        tasks = {item["image"]: item["task"] for part in parts.values() for item in part}
-        assert tasks == {item["image"]: "liver" if index < 2 else "neck" for index, item in enumerate(volumes)}
-
-    def test_scans_of_unknown_source_are_named_before_any_is_prepared(self, volumes, cache):
-        with pytest.raises(ValueError, match="5 of 5 scans have no 'group'"):
-            prepare_volumes(cache, str(Path(volumes[0]["image"]).parent), source_fields=["group"])
-        assert not list(cache.cache_dir.glob("*.b2nd"))
-
-    def test_the_seed_chooses_what_is_held_out(self, volumes, cache):
-        folder = str(Path(volumes[0]["image"]).parent)
-        held_out = [prepare_volumes(cache, folder, seed=seed)["validation"] for seed in [*range(6), 0]]
-        assert held_out[0] == held_out[-1]
-        assert len({part[0]["image"] for part in held_out}) > 1
-
-    def test_all_bad_files_are_named_at_once(self, volumes, cache):
-        self.spoil(volumes)
-        with pytest.raises(BadVolumesError) as error:
-            prepare_volumes(cache, str(Path(volumes[0]["image"]).parent))
-        assert "2 of 5" in str(error.value)
-        assert all(volumes[i]["image"] in str(error.value) for i in (1, 3))
-        assert "skip_bad_files" in str(error.value)
-
-    def test_bad_files_can_be_left_out(self, volumes, cache, tmp_path):
-        self.spoil(volumes)
-        report = tmp_path / "output" / "skipped_files.txt"
-        folder = str(Path(volumes[0]["image"]).parent)
-        parts = prepare_volumes(cache, folder, skip_bad_files=True, report_path=str(report))
-        assert sorted(i["image"] for part in parts.values() for i in part) == [volumes[i]["image"] for i in (0, 2, 4)]
-        assert [line.split("\t")[0] for line in report.read_text().splitlines()] == [
-            volumes[i]["image"] for i in (1, 3)
-        ]
-        # The dataset that follows reads what is left.
-        dataset = VolumeDataset(parts["training"], cache, transform())
-        assert [dataset[0, index]["read_errors"] for index in range(len(dataset))] == [0, 0]
-
-    @staticmethod
-    def spoil(volumes) -> None:
-        Path(volumes[1]["image"]).write_bytes(b"no volume")
-        content = Path(volumes[3]["image"]).read_bytes()
-        Path(volumes[3]["image"]).write_bytes(content[:5000])
 
 
 class TestVolumeDataset:
@@ -201,20 +143,67 @@ class TestVolumesThatVanish:
 
     def test_a_moment_without_the_file_system_costs_nothing(self, dataset, cache, monkeypatch):
         expected = dataset[0, 1]
-        failures = iter([OSError("stale handle"), RuntimeError("short read")])
-        original = cache.open
+        opened = cache.open
+
+        class ShortRead:
+            """What the library makes of a read that ends too early."""
+
+            shape, dtype, ndim = opened(dataset.data[1]).shape, np.float16, 4
+
+            def __getitem__(self, place):
+                raise RuntimeError("Error while getting the buffer")
+
+        failures = iter([OSError("stale handle"), ShortRead()])
 
         def fail_twice(item):
-            error = next(failures, None)
-            if error:
-                raise error
-            return original(item)
+            failure = next(failures, None)
+            if isinstance(failure, OSError):
+                raise failure
+            return failure or opened(item)
 
         monkeypatch.setattr(cache, "open", fail_twice)
         sample = dataset[0, 1]
         assert same(sample, expected)
         assert sample["read_errors"] == 0
         assert len(self.pauses) == 2
+
+    @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[: len(content) // 2]])
+    def test_a_cache_file_that_is_cut_off_is_made_again(self, dataset, cache, damage):
+        expected = dataset[0, 1]
+        path = cache.path(dataset.data[1])
+        path.write_bytes(damage(path.read_bytes()))
+        sample = dataset[0, 1]
+        assert same(sample, expected)
+        assert sample["read_errors"] == 0
+        assert self.pauses == []
+
+    def test_a_cache_file_with_damaged_blocks_is_retried_skipped_and_counted(self, dataset, cache, caplog):
+        self.spoil(cache.path(dataset.data[1]))
+        sample = dataset[0, 1]
+        assert sample["read_errors"] == 1
+        assert len(self.pauses) == 2
+        assert f"skipped {dataset.data[1]['image']}: RuntimeError" in caplog.text
+
+    def test_a_damaged_cache_file_is_not_held_in_memory(self, dataset, cache, caplog):
+        self.spoil(cache.path(dataset.data[1]))
+        held = VolumeDataset(dataset.data, cache, transform(), memory_limit_gib=1)
+        assert f"not held in memory, {dataset.data[1]['image']}: RuntimeError" in caplog.text
+        assert [held[0, index]["read_errors"] for index in range(5)] == [0, 1, 0, 0, 0]
+        assert len(self.pauses) == 2
+
+    @staticmethod
+    def spoil(path: Path) -> None:
+        content = path.read_bytes()
+        quarter = len(content) // 4
+        path.write_bytes(content[:quarter] + b"\xff" * (len(content) - 2 * quarter) + content[-quarter:])
+        with pytest.raises(RuntimeError):
+            blosc2.open(str(path))[:]
+
+    def test_a_lost_cache_file_of_a_scan_that_is_bad_by_now(self, dataset, cache):
+        self.vanish(dataset.data[1], cache, source=False)
+        Path(dataset.data[1]["image"]).write_bytes(b"no volume")
+        cache._paths.clear()
+        assert dataset[0, 1]["read_errors"] == 1
 
     def test_a_lost_volume_is_retried_skipped_and_counted(self, dataset, cache, caplog):
         for index in (1, 2):
@@ -250,6 +239,69 @@ class TestVolumesThatVanish:
         shutil.rmtree(Path(dataset.data[0]["image"]).parent)
         with pytest.raises(OSError, match="none of the 5 volumes"):
             dataset[0, 0]
+
+
+class Fail:
+    """A random transform with a fault in it."""
+
+    def __init__(self, error: type[Exception] = TypeError) -> None:
+        self.error = error
+
+    def set_random_state(self, seed: int) -> "Fail":
+        return self
+
+    def __call__(self, data: dict) -> dict:
+        raise self.error("of a transform")
+
+
+def assert_stops(load: Callable, error: type[Exception] = TypeError) -> None:
+    """MONAI's ``Compose`` and PyTorch's loader wrap what is raised in words of their own."""
+    with pytest.raises((error, RuntimeError)) as caught:
+        load()
+    cause = transform_error(caught.value)
+    assert isinstance(cause, error) or error.__name__ in str(cause)
+    assert "of a transform" in str(cause)
+
+
+@pytest.mark.parametrize("memory_limit_gib", [0, 1])
+class TestErrorsOfTransforms:
+    """They are bugs: whoever trained on would train on other data than was asked for."""
+
+    @pytest.fixture(autouse=True)
+    def _no_pause(self, monkeypatch):
+        monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("tried again"))
+
+    @pytest.mark.parametrize("error", [TypeError, ValueError, IndexError, RuntimeError, OSError, MemoryError])
+    @pytest.mark.parametrize("composed", [False, True])
+    def test_stop_the_run(self, volumes, cache, memory_limit_gib, error, composed):
+        step = Compose([*transform().transforms, Fail(error)]) if composed else Fail(error)
+        dataset = VolumeDataset(volumes, cache, step, memory_limit_gib=memory_limit_gib)
+        assert_stops(lambda: dataset[0, 1], error)
+
+    def test_stop_a_training_loader(self, volumes, cache, memory_limit_gib):
+        dataset = VolumeDataset(volumes, cache, Compose([Fail()]), memory_limit_gib=memory_limit_gib)
+        assert_stops(lambda: next(iter(TrainingLoader(dataset, EpochBatchSampler(5, 2, 1), num_workers=0))))
+
+    def test_stop_a_validation(self, volumes, cache, memory_limit_gib):
+        dataset = VolumeDataset(volumes, cache, Compose([Fail()]), memory_limit_gib=memory_limit_gib)
+        assert_stops(lambda: next(iter(DataLoader(dataset, sampler=range(10), batch_size=2))))
+        assert_stops(lambda: list(dataset))
+
+    def test_what_is_asked_of_the_array_in_error(self, volumes, cache, memory_limit_gib):
+        """The library of arrays on disk has an error of its own for that."""
+        step = Compose([Lambdad("image", lambda image: image["views"])])
+        dataset = VolumeDataset(volumes, cache, step, memory_limit_gib=memory_limit_gib)
+        with pytest.raises(RuntimeError) as caught:
+            dataset[0, 1]
+        assert isinstance(transform_error(caught.value), (IndexError, ValueError))
+
+    def test_in_preparing_a_volume_whose_cache_file_is_lost(self, volumes, tmp_path, memory_limit_gib):
+        cache = VolumeCache(tmp_path / "cache", Preprocessing([LoadVolumed("image")], {}))
+        cache.prepare(volumes)
+        dataset = VolumeDataset(volumes, cache, transform(), memory_limit_gib=0)
+        cache.preprocessing = Fail()
+        cache.path(volumes[1]).unlink()
+        assert_stops(lambda: dataset[0, 1])
 
 
 TABLE = [
@@ -341,3 +393,210 @@ class TestSamplerErrors:
         state = EpochBatchSampler(**settings).state_dict()
         with pytest.raises(ValueError, match="resume with the same data, batch_size, patches_per_volume and seed"):
             EpochBatchSampler(**{**settings, **changed}).resume(2, state)
+
+
+LOADING = """
+import os, signal, subprocess
+import numpy as np
+from torch.utils.data import Dataset
+from pgl_ext.data.dataset import EpochBatchSampler, TrainingLoader
+
+class Numbers(Dataset):
+    def __getitem__(self, key):
+        if key[0] == {bad_epoch}:
+            raise TypeError("of a transform")
+        return {{"epoch": key[0], "process": os.getpid()}}
+
+epochs = []
+for batch in TrainingLoader(Numbers(), EpochBatchSampler(4, 2, max_epochs=8), num_workers=1):
+    if not epochs:  # a signal that another process sends
+        subprocess.run(["kill", "-TERM", str(int(batch["process"][0]))], check=True)
+    epochs += batch["epoch"].tolist()
+print(epochs)
+"""
+
+
+@pytest.mark.slow
+class TestLoadingProcesses:
+    def run(self, bad_epoch: int | None) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", LOADING.format(bad_epoch=bad_epoch)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def test_go_on_after_sigterm_to_the_whole_job(self):
+        done = self.run(None)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split("\n")[0] == str([epoch for epoch in range(8) for _ in range(4)])
+
+    def test_end_with_the_training_that_an_error_stops(self):
+        """And not half a minute later, with a message about their end instead of the error."""
+        done = self.run(1)
+        assert done.returncode == 1
+        assert "TypeError: of a transform" in done.stderr.strip().splitlines()[-1]
+
+
+# --- labelled cases ---------------------------------------------------------------------------------------------------
+
+SIZE = (40, 38, 20)
+TASK = SegmentationTask({"liver": [1], "kidneys": [2, 4], "spleen": [5]}, background_values=[0, 3], multi_label=True)
+
+
+class Keep:
+    """Passes on what the data set gives it."""
+
+    def set_random_state(self, seed):
+        return self
+
+    def __call__(self, data):
+        return data
+
+
+def labels_of(number: int) -> np.ndarray:
+    labels = np.random.default_rng(number).choice([0, 1, 2, 3, 4], p=[0.6, 0.2, 0.1, 0.05, 0.05], size=SIZE)
+    if number == 1:
+        # One case has the spleen, in two voxels.
+        labels[3, 4, 5] = labels[39, 37, 19] = 5
+    return labels.astype(np.uint8)
+
+
+@pytest.fixture
+def cases(tmp_path) -> list[dict]:
+    items = []
+    for number in range(3):
+        voxels = np.random.default_rng(100 + number).normal(size=SIZE).astype(np.float32)
+        paths = {name: str(tmp_path / f"{name}{number}.nii") for name in ("image", "label")}
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), paths["image"])
+        nibabel.save(nibabel.Nifti1Image(labels_of(number), np.eye(4)), paths["label"])
+        items.append(paths)
+    return items
+
+
+@pytest.fixture
+def make(tmp_path, cases):
+    keys = ["image", "label"]
+    preprocessing = Preprocessing([LoadVolumed(keys), ConcatItemsd(keys, "image")], {})
+
+    def build(transform=None, data=None, **settings) -> CaseDataset:
+        transform = Compose([RandOrganPatchd("image", (16, 16, 8))]) if transform is None else transform
+        cache = VolumeCache(tmp_path / "cache", preprocessing)
+        return CaseDataset(cases if data is None else data, cache, transform, TASK, **settings)
+
+    return build
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])), key
+
+
+class TestSamples:
+    def test_are_a_function_of_seed_epoch_and_index(self, make):
+        first, second = make(), make()
+        backwards = {key: second[key] for key in [(1, 4), (0, 4), (0, 1), (1, 0)]}
+        for key, sample in backwards.items():
+            assert_same(first[key], sample)
+        distinct = [first[key]["image"] for key in backwards] + [make(seed=1)[(1, 4)]["image"]]
+        assert len({float(image.sum()) for image in distinct}) == len(distinct)
+
+    @pytest.mark.parametrize("memory_limit_gib", [0, None])
+    def test_are_the_same_from_memory_and_from_disk(self, make, memory_limit_gib):
+        reference, other = make(memory_limit_gib=1), make(memory_limit_gib=memory_limit_gib)
+        for index in range(6):
+            assert_same(reference[(2, index)], other[(2, index)])
+
+    def test_are_the_same_whatever_the_number_of_workers(self, make):
+        epochs = []
+        for num_workers in (0, 2):
+            sampler = EpochBatchSampler(3, 2, 1, patches_per_volume=2)
+            epochs.append(list(DataLoader(make(), batch_sampler=sampler, num_workers=num_workers)))
+        assert len(epochs[0]) == 3
+        for first, second in zip(*epochs, strict=True):
+            assert_same(first, second)
+
+    def test_are_collated_to_batches(self, make):
+        batch = next(iter(DataLoader(make(), batch_size=3)))
+        assert {key: tuple(value.shape) for key, value in batch.items()} == {
+            "image": (3, 1, 16, 16, 8),
+            "label": (3, 1, 16, 16, 8),
+            "read_errors": (3,),
+        }
+
+    def test_whole_cases(self, make, cases):
+        dataset = make(Compose([SplitCased("image")]), memory_limit_gib=0)
+        for number, sample in enumerate(dataset):
+            np.testing.assert_array_equal(sample["label"][0].numpy(), labels_of(number))
+            image = nibabel.load(cases[number]["image"]).get_fdata(dtype=np.float32)
+            # Cached in half precision.
+            np.testing.assert_allclose(sample["image"][0].numpy(), image, rtol=1e-3, atol=1e-4)
+
+
+class TestOrganPoints:
+    @pytest.mark.parametrize("memory_limit_gib", [0, None])
+    def test_are_the_voxels_of_the_organs(self, make, memory_limit_gib):
+        dataset = make(Keep(), memory_limit_gib=memory_limit_gib)
+        for number in range(3):
+            points = dataset[number]["organ_points"]
+            labels = labels_of(number)
+            assert len(points) == len(TASK.names)
+            for found, values in zip(points, TASK.organs.values(), strict=True):
+                expected = {tuple(place) for place in np.argwhere(np.isin(labels, values))}
+                assert {tuple(place) for place in found.tolist()} == expected
+                assert found.shape == (len(expected), 3)
+
+    def test_of_large_organs_some_from_all_over(self, tmp_path, make, monkeypatch):
+        monkeypatch.setattr("pgl_ext.data.dataset._POINTS_PER_ORGAN", 500)
+        points = make(Keep())[0]["organ_points"]
+        liver = points[0]
+        assert len(liver) == len(np.unique(liver, axis=0)) == 500
+        assert (labels_of(0)[tuple(liver.T)] == 1).all()
+        np.testing.assert_allclose(liver.mean(0), (np.array(SIZE) - 1) / 2, rtol=0.15)
+        # Another process, such as a loader's worker, chooses the same ones.
+        for first, second in zip(points, make(Keep())[0]["organ_points"], strict=True):
+            np.testing.assert_array_equal(first, second)
+
+    def test_patches_are_centred_on_them(self, make):
+        transform = RandOrganPatchd("image", (9, 9, 9), scale_range=(1, 1), organ_prob=1.0, flip_prob=0)
+        dataset = make(Compose([transform]))
+        seen = set()
+        for index in range(1, 90, 3):
+            label = dataset[(0, index)]["label"][0]
+            # Off its centre only where the crop was shifted into the volume.
+            if (transform.crop_start > 0).all() and (transform.crop_start + 9 < SIZE).all():
+                seen.add(int(label[4, 4, 4]))
+            assert label.any()
+        assert seen <= {1, 2, 4, 5}
+        assert {1, 2} <= seen
+
+
+class TestAnnotated:
+    def test_says_which_organs_count(self, make, cases):
+        annotated = [["liver", "spleen"], None, ["kidneys", "an organ of another task"]]
+        data = [c if a is None else {**c, "annotated": a} for c, a in zip(cases, annotated, strict=True)]
+        dataset = make(data=data)
+        flags = [dataset[index]["annotated"].tolist() for index in range(3)]
+        # A case that does not say so has all of them.
+        assert flags == [[True, False, True], [True, True, True], [False, True, False]]
+        batch = next(iter(DataLoader(dataset, batch_size=3)))
+        assert batch["annotated"].shape == (3, 3)
+        assert batch["annotated"].dtype == torch.bool
+
+    def test_is_absent_where_no_case_says(self, make):
+        assert "annotated" not in make()[0]
+
+
+@pytest.mark.parametrize("memory_limit_gib", [0, 1])
+@pytest.mark.parametrize("step", [RandOrganPatchd("image", (16, 16, 8)), SplitCased("image")])
+def test_an_error_of_a_transform_stops_training_and_validation_on_cases(make, memory_limit_gib, step):
+    dataset = make(Compose([step, Fail()]), memory_limit_gib=memory_limit_gib)
+    assert_stops(lambda: dataset[0, 1])
+    assert_stops(lambda: next(iter(DataLoader(dataset, batch_size=1))))
+
+
+def test_a_case_whose_cache_file_is_damaged_is_skipped(make, monkeypatch):
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    dataset = make(Compose([SplitCased("image")]), memory_limit_gib=0)
+    dataset.cache.prepare(dataset.data)
+    TestVolumesThatVanish.spoil(dataset.cache.path(dataset.data[1]))
+    sample = dataset[0, 1]
+    assert sample["read_errors"] == 1
+    np.testing.assert_array_equal(sample["label"][0].numpy(), labels_of(2))

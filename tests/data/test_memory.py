@@ -16,46 +16,32 @@ def machine(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
 
 
-def write_group(folder: Path, version: int, limit: object, usage: int, inactive: int = 0) -> None:
+def write_group(folder: Path, limit: object, usage: int, inactive: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    for name, value in zip(names, (limit, usage), strict=True):
+    for name, value in (("memory.max", limit), ("memory.current", usage)):
         (folder / name).write_text(f"{value}\n")
-    field = "inactive_file" if version == 2 else "total_inactive_file"
-    (folder / "memory.stat").write_text(f"anon 5\n{field} {inactive}\n")
-
-
-def available(tmp_path: Path, own: str) -> float:
-    (tmp_path / "own").write_text(own)
-    return available_memory(tmp_path / "groups", tmp_path / "own") / GIB
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\n")
 
 
 def test_the_machine_alone(tmp_path):
-    assert available(tmp_path, "0::/\n") == 100
-    assert available_memory(tmp_path / "groups", tmp_path / "none") == 100 * GIB
+    assert available_memory(tmp_path / "none") == 100 * GIB
+    write_group(tmp_path, "max", 3 * GIB)
+    assert available_memory(tmp_path) == 100 * GIB
 
 
-@pytest.mark.parametrize(
-    ("version", "own"), [(2, "0::/job/step\n"), (1, "5:cpu,cpuacct:/x\n4:memory:/job/step\n0::/\n")]
-)
-def test_a_job_has_less(tmp_path, version, own):
-    root = tmp_path / "groups" / ("." if version == 2 else "memory")
-    write_group(root / "job" / "step", version, 9223372036854771712 if version == 1 else "max", 3 * GIB)
+def test_a_container_has_less(tmp_path):
     # Files in memory count as taken, and make room where it is needed.
-    write_group(root / "job", version, 32 * GIB, 20 * GIB, inactive=8 * GIB)
-    assert available(tmp_path, own) == 20
-    write_group(root / "job", version, 32 * GIB, 33 * GIB)
-    assert available(tmp_path, own) == 0
-
-
-def test_a_container_whose_path_is_the_host_s(tmp_path):
-    write_group(tmp_path / "groups", 2, 8 * GIB, 2 * GIB)
-    assert available(tmp_path, "0::/docker/0123abcd\n") == 6
+    write_group(tmp_path, 32 * GIB, 20 * GIB, inactive=8 * GIB)
+    assert available_memory(tmp_path) == 20 * GIB
+    write_group(tmp_path, 8 * GIB, 2 * GIB)
+    assert available_memory(tmp_path) == 6 * GIB
+    write_group(tmp_path, 32 * GIB, 33 * GIB)
+    assert available_memory(tmp_path) == 0
 
 
 def test_a_group_with_more_than_the_machine(tmp_path):
-    write_group(tmp_path / "groups", 2, 500 * GIB, 2 * GIB)
-    assert available(tmp_path, "0::/\n") == 100
+    write_group(tmp_path, 500 * GIB, 2 * GIB)
+    assert available_memory(tmp_path) == 100 * GIB
 
 
 def test_this_machine():

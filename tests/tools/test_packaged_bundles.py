@@ -164,9 +164,9 @@ def test_the_copy_has_no_commands(dist):
 
 
 def test_style(dist):
-    """What the zoo asks of flake8, isort and black, by ruff; long lines as bugbear does, from 10 % too long."""
+    """What the zoo asks of flake8 and black, by ruff; long lines as bugbear does, from 10 % too long."""
     ruff = [sys.executable, "-m", "ruff"]
-    rules = ["--select", "E,F,W,I,B,C4,N", "--ignore", "C408,N812,E741,B023"]
+    rules = ["--select", "E,F,W,B,C4,N", "--ignore", "C408,N812,E741,B023"]
     lint = ["check", "--isolated", *rules, "--line-length", "132"]
     layout = ["format", "--isolated", "--check", "--line-length", "120"]
     layout += ["--config", "format.skip-magic-trailing-comma=true"]

@@ -10,12 +10,11 @@ from torch import nn
 from pgl_ext.files import write_atomically
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
+from pgl_ext.tools.export import export_decoder, export_encoder
 from pgl_ext.weights import (
     EncoderRecord,
     LoadReport,
     build_encoder,
-    export_decoder,
-    export_encoder,
     load_decoder,
     load_encoder,
     load_state,

@@ -18,7 +18,7 @@ _LEAST_DEVIATION = 1e-6
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation of every channel of some feature maps, one map after another, (F,) each."""
+    """Mean and standard deviation of every channel of several feature maps, one map after another, (F,) each."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -32,9 +32,9 @@ class Statistics(NamedTuple):
     @classmethod
     def pooled(cls, volumes: Sequence[Statistics]) -> Statistics:
         """Over several volumes, each with the same weight: variance = mean of the variances + variance of the means."""
-        means = torch.stack([volume.mean for volume in volumes])
-        variances = torch.stack([volume.deviation.square() for volume in volumes])
-        return cls(means.mean(0), (variances.mean(0) + means.var(0, correction=0)).sqrt())
+        means, deviations = map(torch.stack, zip(*volumes, strict=True))
+        variance = deviations.square().mean(0) + means.var(0, correction=0)
+        return cls(means.mean(0), variance.sqrt())
 
 
 class LinearClassifier(NamedTuple):
@@ -48,23 +48,20 @@ class LinearClassifier(NamedTuple):
     def logits_of_volume(
         self, maps: Sequence[torch.Tensor], strides: Sequence[Sequence[int]], size: Sequence[int]
     ) -> torch.Tensor:
-        """Logits at every voxel of a volume, interpolated linearly between the places of the maps.
+        """Logits (1, out_channels, X, Y, Z) of a volume, interpolated linearly between the places of the maps.
 
         Args:
             maps: (1, C, x, y, z) each.
             strides: of each map, in voxels per axis.
             size: (X, Y, Z) in voxels.
-
-        Returns:
-            (1, out_channels, X, Y, Z).
         """
+        parameters = (values[..., None, None, None] for values in (self.mean, self.scale, self.weight))
         channels = [m.shape[1] for m in maps]
-        parts = zip(*(values.split(channels) for values in (self.mean, self.scale, self.weight)), strict=True)
+        of_maps = zip(*(values.split(channels) for values in parameters), strict=True)
         total = self.bias.view(1, -1, 1, 1, 1)
         # A linear classifier and linear interpolation commute, and there are fewer logits than features to interpolate.
-        for features, stride, (mean, scale, weight) in zip(maps, strides, parts, strict=True):
-            standardised = (features - mean.view(-1, 1, 1, 1)) / scale.view(-1, 1, 1, 1)
-            logits = F.conv3d(standardised, weight.T[..., None, None, None])
+        for features, stride, (mean, scale, weight) in zip(maps, strides, of_maps, strict=True):
+            logits = F.conv3d((features - mean) / scale, weight.transpose(0, 1))
             total = total + upsample_features(logits, size, stride)
         return total
 
@@ -89,9 +86,6 @@ def fit_linear(
         weights: (N, out_channels), 0 where a channel is not known; of a multi-class task all channels have the same.
         multi_label: whether channels are decided each by itself; otherwise exactly one is 1.
         l2: strength of the penalty.
-
-    Returns:
-        The classifier.
     """
     scale = torch.where(statistics.deviation < _LEAST_DEVIATION, 1.0, statistics.deviation)
     standardised = (features - statistics.mean) / scale
@@ -100,25 +94,21 @@ def fit_linear(
         [parameters], max_iter=_MAX_STEPS, tolerance_change=1e-6, line_search_fn="strong_wolfe"
     )
 
+    def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+        if multi_label:
+            losses = F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none")
+            # There is nothing to learn about an organ that is annotated nowhere.
+            return (losses.sum(0) / weights.sum(0).clamp_min(1e-12)).sum()
+        losses = weights[:, 0] * F.cross_entropy(logits, targets, reduction="none")
+        return losses.sum() / weights[:, 0].sum()
+
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
         logits = torch.addmm(parameters[-1], standardised, parameters[:-1])
-        loss = _cross_entropy(logits, targets, weights, multi_label) + 0.5 * l2 * parameters[:-1].square().sum()
+        loss = cross_entropy(logits) + 0.5 * l2 * parameters[:-1].square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(objective)
-    weight, bias = parameters.detach()[:-1], parameters.detach()[-1]
-    return LinearClassifier(statistics.mean, scale, weight, bias)
-
-
-def _cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, multi_label: bool
-) -> torch.Tensor:
-    if multi_label:
-        losses = F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none")
-        # There is nothing to learn about an organ that is annotated nowhere.
-        return (losses.sum(0) / weights.sum(0).clamp_min(1e-12)).sum()
-    weights = weights[:, 0]
-    return (weights * F.cross_entropy(logits, targets, reduction="none")).sum() / weights.sum()
+    return LinearClassifier(statistics.mean, scale, parameters.detach()[:-1], parameters.detach()[-1])

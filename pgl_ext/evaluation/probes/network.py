@@ -1,8 +1,8 @@
 """A probe as a segmentation network: a frozen encoder, a linear classifier of its features, thresholds by organ size.
 
-Where the threshold lies decides most of a weak classifier's Dice, and it cannot be learned from a few cases: features
-shift from case to case, and logits with them. So the threshold is set in every volume such that an organ gets as many
-voxels as it has in the labelled cases on average. The Dice then says how well the features rank the voxels of a volume.
+A few cases do not tell where a threshold should lie: features shift from case to case, and logits with them. So it is
+set in every volume such that an organ gets as many voxels as it has in the labelled cases on average. The Dice then
+says how well the features rank the voxels of a volume.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
+from monai.utils import convert_to_tensor
 from torch import nn
 
 from pgl_ext.evaluation.probes.linear import LinearClassifier, Statistics, fit_linear
@@ -27,7 +27,7 @@ class ProbeNetwork(nn.Module):
 
     Args:
         encoder: maps (B, C, X, Y, Z) to its feature maps; has ``strides``.
-        levels: indices of the maps that are looked at, 0 for the finest.
+        levels: indices of the maps that are used, 0 for the finest.
         classifier: of their features.
         task: the organs.
         sizes: voxels of each organ; see :func:`decide`.
@@ -54,19 +54,20 @@ class ProbeNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, X, Y, Z) of volumes (B, C, X, Y, Z)."""
-        return torch.stack([decide(self._logits(volume[None])[0], self.task, self.sizes) for volume in volumes])
-
-    def _logits(self, volume: torch.Tensor) -> torch.Tensor:
-        maps, strides = _maps_and_strides(self.encoder, volume, self.levels)
-        return self.classifier.logits_of_volume(maps, strides, volume.shape[2:])
+        decided = []
+        for volume in convert_to_tensor(volumes).split(1):
+            maps, strides = _maps_and_strides(self.encoder, volume, self.levels)
+            (logits,) = self.classifier.logits_of_volume(maps, strides, volume.shape[2:])
+            decided.append(decide(logits, self.task, self.sizes))
+        return torch.stack(decided)
 
 
 def organ_log_odds(logits: torch.Tensor, task: SegmentationTask) -> torch.Tensor:
     """Logarithm of p / (1 - p) for the probability p of each organ, (organs, ...) of logits (out_channels, ...)."""
     if task.multi_label:
         return logits
-    others = [torch.cat([logits[:channel], logits[channel + 1 :]]).logsumexp(0) for channel in range(len(logits))]
-    return (logits - torch.stack(others))[1:]
+    others = [torch.cat([logits[:channel], logits[channel + 1 :]]).logsumexp(0) for channel in range(1, len(logits))]
+    return logits[1:] - torch.stack(others)
 
 
 def decide(logits: torch.Tensor, task: SegmentationTask, sizes: Sequence[int]) -> torch.Tensor:
@@ -101,10 +102,9 @@ def fit_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ProbeNetwork:
-    """Fit logistic regression on a frozen encoder's features at some voxels of labelled cases.
+    """Fit logistic regression on a frozen encoder's features at voxels of labelled cases.
 
-    Voxels are drawn evenly from the cases, balanced over organs and background. Features are standardised with the mean
-    and standard deviation of each channel over the labelled cases together. Batch norm uses the encoder's statistics.
+    Voxels are drawn evenly from the cases, balanced over organs and background. Batch norm uses stored statistics.
 
     Args:
         encoder: maps (B, C, X, Y, Z) to its feature maps; has ``strides``. Moved, set to evaluation mode and frozen in
@@ -112,22 +112,20 @@ def fit_probe(
         cases: preprocessed labelled cases with ``image`` (C, X, Y, Z), ``label`` (1, X, Y, Z) with the files' values,
             and optionally ``annotated`` (organs,).
         task: the organs.
-        levels: indices of the feature maps to look at, 0 for the finest; None: all.
+        levels: indices of the feature maps to use, 0 for the finest; None: all.
         l2: strength of the penalty on the classifier's weights.
         voxels_per_organ: over all cases together.
         background_voxels: the same of the background.
         seed: of the choice of voxels.
         device: where to compute.
 
-    Returns:
-        The probe.
-
     Raises:
-        ValueError: there are no cases, an argument is not one of those named here, or an organ is not annotated and the
-            task is not multi-label.
+        ValueError: there are no cases, an argument is out of its range, or an organ is not annotated and the task is
+            not multi-label.
     """
-    levels = _checked_levels(levels, encoder)
-    _check_amounts(l2, len(cases), voxels_per_organ, background_voxels)
+    description = {"l2": l2, "voxels_per_organ": voxels_per_organ, "background_voxels": background_voxels}
+    _check(**description, cases=len(cases))
+    levels = _checked_levels(levels, len(encoder.strides))
     encoder = encoder.to(device).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     per_organ, background = (math.ceil(total / len(cases)) for total in (voxels_per_organ, background_voxels))
@@ -135,43 +133,41 @@ def fit_probe(
     for case in cases:
         maps, strides = _maps_and_strides(encoder, case["image"][None].to(device), levels)
         voxels = sample_voxels(case["label"], task, per_organ, background, generator, case.get("annotated"))
-        drawn.append(voxels)
         places = voxels.voxels.to(device)
         features.append(torch.cat([features_at(m, s, places) for m, s in zip(maps, strides, strict=True)], dim=1))
         statistics.append(Statistics.of_maps(maps))
-    targets = torch.cat([voxels.targets for voxels in drawn]).to(device)
-    weights = torch.cat([voxels.weights for voxels in drawn]).to(device)
-    pooled = Statistics.pooled(statistics)
-    classifier = fit_linear(torch.cat(features), pooled, targets, weights, task.multi_label, l2)
+        drawn.append(voxels)
+    _, targets, weights, sizes = zip(*drawn, strict=True)
+    classifier = fit_linear(
+        torch.cat(features),
+        Statistics.pooled(statistics),
+        torch.cat(targets).to(device),
+        torch.cat(weights).to(device),
+        task.multi_label,
+        l2,
+    )
     # An organ that is annotated nowhere gets no voxels.
-    sizes = torch.stack([voxels.sizes for voxels in drawn]).nanmean(0).nan_to_num(0).round().int().tolist()
-    description = {
-        "levels": list(levels),
-        "l2": l2,
-        "voxels_per_organ": voxels_per_organ,
-        "background_voxels": background_voxels,
-        "labelled_cases": len(cases),
-    }
-    return ProbeNetwork(encoder, levels, classifier, task, sizes, description)
+    mean_sizes = torch.stack(sizes).nanmean(0).nan_to_num(0).round().int().tolist()
+    description = {"levels": levels, **description, "labelled_cases": len(cases)}
+    return ProbeNetwork(encoder, levels, classifier, task, mean_sizes, description)
 
 
 def _maps_and_strides(
     encoder: nn.Module, volume: torch.Tensor, levels: Sequence[int]
 ) -> tuple[list[torch.Tensor], list[Sequence[int]]]:
     """Feature maps (1, F, x, y, z), float32, of a volume (1, C, X, Y, Z), and their strides in voxels per axis."""
-    maps = encoder(volume.as_tensor() if isinstance(volume, MetaTensor) else volume)
+    maps = encoder(convert_to_tensor(volume))
     return [maps[level].float() for level in levels], [encoder.strides[level] for level in levels]
 
 
-def _checked_levels(levels: Sequence[int] | int | None, encoder: nn.Module) -> list[int]:
-    known = list(range(len(encoder.strides)))
-    chosen = known if levels is None else [levels] if isinstance(levels, int) else list(levels)
-    if not chosen or not set(chosen) <= set(known):
-        raise ValueError(f'levels must be some of 0 to {known[-1]}, such as "[2, 3, 4]", got {levels!r}.')
+def _checked_levels(levels: Sequence[int] | int | None, count: int) -> list[int]:
+    chosen = list(range(count) if levels is None else [levels] if isinstance(levels, int) else levels)
+    if not chosen or not set(chosen) <= set(range(count)):
+        raise ValueError(f'levels must be some of 0 to {count - 1}, such as "[2, 3, 4]", got {levels!r}.')
     return chosen
 
 
-def _check_amounts(l2: float, cases: int, voxels_per_organ: int, background_voxels: int) -> None:
+def _check(l2: float, voxels_per_organ: int, background_voxels: int, cases: int) -> None:
     if not isinstance(l2, (int, float)) or not l2 > 0:
         raise ValueError(f"l2 must be a positive number, got {l2!r}.")
     if min(cases, voxels_per_organ, background_voxels) < 1:

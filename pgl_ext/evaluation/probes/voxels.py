@@ -14,7 +14,7 @@ __all__ = ["LabelledVoxels", "features_at", "sample_voxels"]
 
 
 class LabelledVoxels(NamedTuple):
-    """Some voxels of a case, drawn at random from strata: the background, every organ, every overlap of organs.
+    """Voxels of a case, drawn at random from strata: the background, every organ, every overlap of organs.
 
     Args:
         voxels: indices (N, 3).
@@ -38,7 +38,7 @@ def sample_voxels(
     generator: torch.Generator,
     annotated: torch.Tensor | None = None,
 ) -> LabelledVoxels:
-    """Draw voxels without replacement: as many of each organ, and of each overlap of organs, and of the background.
+    """Draw voxels without replacement from each organ, each overlap of organs and the background, in this order.
 
     Args:
         labels: label map (1, X, Y, Z) with the files' values, on the CPU.
@@ -47,9 +47,6 @@ def sample_voxels(
         background: voxels of the background.
         generator: of the random choice.
         annotated: which organs are annotated (organs,), bool; None: all. The others take no part.
-
-    Returns:
-        The voxels, one stratum after another.
 
     Raises:
         ValueError: an organ is not annotated and the task is not multi-label.
@@ -60,10 +57,10 @@ def sample_voxels(
     chosen, counts, weights = [], [], []
     for stratum, is_organ in enumerate(has_organ):
         places = torch.nonzero(strata == stratum)[:, 0]
-        number = min(len(places), per_organ if is_organ else background)
-        chosen.append(places[torch.randperm(len(places), generator=generator)[:number]])
-        counts.append(torch.full((number,), len(places) / number))
-        weights.append(torch.full((number, 1), 1 / number))
+        drawn = places[torch.randperm(len(places), generator=generator)[: per_organ if is_organ else background]]
+        chosen.append(drawn)
+        counts.append(torch.full((len(drawn),), len(places) / len(drawn)))
+        weights.append(torch.full((len(drawn), 1), 1 / len(drawn)))
     places = torch.cat(chosen)
     targets = task.targets(labels.flatten()[places].view(1, -1, 1, 1)).flatten(1).T
     # Each voxel stands for as many of its stratum as were not drawn, and itself.
@@ -78,7 +75,7 @@ def sample_voxels(
 
 def _strata(labels: torch.Tensor, task: SegmentationTask, annotated: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
     """Number of the stratum of every voxel (X * Y * Z,), and of every stratum whether there is an organ in it."""
-    # Which organs a voxel is in is a matter of its label value, of which there are few.
+    # The label value alone says which organs a voxel is in, and there are few values.
     values, value_of_voxel = torch.unique(labels, return_inverse=True)
     masks = task.masks_of_labels(values.view(1, -1, 1, 1)).flatten(1) & annotated[:, None]
     combinations, stratum_of_value = torch.unique(masks.flip(0), dim=1, return_inverse=True)
@@ -86,15 +83,12 @@ def _strata(labels: torch.Tensor, task: SegmentationTask, annotated: torch.Tenso
 
 
 def features_at(features: torch.Tensor, stride: Sequence[int], voxels: torch.Tensor) -> torch.Tensor:
-    """Features of some voxels, interpolated linearly: feature j of a map lies on voxel stride * j, the last one beyond.
+    """Features (N, C) of voxels, interpolated linearly: feature j lies on voxel stride * j, the last one also beyond.
 
     Args:
         features: feature map (1, C, x, y, z).
         stride: of the map, in voxels per axis.
         voxels: indices (N, 3).
-
-    Returns:
-        (N, C).
     """
     last = torch.tensor(features.shape[2:], device=voxels.device) - 1
     places = voxels / torch.tensor(stride, device=voxels.device)

@@ -2,231 +2,28 @@ import itertools
 import json
 import logging
 import os
-import random
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
-from monai.transforms import Compose, ConcatItemsd
+from made_files import touch, write_list
+from monai.transforms import Compose, ConcatItemsd, Lambdad
 
-from pgl_ext.data import cache as cache_module
+from pgl_ext.data import prepare as module
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.datalist import item_name, labelled_items
+from pgl_ext.data.datalist import labelled_items
+from pgl_ext.data.dataset import VolumeDataset
 from pgl_ext.data.find import find_cases
-from pgl_ext.data.prepare import prepare_cases
+from pgl_ext.data.prepare import check_items, evaluation_cases, prepare_cases, prepare_volumes, resolve_bad
 from pgl_ext.data.split import split_cases
+from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
-from pgl_ext.transforms import LoadVolumed
+from pgl_ext.transforms import LoadVolumed, RandOverlappingViewsd, loading
 from pgl_ext.transforms.checks import BadVolumesError
+from pgl_ext.transforms.volumes import Preprocessing
 
 TASK = SegmentationTask({"liver": [1], "spleen": [2]})
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x")
-
-
-def write_list(path: Path, entries: list, key: str = "training") -> Path:
-    path.write_text(json.dumps({"name": "x", key: entries}))
-    return path
-
-
-class TestLabelledItems:
-    def test_paths_start_from_the_list_or_the_folder(self, tmp_path):
-        touch(tmp_path, "lists/images/a.nii", "data/images/a.nii")
-        entries = [{"image": "./images/a.nii", "label": "labels/a.nii", "task": "x"}]
-        path = write_list(tmp_path / "lists" / "l.json", entries)
-        for folder, dataset_dir in (("lists", None), ("data", tmp_path / "data")):
-            root = tmp_path / folder
-            expected = {"image": str(root / "images/a.nii"), "label": str(root / "labels/a.nii")}
-            assert labelled_items(path, dataset_dir) == [expected]
-
-    def test_series_uid_and_key(self, tmp_path):
-        touch(tmp_path, "a/0.dcm")
-        entry = {"image": str(tmp_path / "a"), "label": "/labels/a.nii", "series_uid": "1.2"}
-        assert labelled_items(write_list(tmp_path / "l.json", [entry], "test"), key="test") == [entry]
-
-    def test_annotated_organs(self, tmp_path):
-        touch(tmp_path, "a.nii", "b.nii")
-        entries = [
-            {"image": "a.nii", "label": "la.nii", "contoured": ["liver"]},
-            {"image": "b.nii", "label": "lb.nii", "annotated": []},
-        ]
-        path = write_list(tmp_path / "l.json", entries)
-        assert [case["annotated"] for case in labelled_items(path, annotated_key="contoured")] == [["liver"], []]
-        assert all("annotated" not in case for case in labelled_items(path))
-
-    def test_several_lists(self, tmp_path):
-        touch(tmp_path, "x/a.nii", "y/a.nii")
-        lists = [write_list(tmp_path / name / "l.json", [{"image": "a.nii", "label": "la.nii"}]) for name in ("x", "y")]
-        expected = [
-            {"image": str(tmp_path / name / "a.nii"), "label": str(tmp_path / name / "la.nii")} for name in ("x", "y")
-        ]
-        assert labelled_items([str(path) for path in lists]) == expected
-        assert labelled_items(lists[:1]) == labelled_items(lists[0]) == expected[:1]
-        with pytest.raises(ValueError, match="more than once"):
-            labelled_items([*lists, lists[1]])
-
-    def test_all_bad_entries_are_named_at_once(self, tmp_path):
-        touch(tmp_path, "a.nii")
-        entries = [
-            "a.nii",
-            {"image": "b.nii"},
-            {"image": "c.nii", "label": ["x.nii"], "organs": []},
-            {"image": "d.nii", "label": "ld.nii", "organs": "liver"},
-            {"image": "e.nii", "label": "le.nii", "organs": ["liver"]},
-        ]
-        path = write_list(tmp_path / "l.json", entries)
-        with pytest.raises(ValueError, match="3 entries") as error:
-            labelled_items(path)
-        assert all(name in str(error.value) for name in ("a.nii", "b.nii", "c.nii", str(path), "'label'"))
-        assert "d.nii" not in str(error.value)
-        with pytest.raises(ValueError, match=r"d\.nii has no list of organ names under 'organs': 'liver'"):
-            labelled_items(path, annotated_key="organs")
-
-
-class TestFindCases:
-    @pytest.mark.parametrize("suffix", ["Tr", ""])
-    def test_pairs_of_the_same_name(self, tmp_path, suffix):
-        names = ["b.nii.gz", "site/a.nii.gz", "c.v1.nii"]
-        touch(tmp_path, *(f"{kind}{suffix}/{name}" for kind in ("images", "labels") for name in names))
-        touch(tmp_path, f"labels{suffix}/.hidden.nii", f"labels{suffix}/notes.txt", "imagesTs/x.nii", "dataset.json")
-        expected = [[str(tmp_path / f"{kind}{suffix}" / name) for kind in ("images", "labels")] for name in names]
-        assert [[case["image"], case["label"]] for case in find_cases(tmp_path)] == sorted(expected)
-
-    def test_folders_that_are_linked(self, tmp_path):
-        for folder in ("images", "labels"):
-            touch(tmp_path / "elsewhere", f"{folder}/a.nii")
-            (tmp_path / "data" / folder).mkdir(parents=True)
-            (tmp_path / "data" / folder / "site").symlink_to(tmp_path / "elsewhere" / folder)
-        # Not a label map: editors leave such copies.
-        touch(tmp_path / "data", "labels/.ipynb_checkpoints/b.nii")
-        (case,) = find_cases(tmp_path / "data")
-        assert case == {
-            folder[:-1]: str(tmp_path / "data" / folder / "site" / "a.nii") for folder in ("images", "labels")
-        }
-
-    def test_nnunet_names_other_file_types_and_dots(self, tmp_path):
-        touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b_0000.nii", "labelsTr/b_0000.mha")
-        touch(tmp_path, "imagesTr/c.nrrd", "labelsTr/c.seg.nrrd")
-        labels = [os.path.basename(case["label"]) for case in find_cases(tmp_path)]
-        assert labels == ["a.nii.gz", "b_0000.mha", "c.seg.nrrd"]
-
-    def test_a_folder_with_a_dicom_series(self, tmp_path, monkeypatch):
-        touch(tmp_path, "images/pat.1/0.dcm", "labels/pat.1.nii.gz")
-        item = {"image": str(tmp_path / "images/pat.1"), "series_uid": "1.2"}
-        monkeypatch.setattr("pgl_ext.data.cases.find_volumes", lambda folder: [item])
-        assert find_cases(tmp_path) == [{**item, "label": str(tmp_path / "labels/pat.1.nii.gz")}]
-
-    def test_all_left_over_files_are_named_at_once(self, tmp_path):
-        touch(tmp_path, "images/a.nii", "images/b.nii", "labels/b.nii", "labels/c.nii", "labels/b.nii.gz")
-        touch(tmp_path, "images/d.nii", "images/d_0000.nii", "labels/d.nii", "images/e_0001.nii")
-        with pytest.raises(ValueError, match="5 files") as error:
-            find_cases(tmp_path)
-        for line in (
-            "images/a.nii has no label map",
-            "images/e_0001.nii has no label map",
-            "labels/c.nii has no image",
-            "labels/b.nii.gz has the name of",
-            "labels/d.nii belongs to both",
-        ):
-            assert line in str(error.value)
-
-    def test_no_such_folders(self, tmp_path):
-        touch(tmp_path, "imagesTr/a.nii")
-        with pytest.raises(ValueError, match="neither imagesTr and labelsTr nor images and labels"):
-            find_cases(tmp_path)
-
-
-def cases(count: int) -> list[dict]:
-    return [{"image": f"/d/{n:03}.nii", "label": f"/l/{n:03}.nii"} for n in range(count)]
-
-
-def names(part: list[dict]) -> set[str]:
-    return {item_name(case) for case in part}
-
-
-def sizes(split: dict[str, list[dict]]) -> list[int]:
-    return [len(split[part]) for part in ("training", "validation", "test", "unused")]
-
-
-class TestSplitCases:
-    @pytest.mark.parametrize(
-        ("count", "settings", "expected"),
-        [
-            # The paper's splits: half for testing, a fifth of the training half for validation.
-            (131, {"test_cases": 65}, [53, 13, 65, 0]),
-            (30, {"test_cases": 15}, [12, 3, 15, 0]),
-            (30, {"test_cases": 15, "label_fraction": 0.2}, [2, 1, 15, 12]),
-            (30, {"test_cases": 15, "label_fraction": 0.5}, [6, 2, 15, 7]),
-            (70, {"labelled_cases": 7, "label_fraction": 0.9}, [6, 1, 0, 63]),
-            (70, {"labelled_cases": 1}, [1, 1, 0, 69]),
-            (70, {"label_fraction": 0.001}, [1, 1, 0, 68]),
-            (2, {"test_cases": 1, "label_fraction": 0.1}, [1, 1, 1, 0]),
-            (10, {"validation_fraction": 0.99}, [1, 9, 0, 0]),
-            (10, {"validation_fraction": 0.01}, [9, 1, 0, 0]),
-            (10, {"validation_fraction": 0}, [10, 0, 0, 0]),
-        ],
-    )
-    def test_sizes(self, count, settings, expected):
-        assert sizes(split_cases(cases(count), **settings)) == expected
-
-    @pytest.mark.parametrize("settings", [{}, {"test_cases": 11, "label_fraction": 0.3}])
-    def test_each_case_is_in_one_part(self, settings):
-        split = split_cases(cases(40), **settings)
-        assert sorted(itertools.chain(*split.values()), key=item_name) == cases(40)
-        assert all(part == sorted(part, key=item_name) for part in split.values())
-
-    def test_depends_on_the_seed_and_not_on_the_order(self):
-        settings = {"test_cases": 9, "label_fraction": 0.5}
-        shuffled = random.Random(1).sample(cases(40), 40)
-        assert split_cases(shuffled, seed=3, **settings) == split_cases(cases(40), seed=3, **settings)
-        assert len({str(split_cases(cases(40), seed=seed, **settings)) for seed in range(5)}) == 5
-
-    @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.35, 0.5, 0.8, 0.97])
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_smaller_shares_are_contained_in_larger_ones(self, fraction, seed):
-        settings = {"test_cases": 20, "validation_fraction": fraction, "seed": seed}
-        splits = [split_cases(cases(83), labelled_cases=count, **settings) for count in range(2, 64)]
-        for smaller, larger in itertools.pairwise(splits):
-            assert smaller["test"] == larger["test"]
-            for part in ("training", "validation"):
-                assert names(smaller[part]) <= names(larger[part])
-                assert smaller[part]
-            count = len(larger["training"]) + len(larger["validation"])
-            assert len(larger["validation"]) == min(max(1, round(fraction * count)), count - 1)
-
-    def test_the_first_cases_of_a_list_are_not_preferred(self):
-        means = [
-            np.mean([int(Path(name).stem) for name in names(split_cases(cases(50), 10, seed=seed)[part])])
-            for part in ("training", "validation", "test")
-            for seed in range(30)
-        ]
-        assert abs(np.mean(means) - 24.5) < 1.5
-
-    def test_a_single_case_serves_as_both(self, caplog):
-        split = split_cases(cases(1))
-        assert split["training"] == split["validation"] == cases(1)
-        assert "/d/000.nii" in caplog.text
-
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"test_cases": 5}, "got 5 of 5 cases"),
-            ({"test_cases": -1}, "got -1 of 5"),
-            ({"label_fraction": 0}, r"\(0, 1\], got 0"),
-            ({"label_fraction": 20}, r"\(0, 1\], got 20"),
-            ({"labelled_cases": 4, "test_cases": 2}, "from 1 to 3, the 5 cases less 2 for testing, got 4"),
-            ({"labelled_cases": 0}, "got 0"),
-            ({"validation_fraction": 1}, r"\[0, 1\)"),
-        ],
-    )
-    def test_impossible_splits(self, settings, message):
-        with pytest.raises(ValueError, match=message):
-            split_cases(cases(5), **settings)
 
 
 SHAPE = (12, 10, 8)
@@ -247,10 +44,14 @@ def folder(tmp_path) -> Path:
     return tmp_path / "data"
 
 
+def load_both() -> Preprocessing:
+    keys = ["image", "label"]
+    return Preprocessing([LoadVolumed(keys), ConcatItemsd(keys, "image", dim=0)], {})
+
+
 @pytest.fixture
 def case_cache(tmp_path) -> VolumeCache:
-    keys = ["image", "label"]
-    return VolumeCache(tmp_path / "cache", Compose([LoadVolumed(keys), ConcatItemsd(keys, "image", dim=0)]))
+    return VolumeCache(tmp_path / "cache", load_both())
 
 
 class TestPrepareCases:
@@ -409,11 +210,7 @@ class TestPrepareCases:
         """Two processes in turn: the exchange between them is played by the test."""
         (folder / "labelsTr/c2.nii").write_bytes(b"x")
         (folder / "labelsTr/c7.nii").write_bytes(b"x")
-        keys = ["image", "label"]
-        caches = [
-            VolumeCache(tmp_path / f"cache{rank}", Compose([LoadVolumed(keys), ConcatItemsd(keys, "image", dim=0)]))
-            for rank in range(2)
-        ]
+        caches = [VolumeCache(tmp_path / f"cache{rank}", load_both()) for rank in range(2)]
         cases = find_cases(folder)
         split = split_cases(cases)
         in_use = split["training"] + split["validation"]
@@ -422,16 +219,144 @@ class TestPrepareCases:
         def gather(gathered: list, mine: dict) -> None:
             gathered[:] = bad
 
-        monkeypatch.setattr(cache_module.dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(cache_module.dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(cache_module.dist, "all_gather_object", gather)
+        monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(module.dist, "all_gather_object", gather)
         results = []
         for rank in (1, 0):
             path = tmp_path / f"split{rank}.json"
-            monkeypatch.setattr(cache_module.dist, "get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
             results.append(prepare_cases(caches[rank], TASK, str(folder), skip_bad_files=True, split_path=str(path)))
             assert path.exists() == (rank == 0)
             files = len(list(caches[rank].cache_dir.iterdir()))
             assert files == len(in_use[rank::2]) - len(bad[rank])
         assert results[0] == results[1]
         assert sum(map(len, results[0].values())) == 8
+
+
+class TestPrepareVolumes:
+    def test_from_a_folder(self, volumes, cache):
+        parts = prepare_volumes(cache, str(Path(volumes[0]["image"]).parent), validation_fraction=0.4)
+        assert set(parts) == {"training", "validation"}
+        assert [len(parts["training"]), len(parts["validation"])] == [3, 2]
+        assert sorted(i["image"] for part in parts.values() for i in part) == [i["image"] for i in volumes]
+        assert len(list(cache.cache_dir.glob("*.b2nd"))) == 5
+
+    def test_from_a_data_list(self, volumes, cache, tmp_path):
+        data_list = tmp_path / "list.json"
+        names = [Path(item["image"]).name for item in volumes[:3]]
+        data_list.write_text(json.dumps({"pretraining": [{"image": f"volumes/{name}"} for name in names]}))
+        parts = prepare_volumes(cache, str(tmp_path), str(data_list), data_list_key="pretraining")
+        assert len(parts["training"]) == 2
+        assert len(parts["validation"]) == 1
+
+    def test_from_several_data_lists(self, volumes, cache, tmp_path):
+        lists = []
+        for name, items in (("liver", volumes[:2]), ("neck", volumes[2:])):
+            lists.append(tmp_path / f"{name}.json")
+            lists[-1].write_text(json.dumps({"name": name, "training": [item["image"] for item in items]}))
+        parts = prepare_volumes(cache, None, [str(path) for path in lists], source_fields=["task"])
+        tasks = {item["image"]: item["task"] for part in parts.values() for item in part}
+        assert tasks == {item["image"]: "liver" if index < 2 else "neck" for index, item in enumerate(volumes)}
+
+    def test_scans_of_unknown_source_are_named_before_any_is_prepared(self, volumes, cache):
+        with pytest.raises(ValueError, match="5 of 5 scans have no 'group'"):
+            prepare_volumes(cache, str(Path(volumes[0]["image"]).parent), source_fields=["group"])
+        assert not list(cache.cache_dir.glob("*.b2nd"))
+
+    def test_the_seed_chooses_what_is_held_out(self, volumes, cache):
+        folder = str(Path(volumes[0]["image"]).parent)
+        held_out = [prepare_volumes(cache, folder, seed=seed)["validation"] for seed in [*range(6), 0]]
+        assert held_out[0] == held_out[-1]
+        assert len({part[0]["image"] for part in held_out}) > 1
+
+    def test_all_bad_files_are_named_at_once(self, volumes, cache):
+        self.spoil(volumes)
+        with pytest.raises(BadVolumesError) as error:
+            prepare_volumes(cache, str(Path(volumes[0]["image"]).parent))
+        assert "2 of 5" in str(error.value)
+        assert all(volumes[i]["image"] in str(error.value) for i in (1, 3))
+        assert "skip_bad_files" in str(error.value)
+
+    def test_bad_files_can_be_left_out(self, volumes, cache, tmp_path):
+        self.spoil(volumes)
+        report = tmp_path / "output" / "skipped_files.txt"
+        folder = str(Path(volumes[0]["image"]).parent)
+        parts = prepare_volumes(cache, folder, skip_bad_files=True, report_path=str(report))
+        assert sorted(i["image"] for part in parts.values() for i in part) == [volumes[i]["image"] for i in (0, 2, 4)]
+        assert [line.split("\t")[0] for line in report.read_text().splitlines()] == [
+            volumes[i]["image"] for i in (1, 3)
+        ]
+        # The dataset that follows reads what is left.
+        dataset = VolumeDataset(parts["training"], cache, RandOverlappingViewsd("image", (16, 16, 8)))
+        assert [dataset[0, index]["read_errors"] for index in range(len(dataset))] == [0, 0]
+
+    @staticmethod
+    def spoil(volumes) -> None:
+        Path(volumes[1]["image"]).write_bytes(b"no volume")
+        content = Path(volumes[3]["image"]).read_bytes()
+        Path(volumes[3]["image"]).write_bytes(content[:5000])
+
+
+class TestResolveBad:
+    def test_no_good_volume_left(self, tmp_path):
+        with pytest.raises(BadVolumesError, match="1 of 1"):
+            resolve_bad({"a": "reason"}, [{"image": "a"}], skip_bad_files=True, report_path=tmp_path / "report.txt")
+
+    def test_no_bad_volume_no_report(self, tmp_path):
+        items = [{"image": "a"}]
+        assert resolve_bad({}, items, skip_bad_files=True, report_path=tmp_path / "report.txt") == items
+        assert not (tmp_path / "report.txt").exists()
+
+
+class TestEvaluationCases:
+    def test_have_names_of_their_own(self, tmp_path):
+        touch(tmp_path, "x/scan.nii", "y/scan.nii")
+        entries = [{"image": f"{name}/scan.nii", "label": f"{name}/label.nii", "organs": ["liver"]} for name in "xy"]
+        path = write_list(tmp_path / "list.json", entries, "test")
+        cases = evaluation_cases(path, data_list_key="test", annotated_key="organs")
+        assert [case["name"] for case in cases] == ["x_scan", "y_scan"]
+        assert cases[1] == {
+            "name": "y_scan",
+            "image": str(tmp_path / "y/scan.nii"),
+            "label": str(tmp_path / "y/label.nii"),
+            "annotated": ["liver"],
+        }
+
+    def test_a_data_list_is_needed(self):
+        with pytest.raises(ValueError, match="--data_list_file_path"):
+            evaluation_cases(None)
+
+
+class TestCheckItems:
+    @pytest.mark.parametrize("chosen", [[], [1], [0, 1, 2, 3]])
+    def test_all_bad_ones_with_their_reasons(self, volumes, chosen):
+        content = Path(volumes[0]["image"]).read_bytes()
+        Path(volumes[0]["image"]).unlink()
+        Path(volumes[1]["image"]).write_bytes(content[:5000])
+        save(Path(volumes[2]["image"]), np.full(SHAPE, 7, np.float32))
+        Path(volumes[3]["image"]).write_bytes(b"no volume")
+        reasons = ["does not exist", "Cannot read", "constant", "Cannot read"]
+        bad = check_items([*(volumes[index] for index in chosen), volumes[4]], loading("image"))
+        assert list(bad) == [volumes[index]["image"] for index in chosen]
+        for index in chosen:
+            assert reasons[index] in bad[volumes[index]["image"]]
+            assert volumes[index]["image"] in bad[volumes[index]["image"]]
+
+    def test_bad_label_maps(self, folder):
+        case = find_cases(folder)[0]
+        bad = check_items([case], loading(["image", "label"], SegmentationTask({"liver": [1]})))
+        assert "has label values that are not the task's: 2" in bad[case["image"]]
+
+    @pytest.mark.parametrize("error", [TypeError, ValueError, OSError, MemoryError, ImportError])
+    @pytest.mark.parametrize("composed", [False, True])
+    def test_any_other_error_stops(self, volumes, error, composed):
+        def fail(image: object) -> None:
+            raise error("of a transform")
+
+        steps = [LoadVolumed("image"), Lambdad("image", fail)]
+        transform = Compose(steps) if composed else lambda item: steps[1](steps[0](item))
+        with pytest.raises((error, RuntimeError)) as caught:
+            check_items(volumes, transform)
+        assert isinstance(transform_error(caught.value), error)
+        assert str(transform_error(caught.value)) == "of a transform"

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgl_ext.__main__ import main
-from pgl_ext.evaluation.compare import compare_runs, paired_scores, paired_statistics
-from pgl_ext.evaluation.figures import plot_differences
 from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.files import write_csv
+from pgl_ext.tools.cli import main
+from pgl_ext.tools.compare import compare_runs, paired_scores, paired_statistics, plot_differences
 
 RNG = np.random.default_rng(0)
 BASE = {"liver": RNG.uniform(0.6, 0.9, 8), "spleen": RNG.uniform(0.5, 0.8, 8)}
@@ -105,7 +104,7 @@ def test_table_of_two_runs(runs, tmp_path):
 
 def test_the_picture_shows_the_differences_of_the_table(runs, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("pgl_ext.evaluation.compare.plot_differences", lambda *args: drawn.append(args))
+    monkeypatch.setattr("pgl_ext.tools.compare.plot_differences", lambda *args: drawn.append(args))
     compare_runs(runs, out=tmp_path / "out")
     ((differences, intervals, path, reference),) = drawn
     assert (path.name, reference) == ("compare.png", "random")
