@@ -154,7 +154,7 @@ def test_two_processes(volumes, tmp_path):
     # Steps of 3 and 2 pairs, of which the processes have 2 and 1, or 1 each.
     settings = {**TINY, **overrides, "batch_size": 3, "micro_batch_size": 1}
     (tmp_path / "arguments.json").write_text(json.dumps(settings))
-    worker = Path(__file__).with_name("distributed_worker.py")
+    worker = Path(__file__).parents[1] / "distributed_worker.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = run([*torchrun, str(worker), str(tmp_path / "arguments.json")], cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
