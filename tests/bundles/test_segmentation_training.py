@@ -25,6 +25,7 @@ from programs import (
     wait_for,
 )
 
+from pgl_ext.errors import root_cause
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.phantom import write_dataset
@@ -293,6 +294,19 @@ def test_two_processes(settings, tmp_path):
     assert ranks[0]["best_model"]["best_score"] == pytest.approx(max(scores.values()), abs=1e-5)
     assert len({path.name.split(".")[-2] for path in (tmp_path / "out" / "tensorboard").iterdir()}) == 1
     load_model(build_network(tmp_path / "out/models/model.pt"), tmp_path / "out/models/model.pt")
+
+
+@pytest.mark.parametrize("memory_limit_gib", [0, 1])
+@pytest.mark.parametrize("part", ["train", "validate"])
+def test_an_error_of_a_transform_stops_the_run(settings, here, caplog, tmp_path, part, memory_limit_gib):
+    """A bug, which no case is skipped for, wherever it is read from."""
+    fault = {"_target_": "Lambdad", "keys": "image", "func": "$lambda image: image + []"}
+    steps = {"_target_": "Compose", "transforms": [f"@{part}#preprocessing", fault]}
+    faulty = {f"{part}#dataset#transform": steps, f"{part}#dataset#memory_limit_gib": memory_limit_gib}
+    with pytest.raises(RuntimeError) as caught:
+        here(**settings(tmp_path / "out", **faulty))
+    assert isinstance(root_cause(caught.value), TypeError)
+    assert "skipped" not in caplog.text
 
 
 class TestBadCases:

@@ -218,6 +218,21 @@ def test_bad_input_is_listed_at_once_and_can_be_skipped(volumes, tmp_path):
     assert len((tmp_path / "out" / "skipped_files.txt").read_text().splitlines()) == len(names)
 
 
+@pytest.mark.parametrize("memory_limit_gib", [0, 1])
+@pytest.mark.parametrize("part", ["train", "validate"])
+def test_an_error_of_a_transform_stops_the_run(volumes, tmp_path, part, memory_limit_gib):
+    """A bug, which no scan is skipped for, wherever it is read from."""
+    fault = {"_target_": "Lambdad", "keys": "views", "func": "$lambda views: views + []"}
+    steps = {"_target_": "Compose", "transforms": [f"@{part}#preprocessing", fault]}
+    settings = {f"{part}#dataset#transform": steps, f"{part}#dataset#memory_limit_gib": memory_limit_gib}
+    arguments = training_arguments(dataset_dir=volumes, output_dir=tmp_path / "out", max_epochs=1, **settings)
+    stopped = run(arguments, cwd=tmp_path)
+    assert stopped.returncode == 1
+    assert "TypeError: unsupported operand type(s) for +" in stopped.stdout
+    assert "skipped" not in stopped.stdout
+    assert not checkpoints(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
