@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ class PCRLv2(Method):
         for module in (self.aspp, self.decoder, self.restorations):
             initialise_convolutions(module)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the loss, in [-2, 4].
 
         Args:
@@ -126,7 +125,7 @@ class PCRLv2(Method):
         return {"loss": loss, **logged, "beta": beta, "feature_std": feature_std(finest.flatten(0, 1))}
 
     def _encode(self, views: torch.Tensor) -> tuple[list[torch.Tensor], list[_Embedding]]:
-        """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z) at all decoder levels, coarse to fine."""
+        """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z), level by level, coarse to fine."""
         stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
         maps = self.decoder(self.aspp(deepest), [level.shape[2:] for level in (stage2, stage1, stem)])
         embedded = []

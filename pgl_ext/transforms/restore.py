@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -60,7 +60,7 @@ class RestoreOrgansd(MapTransform):
         super().__init__(keys)
         self.task = task
         self.image_key = image_key
-        self.outputs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"": task.masks_of_probabilities}
+        self.outputs = {"": task.masks_of_probabilities}  # functions of slabs by suffix of the key
         if parse_bool(probabilities, "probabilities"):
             self.outputs["_probabilities"] = torch.Tensor.cpu
         if parse_bool(uncertainty, "uncertainty"):
@@ -89,7 +89,7 @@ class RestoreOrgansd(MapTransform):
         self, slabs: Iterator[tuple[slice, torch.Tensor]], shape: tuple[int, ...]
     ) -> dict[str, torch.Tensor]:
         """All outputs (C, X, Y, Z) on the CPU, by suffix of their key; slabs may lie elsewhere."""
-        results: dict[str, torch.Tensor] = {}
+        results = {}
         for rows, slab in slabs:
             for suffix, function in self.outputs.items():
                 value = function(slab).cpu()

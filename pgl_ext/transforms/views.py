@@ -9,6 +9,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 
+from pgl_ext.settings import check_positive
 from pgl_ext.transforms.crops import (
     check_factors,
     check_probability,
@@ -170,11 +171,9 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
     ) -> None:
         super().__init__(keys, view_size, scale_range, min_overlap, flip_prob)
         check_factors("local_scale_range", local_scale_range)
-        if num_local < 1:
-            raise ValueError(f"num_local must be at least 1, got {num_local}.")
         self.local_size = checked_size("local_size", local_size)
         self.local_scale_range = tuple(local_scale_range)
-        self.num_local = num_local
+        self.num_local = check_positive(num_local, "num_local", "PCRLv2 takes 6 local views")
 
     def randomize(self, volume_size: Sequence[int]) -> None:
         """Draw the global crops, then the local ones (num_local, 3), in voxels of the volume, and the flips."""
