@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,12 @@ class BestModel:
     path: PathLike
     description: Mapping[str, Any]
     patience: int | None = None
-    rank: int = field(default_factory=lambda: launched_rank_and_world_size()[0])
+    rank: int | None = None
 
     best_score, best_epoch, last_epoch = -math.inf, 0, 0
 
     def __post_init__(self) -> None:
+        self.rank = launched_rank_and_world_size()[0] if self.rank is None else self.rank
         if self.patience is not None and self.patience < 1:
             raise ValueError(
                 f'patience must be at least 1 epoch, got {self.patience}: set --patience "\\$None" never to stop early.'
