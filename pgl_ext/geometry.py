@@ -1,8 +1,8 @@
-"""Where views lie in their volume, and separable linear resampling: pure tensor functions.
+"""Where views lie in their volume, and separable linear resampling.
 
-A view's prior is its affine: the 4 x 4 matrix that maps view voxel indices to source voxel indices. Crop, scale and
-flip act per axis, so it is diagonal plus translation (a flip is a negative entry), and every resampling is one small
-matrix per axis. Voxel centres have integer coordinates; a view of size P covers [-0.5, P - 0.5].
+A view's affine (4, 4) maps view voxel indices to source voxel indices. Crop, scale and flip act per axis, so it is
+diagonal plus translation, and every resampling is one small matrix per axis. Voxel centres have integer coordinates; a
+view of size P covers [-0.5, P - 0.5].
 """
 
 from __future__ import annotations
@@ -39,16 +39,14 @@ def axis_scale_and_offset(affines: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         raise ValueError(f"affines must have shape (..., 4, 4), got {tuple(affines.shape)}.")
     linear = affines[..., :3, :3]
     scale = torch.diagonal(linear, dim1=-2, dim2=-1)
-    if not torch.compiler.is_compiling():
-        off_diagonal = linear - torch.diag_embed(scale)
-        bad = (off_diagonal.abs().amax((-2, -1)) > 1e-5) | (scale.abs().amin(-1) < 1e-8)
-        if bool(bad.any()):
-            example = affines[bad][0] if bad.ndim else affines
-            raise ValueError(
-                "the aligner needs axis-aligned affines (crop, scale, flip: diagonal plus translation), but got "
-                f"{example.tolist()}. Views must not be rotated or sheared: remove such transforms from the "
-                "geometry list."
-            )
+    off_diagonal = linear - torch.diag_embed(scale)
+    bad = (off_diagonal.abs().amax((-2, -1)) > 1e-5) | (scale.abs().amin(-1) < 1e-8)
+    if bool(bad.any()):
+        raise ValueError(
+            "the aligner needs axis-aligned affines (crop, scale, flip: diagonal plus translation), but got "
+            f"{affines[bad].view(-1, 4, 4)[0].tolist()}. Views must not be rotated or sheared: remove such transforms "
+            "from the geometry list."
+        )
     return scale, affines[..., :3, 3]
 
 
@@ -70,14 +68,13 @@ def overlap_extent(affines: torch.Tensor, view_size: Sequence[int]) -> tuple[tor
     first, last = offset - 0.5 * scale, offset + (size - 0.5) * scale
     lower = torch.minimum(first, last).amax(dim=1)
     upper = torch.maximum(first, last).amin(dim=1)
-    if not torch.compiler.is_compiling():
-        empty = (upper <= lower).any(dim=-1)
-        if bool(empty.any()):
-            sample = int(empty.nonzero()[0])
-            raise ValueError(
-                f"the views of sample {sample} do not overlap: lower edge {lower[sample].tolist()}, upper edge "
-                f"{upper[sample].tolist()} in source voxels. Views of one volume must share a region (min_overlap > 0)."
-            )
+    empty = (upper <= lower).any(dim=-1)
+    if bool(empty.any()):
+        sample = int(empty.nonzero()[0])
+        raise ValueError(
+            f"the views of sample {sample} do not overlap: lower edge {lower[sample].tolist()}, upper edge "
+            f"{upper[sample].tolist()} in source voxels. Views of one volume must share a region (min_overlap > 0)."
+        )
     return lower, upper
 
 
@@ -116,8 +113,7 @@ def linear_interpolation_matrix(positions: torch.Tensor, size: int) -> torch.Ten
 def resample_axes(features: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Apply one matrix per spatial axis: ``einsum("bcxyz,bix,bjy,bkz->bcijk", features, *weights)``.
 
-    Multiplying from the left turns the axes one place further each time, so that three batched matrix products do it
-    without a copy; the result lies in memory with the channels last.
+    Each product moves the axes one place on, so that none is copied; the result has the channels last in memory.
 
     Args:
         features: (B, C, X, Y, Z).

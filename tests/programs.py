@@ -20,6 +20,9 @@ SEGMENTATION_CONFIGS = ROOT / "bundles" / "pgl_segmentation" / "configs"
 TEST_DATA = Path(os.environ.get("PGL_TEST_DATA", ROOT.parent / "shared"))
 SCHEMA = TEST_DATA / "schemas" / "meta_schema_20240725.json"
 
+# Seconds after which a program hangs, on however busy a machine.
+TOO_LONG = 1800
+
 # A network and a schedule that take seconds; everything else is as in small.yaml.
 TINY = {
     "view_size": [32, 32, 16],
@@ -86,7 +89,7 @@ def start(arguments: list[str], cwd: Path, log: Path) -> subprocess.Popen | Warm
         )
 
 
-def run(arguments: list[str], cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+def run(arguments: list[str], cwd: Path, timeout: float = TOO_LONG) -> subprocess.CompletedProcess:
     """Run ``python ARGUMENTS`` and return its status and output."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -104,7 +107,7 @@ def tail(log: Path) -> str:
     return log.read_text(encoding="utf-8")[-3000:]
 
 
-def wait_for(condition, process: subprocess.Popen | WarmProcess, log: Path, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen | WarmProcess, log: Path, seconds: float = TOO_LONG) -> None:
     """Wait until ``condition()`` holds while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():

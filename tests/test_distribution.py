@@ -86,7 +86,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     assert wheel.name == f"pgl_ext-{__version__}-py3-none-any.whl"
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pgl_ext").rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    assert {"pgl_ext/py.typed", "pgl_ext/templates/report.html"} <= files
+    assert {"pgl_ext/py.typed", "pgl_ext/tools/templates/report.html"} <= files
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == files
 

@@ -20,8 +20,7 @@ class Method(nn.Module):
 
     Attributes:
         encoder: the encoder that is pre-trained, and exported when training ends.
-        feature_channels: channels of the features whose ``feature_std`` is logged; its healthy value is about 1 /
-            sqrt(feature_channels).
+        feature_channels: channels of the features whose ``feature_std`` is logged.
         logged: names of further scalars of ``forward``, which the log has columns for.
     """
 

@@ -21,7 +21,7 @@ __all__ = ["HSSL"]
 logger = logging.getLogger(__name__)
 
 
-class HSSL(Method):
+class HSSL(Method, SegmentationNet):
     """Contrast of views and of voxels, and classification of where a scan comes from: an encoder and a decoder.
 
     HSSL-style: of "Hierarchical Self-Supervised Learning for Medical Image Segmentation Based on Multi-Domain Data
@@ -38,8 +38,7 @@ class HSSL(Method):
     - ``voxel_loss``: NT-Xent of the cells of the decoder's output, in which both views are aligned through the known
       crop, scale and flip.
 
-    ASPP and decoder are those of ``networks.SegmentationNet``, their tensors have the same names. The decoder's output
-    has as many channels as its finest level.
+    The decoder's output has as many channels as its finest level.
 
     Args:
         encoder: returns a feature pyramid, finest first, and has ``channels`` and ``strides``.
@@ -73,22 +72,17 @@ class HSSL(Method):
         alignment: str = "exact",
         output_size: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        network = SegmentationNet(
+        super().__init__(
             encoder.conv1.in_channels,
             decoder_channels[-1],
             encoder,
             aspp_channels=aspp_channels,
             decoder_channels=decoder_channels,
         )
-        self.encoder = network.encoder
-        self.aspp = network.aspp
-        self.decoder = network.decoder
         self.projector = MLPHead(encoder.channels[-1], hidden_channels, out_channels)
         self.task_classifier = nn.Linear(encoder.channels[-1], tasks)
         self.group_classifier = nn.Linear(encoder.channels[-1], groups)
-        self.task_weight = task_weight
-        self.group_weight = group_weight
+        self.weights = dict(zip(self.logged, (1.0, task_weight, group_weight, 1.0), strict=True))
         self.image_contrast = NTXentLoss(temperature)
         self.voxel_contrast = VoxelContrastLoss(temperature)
         self.alignment = alignment
@@ -114,8 +108,8 @@ class HSSL(Method):
             (of the projections; healthy is about 1 / sqrt(out_channels)).
 
         Raises:
-            ValueError: where there are not two views, or where the network is to be trained on a single pair, whose
-                views have no others to be told from.
+            ValueError: where there are not two views, or a single pair in training, whose views have no others to be
+                told from.
         """
         views = batch["views"]
         check_two_views(self, views)
@@ -134,12 +128,7 @@ class HSSL(Method):
             "group_loss": _classification_loss(self.group_classifier(pooled), batch["group"]),
             "voxel_loss": self._voxel_loss(voxels, batch, deepest.shape[2:]),
         }
-        loss = (
-            parts["image_loss"]
-            + self.task_weight * parts["task_loss"]
-            + self.group_weight * parts["group_loss"]
-            + parts["voxel_loss"]
-        )
+        loss = sum(self.weights[name] * part for name, part in parts.items())
         logged = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **logged, "feature_std": feature_std(projected)}
 

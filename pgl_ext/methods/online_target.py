@@ -1,4 +1,4 @@
-"""What PGL and BYOL share: an online network that predicts what a slowly moving target network makes of a view."""
+"""What PGL and BYOL share: an online network that predicts the features of a slowly moving target network."""
 
 from __future__ import annotations
 

@@ -10,10 +10,9 @@ from pgl_ext.transforms.intensity import (
     RandBatchPatchSwap,
 )
 from pgl_ext.transforms.load import LoadVolumed
-from pgl_ext.transforms.local_views import RandGlobalLocalViewsd
 from pgl_ext.transforms.masks import NameToIndexd, SplitCased
 from pgl_ext.transforms.patches import RandOrganPatchd
-from pgl_ext.transforms.views import RandOverlappingViewsd
+from pgl_ext.transforms.views import RandGlobalLocalViewsd, RandOverlappingViewsd
 from pgl_ext.transforms.volumes import VolumeSpacingd, loading, preprocessing
 
 __all__ = [

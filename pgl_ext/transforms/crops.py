@@ -13,6 +13,7 @@ from pgl_ext.geometry import resample_axes
 
 __all__ = [
     "check_factors",
+    "check_probability",
     "checked_size",
     "cut_view",
     "draw_crop_sizes",
@@ -28,6 +29,12 @@ def check_factors(name: str, factors: Sequence[float]) -> None:
     """Raise a ValueError unless ``factors`` are two increasing positive numbers."""
     if len(factors) != 2 or not 0 < factors[0] <= factors[1]:
         raise ValueError(f"{name} must be two increasing positive factors, got {tuple(factors)}.")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}.")
 
 
 def checked_size(name: str, size: Sequence[int] | int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ random flips are those of the views. MONAI's ``RandCoarseShuffle`` shuffles what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import Compose, MapTransform, Randomizable, RandomizableTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
+
+from pgl_ext.transforms.crops import check_probability
 
 __all__ = ["RandBezierIntensity", "RandDeformedCopyd", "RandLocalShuffle", "RandPaint", "rescale_to_unit"]
 
@@ -29,9 +31,8 @@ class _RandDeformation(RandomizableTransform):
     """Apply ``deform`` with probability ``prob``."""
 
     def __init__(self, prob: float) -> None:
-        # MONAI would clip it to [0, 1].
-        if not 0 <= prob <= 1:
-            raise ValueError(f"prob must lie in [0, 1], got {prob}.")
+        # MONAI would clip it.
+        check_probability("prob", prob)
         super().__init__(prob)
 
     def __call__(self, patch: NdarrayOrTensor) -> NdarrayOrTensor:
@@ -141,8 +142,7 @@ class RandPaint(_RandDeformation):
 
     def __init__(self, prob: float = 0.9, inpaint_prob: float = 0.2) -> None:
         super().__init__(prob)
-        if not 0 <= inpaint_prob <= 1:
-            raise ValueError(f"inpaint_prob must lie in [0, 1], got {inpaint_prob}.")
+        check_probability("inpaint_prob", inpaint_prob)
         self.inpaint_prob = inpaint_prob
 
     def randomize(self, size: Sequence[int]) -> None:
@@ -171,7 +171,22 @@ class RandPaint(_RandDeformation):
         return np.where(inside if self.inpaint else ~inside, noise, patch)
 
 
-class RandDeformedCopyd(Randomizable, MapTransform):
+class RandSteps(Randomizable):
+    """Several transforms of a tensor that draw from one random state.
+
+    Args:
+        transforms: the steps in their order.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        self.transforms = Compose(list(transforms), map_items=False)
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> Randomizable:
+        self.transforms.set_random_state(seed, state)
+        return self
+
+
+class RandDeformedCopyd(RandSteps, MapTransform):
     """Add a deformed copy of the views; the views themselves stay as they are.
 
     Each view is rescaled to [0, 1] by its own smallest and largest value, deformed with draws of its own, and mapped
@@ -188,16 +203,12 @@ class RandDeformedCopyd(Randomizable, MapTransform):
     """
 
     def __init__(self, keys: KeysCollection, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
-        super().__init__(keys)
+        MapTransform.__init__(self, keys)
+        RandSteps.__init__(self, transforms)
         if len(self.keys) != 1:
             raise ValueError(f"views have one key, but keys are {self.keys}.")
-        self.transforms = Compose(list(transforms), map_items=False)
 
-    def set_random_state(self, seed: int | None = None, state: Any = None) -> RandDeformedCopyd:
-        self.transforms.set_random_state(seed, state)
-        return self
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         scaled, lowest, span = rescale_to_unit(data[self.keys[0]])
         deformed = torch.stack([self.transforms(view) for view in scaled])
         return {**data, "deformed": deformed * span + lowest}

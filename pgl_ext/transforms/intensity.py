@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.transforms import Compose, Randomizable
+from monai.transforms import Randomizable
 
 from pgl_ext.geometry import resample_axes
-from pgl_ext.transforms.crops import checked_size
-from pgl_ext.transforms.deformations import rescale_to_unit
+from pgl_ext.transforms.crops import check_probability, checked_size
+from pgl_ext.transforms.deformations import RandSteps, rescale_to_unit
 
 __all__ = [
     "BatchIntensityd",
@@ -28,14 +28,20 @@ __all__ = [
 ]
 
 
+_POSITIVE = 1e-6  # the smallest standard deviation, in voxels, and exponent
+
+
 class _RandBatchTransform(Randomizable):
     """Apply ``transform`` to each sample with probability ``prob``, its parameter drawn from ``value_range``."""
 
-    def __init__(self, prob: float, value_range: Sequence[float]) -> None:
-        if not 0 <= prob <= 1:
-            raise ValueError(f"prob must lie in [0, 1], got {prob}.")
-        if len(value_range) != 2 or value_range[0] > value_range[1]:
-            raise ValueError(f"the parameter's range must be two increasing numbers, got {tuple(value_range)}.")
+    def __init__(
+        self, prob: float, name: str, value_range: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
+    ) -> None:
+        check_probability("prob", prob)
+        if len(value_range) != 2 or not lowest <= value_range[0] <= value_range[1] <= highest:
+            raise ValueError(
+                f"{name} must be two increasing numbers, got {tuple(value_range)}; allowed: {lowest:g} to {highest:g}."
+            )
         self.prob = prob
         self.value_range = tuple(value_range)
 
@@ -72,9 +78,7 @@ class RandBatchNoise(_RandBatchTransform):
     """
 
     def __init__(self, prob: float = 0.1, variance: Sequence[float] = (0.0, 0.1)) -> None:
-        super().__init__(prob, variance)
-        if variance[0] < 0:
-            raise ValueError(f"variance must not be negative, got {tuple(variance)}.")
+        super().__init__(prob, "variance", variance, lowest=0)
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(images.device).manual_seed(int(self.R.randint(2**31)))
@@ -91,9 +95,7 @@ class RandBatchBlur(_RandBatchTransform):
     """
 
     def __init__(self, prob: float = 0.2, sigma: Sequence[float] = (0.5, 1.0)) -> None:
-        super().__init__(prob, sigma)
-        if sigma[0] <= 0:
-            raise ValueError(f"sigma must be positive, got {tuple(sigma)}.")
+        super().__init__(prob, "sigma", sigma, lowest=_POSITIVE)
         # Four standard deviations hold all but 6e-5 of the weight.
         self.radius = max(1, int(4 * sigma[1] + 0.5))
 
@@ -118,7 +120,7 @@ class RandBatchBrightness(_RandBatchTransform):
     """
 
     def __init__(self, prob: float = 0.5, factor: Sequence[float] = (0.75, 1.25)) -> None:
-        super().__init__(prob, factor)
+        super().__init__(prob, "factor", factor)
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         voxels = (1, 2, 3, 4)
@@ -134,9 +136,7 @@ class RandBatchGamma(_RandBatchTransform):
     """
 
     def __init__(self, prob: float = 0.5, gamma: Sequence[float] = (0.7, 1.5)) -> None:
-        super().__init__(prob, gamma)
-        if gamma[0] <= 0:
-            raise ValueError(f"gamma must be positive, got {tuple(gamma)}.")
+        super().__init__(prob, "gamma", gamma, lowest=_POSITIVE)
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         scaled, lowest, span = rescale_to_unit(images)
@@ -157,9 +157,7 @@ class RandBatchPatchSwap(_RandBatchTransform):
     def __init__(
         self, prob: float = 0.5, fraction: Sequence[float] = (0.0, 0.2), patch_size: Sequence[int] | int = (8, 4, 4)
     ) -> None:
-        super().__init__(prob, fraction)
-        if not 0 <= fraction[0] <= fraction[1] <= 1:
-            raise ValueError(f"fraction must lie in [0, 1], got {tuple(fraction)}.")
+        super().__init__(prob, "fraction", fraction, lowest=0, highest=1)
         self.patch_size = checked_size("patch_size", patch_size)
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -195,8 +193,8 @@ class RandBatchPatchSwap(_RandBatchTransform):
         return shift + patch_size * np.stack(np.unravel_index(chosen, cells), axis=-1)
 
 
-class BatchIntensityd(Randomizable):
-    """Run intensity augmentations on the views of a batch.
+class BatchIntensityd(RandSteps):
+    """Run intensity augmentations on the views of a batch, each view with its own parameters.
 
     Args:
         keys: key of the views, (B, V, C, X, Y, Z) or (B, C, X, Y, Z).
@@ -204,15 +202,10 @@ class BatchIntensityd(Randomizable):
     """
 
     def __init__(self, keys: str, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        super().__init__(transforms)
         self.key = keys
-        self.transforms = Compose(list(transforms), map_items=False)
-
-    def set_random_state(self, seed: int | None = None, state: Any = None) -> BatchIntensityd:
-        self.transforms.set_random_state(seed, state)
-        return self
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch with augmented views; each view draws its own parameters."""
         views = batch[self.key]
         flat = views.reshape(-1, *views.shape[-4:])
         for transform in self.transforms.transforms:

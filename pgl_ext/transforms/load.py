@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from monai.data import ITKReader, MetaTensor, NibabelReader
@@ -44,7 +44,7 @@ class LoadVolumed(MapTransform):
         ImportError: ``itk``, or ``pydicom`` for a series, is needed and not installed.
     """
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = _load(str(out[key]), out.get("series_uid"))

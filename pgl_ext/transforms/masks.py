@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -19,45 +18,42 @@ __all__ = ["LabelMapd", "NameToIndexd", "OrganMasksd", "SplitCased"]
 class OrganMasksd(MapTransform):
     """Turn logits and label map into masks of the organs (organs, X, Y, Z), for metrics.
 
+    The entry ``pred`` has logits (out_channels, X, Y, Z), ``label`` a label map (1, X, Y, Z) with the files' values.
+
     Args:
         task: the organs.
-        pred_key: logits (out_channels, X, Y, Z).
-        label_key: label map (1, X, Y, Z) with the files' values.
     """
 
-    def __init__(self, task: SegmentationTask, pred_key: str = "pred", label_key: str = "label") -> None:
-        super().__init__((pred_key, label_key))
+    def __init__(self, task: SegmentationTask) -> None:
+        super().__init__(("pred", "label"))
         self.task = task
 
-    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        pred_key, label_key = self.keys
+    def __call__(self, data: dict) -> dict:
         # Logits of a large volume are put together on the CPU.
-        labels = data[label_key].to(data[pred_key].device)
-        masks = {pred_key: self.task.masks(data[pred_key]), label_key: self.task.masks_of_labels(labels)}
-        return {**data, **masks}
+        labels = data["label"].to(data["pred"].device)
+        return {**data, "pred": self.task.masks(data["pred"]), "label": self.task.masks_of_labels(labels)}
 
 
 class LabelMapd(MapTransform):
     """Turn masks of organs (organs, X, Y, Z) into a label map (1, X, Y, Z) with the values of the task's files.
 
+    The masks stay available as ``organs``.
+
     Args:
-        keys: keys of the masks.
-        task: knows the values.
-        masks_key: key under which the masks stay available.
+        keys: key of the masks.
+        task: the organs.
     """
 
-    def __init__(self, keys: KeysCollection, task: SegmentationTask, masks_key: str = "organs") -> None:
+    def __init__(self, keys: KeysCollection, task: SegmentationTask) -> None:
         super().__init__(keys)
         self.task = task
-        self.masks_key = masks_key
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
-            masks = out[self.masks_key] = out[key]
-            out[key] = MetaTensor(
-                self.task.labels_of_masks(convert_to_tensor(masks, device="cpu")), meta=dict(masks.meta)
-            )
+            masks = out["organs"] = out[key]
+            labels = self.task.labels_of_masks(convert_to_tensor(masks, device="cpu"))
+            out[key] = MetaTensor(labels, meta=dict(masks.meta))
         return out
 
 
@@ -68,7 +64,7 @@ class SplitCased(MapTransform):
         keys: key of the case, which becomes the image.
     """
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         d = dict(data)
         d.pop("organ_points", None)
         for key in self.key_iterator(d):
@@ -96,7 +92,7 @@ class NameToIndexd(MapTransform):
         super().__init__(keys)
         self.indices = {str(name): index for index, name in enumerate(names)}
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         d = dict(data)
         for key in self.keys:
             if str(d[key]) not in self.indices:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from monai.transforms import MapTransform, RandomizableTransform
@@ -27,9 +26,10 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
     """Cut a patch of an image and its label map: a crop of random size, resized to the patch size and flipped.
 
     With probability ``organ_prob`` the crop is centred on a voxel of an organ, each organ of the case as often as any
-    other; else it lies anywhere. Scaling and flipping are those of pre-training (PGL paper, section 3.2), one
-    interpolation per axis: linear for the image, nearest for the label map. Where the volume is smaller than the crop,
-    the image is padded with its smallest value nearby and the label map with 0.
+    other; else it lies anywhere. The entry ``organ_points`` has (N, 3) voxel indices to centre on for each organ.
+    Scaling and flipping are those of pre-training (PGL paper, section 3.2), one interpolation per axis: linear for the
+    image, nearest for the label map. Where the volume is smaller than the crop, the image is padded with its smallest
+    value nearby and the label map with 0.
 
     Args:
         keys: key of the case, a (2, X, Y, Z) array or tensor of image and label map; read in part only. Replaced by
@@ -40,7 +40,6 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
         flip_prob: probability of a flip, one for all axes or one for each. An axis along which left and right organs
             would be confused must not be flipped.
         organ_prob: probability that the patch is centred on an organ.
-        points_key: key of the places to centre on: for each organ (N, 3) voxel indices.
 
     Raises:
         ValueError: where an argument is out of range.
@@ -53,7 +52,6 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
         scale_range: Sequence[float] = (0.8, 1.25),
         flip_prob: Sequence[float] | float = 0.5,
         organ_prob: float = 0.5,
-        points_key: str = "organ_points",
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob=1.0)
@@ -64,7 +62,6 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
             raise ValueError(f"flip_prob {self.flip_prob} and organ_prob {organ_prob} must lie in [0, 1].")
         self.scale_range = tuple(scale_range)
         self.organ_prob = organ_prob
-        self.points_key = points_key
 
     def randomize(self, volume_size: Sequence[int], organ_points: Sequence[np.ndarray] = ()) -> None:
         """Draw start and size of the crop (3,), in voxels of the volume, and the flips (3,)."""
@@ -81,10 +78,10 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
             self.crop_start = self.R.randint(lowest, highest + 1)
         self.flip = self.R.random_sample(3) < self.flip_prob
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         d = dict(data)
         for key in self.key_iterator(d):
-            self.randomize(d[key].shape[1:], d.pop(self.points_key, ()))
+            self.randomize(d[key].shape[1:], d.pop("organ_points", ()))
             crop, margins = read_crop(d[key], self.crop_start, self.crop_size)
             image, label = crop[:1], crop[1:]
             d[key] = resize_crop(pad_crop(image, margins, float(image.min())), self.patch_size, self.flip)

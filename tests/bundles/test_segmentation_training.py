@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
-from programs import SEGMENTATION_CONFIGS, TINY_SEGMENTATION, fine_tuning_arguments, run, start, tail, wait_for
+from programs import (
+    SEGMENTATION_CONFIGS,
+    TINY_SEGMENTATION,
+    TOO_LONG,
+    fine_tuning_arguments,
+    run,
+    start,
+    tail,
+    wait_for,
+)
 
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.task import SegmentationTask
@@ -195,7 +204,7 @@ def test_sigterm_saves_and_resumes(straight, arguments, tmp_path):
     process = start(arguments(out, checkpoint_interval=100), tmp_path, tmp_path / "log")
     wait_for(lambda: (out / "metrics.csv").is_file() and metrics(out), process, tmp_path / "log")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143, tail(tmp_path / "log")
+    assert process.wait(TOO_LONG) == 143, tail(tmp_path / "log")
     assert len(checkpoints(out)) == 1
     result = run([*arguments(out, checkpoint_interval=100), "--resume", "true"], cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -15,7 +15,18 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from monai.networks.nets import ResNet
-from programs import CONFIGS, TINY, assert_same_weights, checkpoints, run, start, tail, training_arguments, wait_for
+from programs import (
+    CONFIGS,
+    TINY,
+    TOO_LONG,
+    assert_same_weights,
+    checkpoints,
+    run,
+    start,
+    tail,
+    training_arguments,
+    wait_for,
+)
 
 from pgl_ext.tools.phantom import write_dataset
 
@@ -123,7 +134,7 @@ def test_sigterm_saves_within_an_epoch_and_resumes(volumes, straight, tmp_path):
     assert loading
     for child in (*loading, process):
         child.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143, tail(tmp_path / "log")
+    assert process.wait(TOO_LONG) == 143, tail(tmp_path / "log")
     assert len(checkpoints(out)) == 1
     # A run that was not told to resume must not overwrite it.
     refused = run(arguments, cwd=tmp_path)
@@ -174,7 +185,7 @@ def test_torchrun_restarts_a_killed_worker(volumes, tmp_path):
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     victim = next(pid for pid in workers if b"monai.bundle" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(int(victim), signal.SIGKILL)
-    assert process.wait(timeout=240) == 0, tail(tmp_path / "log")
+    assert process.wait(TOO_LONG) == 0, tail(tmp_path / "log")
     log = (tmp_path / "log").read_text(encoding="utf-8")
     assert "resumed from" in log
     assert checkpoints(out)[-1].name == "checkpoint_00000048.pt"

@@ -1,29 +1,20 @@
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
-from pgl_ext.point_similarity import PointSimilarity, feature_at
+from programs import CONFIGS, run
 
-from pgl_ext.data.datalist import inference_items, unique_names
-from pgl_ext.evaluation.feature_maps import FeatureMapInferer, SaveFeatureMapd, recorded_input
+from pgl_ext.evaluation.feature_maps import FeatureMapInferer, SaveFeatureMapd
 from pgl_ext.geometry import upsample_features
-from pgl_ext.networks.dense import DenseFeatures, load_weights
+from pgl_ext.networks.dense import DenseFeatures
 from pgl_ext.tools.phantom import generate_case
 from pgl_ext.transforms import LoadVolumed
-from pgl_ext.weights import save_encoder
-from pgl_ext.weights.loading import build_encoder
+from pgl_ext.weights import EncoderRecord, InputRecord, build_encoder, load_model, save_encoder
 
-CONFIG = Path(__file__).parents[1] / "bundles" / "pgl_pretrain" / "configs" / "inference.json"
 TINY = {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.25}
 STRIDE = (16, 16, 8)
 
@@ -32,8 +23,9 @@ STRIDE = (16, 16, 8)
 def encoder_file(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "models" / "tiny.pt"
-    description = {"architecture": TINY, "normalization": {"clip_hu": [-500, 200]}, "spacing": None}
-    save_encoder(build_encoder(**TINY), path, description)
+    architecture = {"family": "resnet", "arguments": TINY}
+    record = EncoderRecord(architecture=architecture, input=InputRecord(hu_window=[-500, 200]))
+    save_encoder(build_encoder(**TINY), path, record)
     return path
 
 
@@ -69,13 +61,13 @@ def test_encoder_is_built_as_recorded_and_loaded(encoder_file):
     assert set(DenseFeatures(encoder).state_dict()) == set(saved)
     unloaded = build_encoder(encoder_file, load=False)
     assert not torch.equal(unloaded.conv1.weight, encoder.conv1.weight)
-    assert recorded_input(encoder_file) == {"hu_window": [-500, 200], "spacing": None}
+    assert EncoderRecord.load_or_default(encoder_file).input == InputRecord(hu_window=[-500, 200])
 
 
 def test_without_files_the_default_is_built_but_not_loaded(tmp_path):
     path = tmp_path / "absent.pt"
     assert build_encoder(path, load=False).channels[-1] == 2048
-    assert recorded_input(path) == {"hu_window": [-1024, 325], "spacing": None}
+    assert EncoderRecord.load_or_default(path).input == InputRecord(hu_window=[-1024, 325])
     with pytest.raises(FileNotFoundError, match=r"absent\.pt does not exist.*--pretrained_encoder"):
         build_encoder(path, **TINY)
 
@@ -84,7 +76,7 @@ def test_weights_that_do_not_fit_are_refused(encoder_file):
     with pytest.raises(ValueError, match="does not fit"):
         build_encoder(encoder_file, widen_factor=0.5)
     with pytest.raises(ValueError, match="does not fit"):
-        load_weights(DenseFeatures(build_encoder(**{**TINY, "layers": (1, 1, 1, 2)})), encoder_file)
+        load_model(DenseFeatures(build_encoder(**{**TINY, "layers": (1, 1, 1, 2)})), encoder_file, encoder_only=True)
     with pytest.raises(ValueError, match="not one of ResNetEncoder"):
         build_encoder(encoder_file, depth=3)
 
@@ -151,55 +143,6 @@ def test_bad_windows(kwargs, message):
         FeatureMapInferer(STRIDE, **kwargs)
 
 
-# --- items ----------------------------------------------------------------------------------------------------------
-
-
-def test_names_are_unique_and_the_query_comes_first(tmp_path):
-    for name in ("a/ct.nii.gz", "b/ct.nii.gz", "b/ct.nrrd", "b/other.nii", "b/ct_features.nii.gz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    items = inference_items(tmp_path)
-    assert [item["name"] for item in items] == ["a_ct", "b_ct_1", "b_ct_2", "other"]
-    for query in ("other", 3, "other.nii", str(tmp_path / "b/other.nii")):
-        assert [i["name"] for i in inference_items(tmp_path, query_volume=query)] == [
-            "other",
-            "a_ct",
-            "b_ct_1",
-            "b_ct_2",
-        ]
-    with pytest.raises(ValueError, match=r"query_volume 'ct\.nii\.gz' names several of the 4 scans"):
-        inference_items(tmp_path, query_volume="ct.nii.gz")
-    with pytest.raises(ValueError, match="query_volume 7 names none of the 4 scans"):
-        inference_items(tmp_path, query_volume=7)
-    assert [i["name"] for i in inference_items(tmp_path / "b" / "other.nii")] == ["other"]
-    with pytest.raises(ValueError, match="--dataset_dir"):
-        inference_items()
-
-
-@pytest.mark.parametrize(
-    ("paths", "expected"),
-    [
-        (["a/scan.nii", "a/scan.nii.gz", "a/scan_1.nii.gz"], ["scan_0", "scan_2", "scan_1"]),
-        (["a/scan_0.nii", "a/scan_1.nii", "a/scan.nii", "a/scan.mha"], ["scan_0", "scan_1", "scan_2", "scan_3"]),
-        (["a/ct.nii", "b/ct.nii", "a_ct.nii"], ["a_ct_0", "b_ct", "a_ct_2"]),
-        (["a/ct.nii", "a/ct.nii.gz", "a_ct.nii", "a_ct_1.nii", "b/ct.nii"], None),
-        (["x.nii", "x.nii.gz", "x.mha", "x_1.nii", "x_1.nii.gz", "x_1_3.nii", "x_2.nii"], None),
-        (["b/1.nii", "a/1.nii"], ["b_1", "a_1"]),
-        (["b/1.nii", "a/2.nii"], ["1", "2"]),
-    ],
-)
-def test_names_are_unique_whatever_scans_are_called(paths, expected):
-    names = unique_names([{"image": f"/data/{path}"} for path in paths])
-    assert len(set(names)) == len(paths)
-    assert expected in (None, names)
-
-
-def test_items_of_a_data_list(scans):
-    path = scans / "list.json"
-    path.write_text(json.dumps({"testing": ["case_2.nii.gz"]}))
-    assert [i["name"] for i in inference_items(scans, path, "testing")] == ["case_2"]
-
-
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
@@ -228,105 +171,25 @@ def test_upsampling_puts_feature_j_on_voxel_stride_j():
     torch.testing.assert_close(dense[:, ::16, ::16, ::8], features)
     torch.testing.assert_close(dense[:, 24, 16, 8], (features[:, 1, 1, 1] + features[:, 2, 1, 1]) / 2)
     torch.testing.assert_close(dense[:, 59, 39, 38], features[:, -1, -1, -1])
-    torch.testing.assert_close(feature_at(features, (24, 16, 8), STRIDE), dense[:, 24, 16, 8])
-
-
-def similarity_item(path: Path, name: str, features: torch.Tensor) -> dict:
-    data = Compose([LoadVolumed("image"), Orientationd("image", axcodes="RAS", labels=None)])({"image": str(path)})
-    return {**data, "scan": data["image"], "name": name, "pred": features}
-
-
-def test_the_point_is_found_in_file_voxels_of_both_scans(scans, tmp_path):
-    """The same feature is planted at known voxels of both scans, one of which is stored flipped along x and y."""
-    features = torch.randn(2, 32, 4, 4, 4)
-    features[1, :, 3, 0, 2] = features[0, :, 1, 2, 3] * 5
-    # Voxel (16, 32, 24) of the first scan in RAS order, of 64 x 64 x 32 voxels, which its file stores as LPS.
-    handler = PointSimilarity(tmp_path / "out", STRIDE, query_point=[63 - 16, 63 - 32, 24])
-    for seed in (1, 2):
-        handler.add(similarity_item(scans / f"case_{seed}.nii.gz", f"case_{seed}", features[seed - 1]))
-    handler._save()
-    report = json.loads((tmp_path / "out" / "similarity.json").read_text())
-    (match,) = report["matches"]
-    assert report["query"]["voxel"] == [47, 31, 24]
-    assert match["voxel"] == [48, 0, 16]
-    assert match["similarity"] == pytest.approx(1, abs=1e-3)
-    for seed, place in ((1, report["query"]), (2, match)):
-        affine = nib.load(scans / f"case_{seed}.nii.gz").affine
-        np.testing.assert_allclose(place["mm"], (affine @ [*place["voxel"], 1])[:3], atol=0.01)
-    assert (tmp_path / "out" / "similarity.png").stat().st_size > 10_000
-
-
-def test_default_point_is_in_the_body_next_to_the_middle(tmp_path):
-    image = torch.full((1, 32, 32, 16), -1000.0)
-    image[:, 20:, 10:25, 4:12] = 0
-    item = {"name": "x", "image": MetaTensor(image), "scan": image, "pred": torch.rand(4, 2, 2, 2)}
-    handler = PointSimilarity(tmp_path, STRIDE)
-    handler.add(item)
-    assert handler._point.tolist() == [20, 15, 7]
-
-
-def test_the_middle_is_measured_in_mm(tmp_path):
-    """3 voxels off the middle along x are 3 mm, 2 along z are 10 mm."""
-    image = torch.full((1, 33, 33, 17), -1000.0)
-    image[:, 19, 16, 8] = image[:, 16, 16, 10] = 0
-    tensor = MetaTensor(image, affine=np.diag([1.0, 1, 5, 1]))
-    handler = PointSimilarity(tmp_path, STRIDE)
-    handler.add({"name": "x", "image": tensor, "scan": image, "pred": torch.rand(4, 3, 3, 3)})
-    assert handler._point.tolist() == [19, 16, 8]
-
-
-def test_a_single_scan_is_searched_itself(scans, tmp_path):
-    features = torch.randn(32, 4, 4, 4)
-    handler = PointSimilarity(tmp_path, STRIDE, query_point=[63 - 16, 63 - 32, 24])
-    handler.add(similarity_item(scans / "case_1.nii.gz", "case_1", features))
-    handler._save()
-    report = json.loads((tmp_path / "similarity.json").read_text())
-    (match,) = report["matches"]
-    assert match["voxel"] == report["query"]["voxel"] == [47, 31, 24]
-    assert match["similarity"] == pytest.approx(1, abs=1e-3)
-
-
-@pytest.mark.parametrize("point", [[64, 0, 0], [0, -1, 0], [10, 10, 500]])
-def test_point_outside_the_scan(scans, tmp_path, point):
-    handler = PointSimilarity(tmp_path, STRIDE, query_point=[p - 1 if p < 0 else p + 1 for p in point])
-    with pytest.raises(ValueError, match=r"case_1.*from \[0, 0, 0\] to \[63, 63, 31\]"):
-        handler.add(similarity_item(scans / "case_1.nii.gz", "case_1", torch.rand(4, 4, 4, 4)))
-
-
-@pytest.mark.parametrize("point", [[1, 2], "1,2,3", 5])
-def test_malformed_point(tmp_path, point):
-    with pytest.raises(ValueError, match="three voxel indices"):
-        PointSimilarity(tmp_path, STRIDE, query_point=point)
 
 
 # --- the bundle -----------------------------------------------------------------------------------------------------
 
 
-def run_bundle(cwd: Path, *options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIG), *map(str, options)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+def arguments(**settings: object) -> list[str]:
+    options = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    return ["-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "inference.json"), *options]
 
 
 @pytest.mark.slow
 def test_bundle_runs_from_another_folder(scans, encoder_file, tmp_path):
     out = tmp_path / "out"
-    result = run_bundle(
-        tmp_path,
-        *("--dataset_dir", scans, "--output_dir", out, "--pretrained_encoder", encoder_file),
-        *("--query_volume", "case_2", "--query_point", "[30, 20, 10]"),
-    )
-    assert result.returncode == 0, result.stderr
-    assert {p.name for p in out.iterdir()} == {
-        "case_1_features.nii.gz",
-        "case_2_features.nii.gz",
-        "similarity.json",
-        "similarity.png",
-    }
-    report = json.loads((out / "similarity.json").read_text())
-    assert (report["query"]["name"], report["query"]["voxel"]) == ("case_2", [30, 20, 10])
-    assert [match["name"] for match in report["matches"]] == ["case_1"]
+    done = run(arguments(dataset_dir=scans, output_dir=out, pretrained_encoder=encoder_file), tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert {path.name for path in out.iterdir()} == {f"case_{seed}_features.nii.gz" for seed in (1, 2)}
     # The window recorded beside the weights is used, the volume is in RAS order, and its features are the encoder's.
-    image = similarity_item(scans / "case_1.nii.gz", "", torch.empty(0))["image"]
+    prepare = Compose([LoadVolumed("image"), Orientationd("image", axcodes="RAS", labels=None)])
+    image = prepare({"image": str(scans / "case_1.nii.gz")})["image"]
     volume = torch.as_tensor(np.asarray(image)).clip(-500, 200)
     with torch.no_grad():
         features = build_encoder(encoder_file).eval()(((volume - volume.mean()) / volume.std())[None])[-1][0]
@@ -337,8 +200,18 @@ def test_bundle_runs_from_another_folder(scans, encoder_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_bundle_passes_over_the_maps_of_earlier_runs(scans, encoder_file, tmp_path):
+    """Where they are written into the folder of the scans."""
+    for _ in range(2):
+        done = run(arguments(dataset_dir=scans, output_dir=scans, pretrained_encoder=encoder_file), tmp_path)
+        assert done.returncode == 0, done.stdout
+    names = {path.name.split(".")[0] for path in scans.iterdir()}
+    assert names == {"case_1", "case_2", "case_1_features", "case_2_features"}
+
+
+@pytest.mark.slow
 def test_bundle_without_weights_says_what_to_give(scans, tmp_path):
-    result = run_bundle(tmp_path, "--dataset_dir", scans, "--output_dir", tmp_path / "out")
-    assert result.returncode != 0
-    assert "pgl_encoder.pt does not exist" in result.stderr
-    assert "--pretrained_encoder" in result.stderr.splitlines()[-2]
+    done = run(arguments(dataset_dir=scans, output_dir=tmp_path / "out"), tmp_path)
+    assert done.returncode != 0
+    assert "pgl_encoder.pt does not exist" in done.stdout
+    assert "--pretrained_encoder" in done.stdout.splitlines()[-2]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import nibabel as nib
@@ -11,16 +12,17 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from programs import SEGMENTATION_CONFIGS
 
-from pgl_ext.data.prepare import evaluation_cases
 from pgl_ext.evaluation.figures import plot_scores
 from pgl_ext.evaluation.handler import CASE_COLUMNS, EvaluationReport
 from pgl_ext.evaluation.metrics import organ_scores
 from pgl_ext.evaluation.summary import AVERAGE, case_means, confidence_interval, summarise
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumesError
+from pgl_ext.weights import InputRecord, ModelRecord
 
-CONFIG = Path(__file__).parents[1] / "bundles" / "pgl_segmentation" / "configs" / "evaluate.json"
+CONFIG = SEGMENTATION_CONFIGS / "evaluate.json"
 ORGANS = {"fat": [3], "muscle": [7]}
 SHAPE = (26, 22, 14)
 
@@ -65,19 +67,17 @@ class ByIntensity(torch.nn.Conv3d):
             self.bias.copy_(torch.tensor([0.0, 0, -1]))
 
 
-def evaluator(tmp_path: Path, data_list: Path, recorded: dict | None = None, **overrides):
+def evaluator(tmp_path: Path, data_list: Path, recorded: Mapping = {}, **overrides):
     """The evaluator of the bundle with a network that is right by construction."""
     model = tmp_path / "models" / "model.pt"
     model.parent.mkdir(exist_ok=True)
-    description = {
-        "task": {"organs": ORGANS, "background_values": [0], "multi_label": False},
-        "network": {"in_channels": 1, "out_channels": 3},
-        "normalization": {"clip_hu": None},
-        "spacing": None,
-        "patch_size": [16, 16, 16],
-        **(recorded or {}),
-    }
-    model.with_suffix(".json").write_text(json.dumps(description))
+    record = ModelRecord(
+        task={"organs": ORGANS, "background_values": [0], "multi_label": False},
+        network={"family": "resnet", "arguments": {"in_channels": 1, "out_channels": 3}},
+        input=InputRecord(patch_size=[16, 16, 16]),
+        **recorded,
+    )
+    model.with_suffix(".json").write_text(json.dumps(record.to_json()))
     parser = ConfigParser()
     parser.read_config(CONFIG)
     settings = {"model_path": str(model), "data_list_file_path": str(data_list), "output_dir": str(tmp_path / "out")}
@@ -139,7 +139,7 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
 def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatch):
     """All, two thirds and one third of the voxels that are found to be muscle are so in the reference."""
     titles = {}
-    monkeypatch.setattr("pgl_ext.evaluation.handler.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
+    monkeypatch.setattr("pgl_ext.figures.overlays.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
     content = json.loads(data_list.read_text())
     for number, entry in enumerate(content["validation"]):
         path = data_list.parent / entry["label"]
@@ -186,11 +186,6 @@ def test_all_bad_cases_are_named_before_anything_is_written(tmp_path, data_list)
     assert "9 (1 voxels)" in str(caught.value)
     assert "patient 2/scan.nii.gz" in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_data_list_is_needed():
-    with pytest.raises(ValueError, match="--data_list_file_path"):
-        evaluation_cases(None)
 
 
 # --- one case -------------------------------------------------------------------------------------------------------

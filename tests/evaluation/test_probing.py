@@ -13,7 +13,7 @@ from programs import fine_tuning_arguments, probing_arguments, run
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.tools.compare import compare_runs
 from pgl_ext.tools.phantom import write_dataset
-from pgl_ext.weights import save_encoder
+from pgl_ext.weights import EncoderRecord, InputRecord, save_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,8 @@ def test_encoders_are_probed_on_the_cases_of_fine_tuning_and_compared(tmp_path):
     write_dataset(tmp_path / "data", 5, shape=(64, 64, 32), test_cases=2)
     torch.manual_seed(1)
     encoder = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.125)
-    save_encoder(encoder, tmp_path / "pgl_encoder.pt", {"normalization": {"clip_hu": [-1024, 325]}, "spacing": None})
+    record = EncoderRecord(architecture=encoder.architecture, input=InputRecord(hu_window=[-1024, 325]))
+    save_encoder(encoder, tmp_path / "pgl_encoder.pt", record)
     shared = {
         "data_list_file_path": tmp_path / "data" / "dataset.json",
         "cache_dir": tmp_path / "cache",

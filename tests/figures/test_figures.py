@@ -11,7 +11,6 @@ import torch
 from monai.data import MetaTensor
 from scipy.ndimage import map_coordinates
 
-from pgl_ext.figures import plot_similarity
 from pgl_ext.figures.base import figure_to_array
 from pgl_ext.figures.curves import plot_metrics
 from pgl_ext.figures.views import plot_views, source_to_view
@@ -235,45 +234,8 @@ def test_metrics_bad_files(tmp_path, text, message):
     assert not (tmp_path / "m.png").exists()
 
 
-# --- similarity ---
-
-
-@pytest.fixture
-def other(volume):
-    similarity = np.full(volume.shape, -0.2)
-    similarity[30, 11, 5] = 0.9
-    return {"title": "scan B", "volume": volume, "similarity": similarity, "spacing": (1.0, 1.0, 3.0)}
-
-
-def test_similarity_marks_the_point_and_the_maximum(volume, other, tmp_path):
-    figure = plot_similarity(volume, (10.4, 20.0, 7.0), "scan A", [other, other], tmp_path / "s.png", (1, 1, 2.0))
-    panels = np.array(figure.axes[:9]).reshape(3, 3)
-    crosses = [[tuple(float(c[0]) for c in axes.lines[0].get_data()) for axes in column] for column in panels.T]
-    assert crosses[0] == [(10.4, 20.0), (10.4, 7.0), (20.0, 7.0)]
-    assert crosses[1] == crosses[2] == [(30.0, 11.0), (30.0, 5.0), (11.0, 5.0)]
-    assert [axes.get_aspect() for axes in panels[:, 1]] == [1, 3, 3]
-    red, _, blue = panels[0, 1].images[0].get_array()[11, 30]  # images are (row = y, column = x)
-    assert red > blue + 0.1
-    assert is_picture(matplotlib.image.imread(tmp_path / "s.png") * 255)
-
-
-def test_similarity_bad_arguments(volume, other, tmp_path):
-    def call(point=(1, 1, 1), query=volume, scans=None, **changes):
-        plot_similarity(query, point, "A", [{**other, **changes}] if scans is None else scans, tmp_path / "s.png")
-
-    with pytest.raises(ValueError, match="others is empty"):
-        call(scans=[])
-    with pytest.raises(ValueError, match="outside the volume"):
-        call(point=(99, 1, 1))
-    with pytest.raises(ValueError, match=r"'A' must have shape \(X, Y, Z\)"):
-        call(query=volume[0])
-    with pytest.raises(ValueError, match="similarity of 'scan B' has shape"):
-        call(similarity=np.zeros((2, 2, 2)))
-    with pytest.raises(ValueError, match="spacing of 'scan B'"):
-        call(spacing=(1, 1, 0))
-    assert not (tmp_path / "s.png").exists()
-
-
 def test_pyplot_is_not_imported():
-    code = "import sys, pgl_ext.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    modules = "base", "curves", "overlays", "views"
+    imports = ", ".join(["sys", "pgl_ext.evaluation.figures", *(f"pgl_ext.figures.{name}" for name in modules)])
+    code = f"import {imports}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgl_ext.__main__ import main
 from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.files import write_csv
+from pgl_ext.tools.cli import main
 from pgl_ext.tools.compare import compare_runs, paired_scores, paired_statistics, plot_differences
 
 RNG = np.random.default_rng(0)

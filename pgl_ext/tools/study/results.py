@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pgl_ext.evaluation.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
 from pgl_ext.evaluation.summary import AVERAGE, finite_mean
+from pgl_ext.tools.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Run
 
@@ -35,7 +35,7 @@ class Results:
         organs: of all evaluations, and their average.
         tables: by share of labels and metric, then by method and organ, a row with ``mean`` over the test cases, its
             mean and standard deviation (``sd``, of a sample) over seeds; for methods other than the reference what
-            :func:`pgl_ext.evaluation.compare.paired_statistics` finds of the cases' scores, each averaged over the
+            :func:`pgl_ext.tools.compare.paired_statistics` finds of the cases' scores, each averaged over the
             seeds that both have; in how many of these the difference has the sign of the mean one
             (``agreeing_seeds``); and for the average over organs ``p_holm``, adjusted for the number of methods that
             are compared with the reference at that share of labels.
