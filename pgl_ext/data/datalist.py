@@ -138,14 +138,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def source_names(items: Iterable[Mapping], field: str) -> list[str]:
-    """The data sets or groups that items are from.
-
-    Args:
-        items: data items.
-        field: ``"task"`` or ``"group"``, see :data:`SOURCE_FIELDS`.
-
-    Returns:
-        The names, each once, in alphabetical order.
+    """The data sets (field ``"task"``) or groups (``"group"``) of items, each once, in alphabetical order.
 
     Raises:
         ValueError: items lack the field.

@@ -222,7 +222,7 @@ def check_items(items: Sequence[Mapping], loading: Callable[[Mapping], Any]) -> 
         loading: transforms that load and check one item.
 
     Returns:
-        Why items cannot be used, by :func:`~pgl_ext.data.datalist.item_name`; empty if all are good.
+        Why items cannot be used, by name, see :func:`~pgl_ext.data.datalist.item_name`.
     """
     bad = {}
     for item in items:
