@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
 import signal
 import threading
 from collections.abc import Mapping
@@ -27,8 +26,6 @@ __all__ = ["CheckpointFolder", "CheckpointHandler"]
 
 logger = logging.getLogger(__name__)
 
-_NAME = "checkpoint_{:08d}.pt"
-_PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
 # Entries that say what a run started from, which no longer matters when it is resumed.
 _START = ("pretrained_encoder", "pretrained_decoder")
 
@@ -50,12 +47,12 @@ class CheckpointFolder:
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        matches = [(_PATTERN.fullmatch(path.name), path) for path in self.folder.glob("checkpoint_*.pt")]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+        steps = {path: path.stem.removeprefix("checkpoint_") for path in self.folder.glob("checkpoint_*.pt")}
+        return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
     def write(self, content: Mapping, step: int) -> Path:
         """Write the checkpoint of a step, complete or not at all, and remove the oldest ones."""
-        path = self.folder / _NAME.format(step)
+        path = self.folder / f"checkpoint_{step:08d}.pt"
         write_atomically(lambda file: torch.save(dict(content), file), path)
         for old in self.paths()[: -self.keep_last]:
             old.unlink()

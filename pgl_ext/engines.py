@@ -152,7 +152,9 @@ class StepTrainer(SupervisedTrainer):
         logged: dict[str, torch.Tensor] = {}
         for start, stop in itertools.pairwise(edges):
             share = (stop - start) / total
-            with self._synchronised(stop == total):
+            # Gradients travel between processes once per step, with the last micro-batch.
+            waits = stop < total and hasattr(self.network, "no_sync")
+            with self.network.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(self.state.device.type, self.amp_dtype, self.amp):
                     output = self.compute_loss({key: value[start:stop] for key, value in batch.items()})
                 self.scaler.scale(output["loss"] * share).backward()
@@ -172,18 +174,11 @@ class StepTrainer(SupervisedTrainer):
             largest, smallest = sizes.abs().tolist()
         return min(math.ceil(largest / self.micro_batch_size), smallest)
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients travel between processes once per step, with the last micro-batch."""
-        if last or not hasattr(self.network, "no_sync"):
-            return contextlib.nullcontext()
-        return self.network.no_sync()
-
     def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict) -> dict[str, float]:
         """Average over processes, count read errors, and agree on stopping, in one exchange."""
         values = torch.stack([value.float() for value in logged.values()])
         read_errors = float(torch.as_tensor(batchdata.get("read_errors", 0)).sum())
-        counts = values.new_tensor([read_errors, float(self.stop_requested)])
-        values = torch.cat([values, counts])
+        values = torch.cat([values, values.new_tensor([read_errors, float(self.stop_requested)])])
         processes = rank_and_world_size()[1]
         if processes > 1:
             dist.all_reduce(values)
@@ -255,11 +250,9 @@ class PretrainEvaluator(SupervisedEvaluator):
     ``retrieval.correspondence_retrieval``).
 
     Args:
-        device: where to evaluate.
+        device, amp, amp_dtype: see :class:`StepTrainer`.
         val_data_loader: batches of the same form as in training, the same ones each time.
         network: the method itself, with ``encoder`` and ``logged``.
-        amp: mixed precision.
-        amp_dtype: ``"bfloat16"`` or ``"float16"``.
         kwargs: further arguments of ``monai.engines.SupervisedEvaluator``, such as ``inferer``.
     """
 
@@ -281,15 +274,14 @@ class PretrainEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: PretrainEvaluator, batchdata: dict) -> list[dict[str, float | int]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
-        views, affines = batch["views"], batch["affines"]
-        view_size = tuple(views.shape[3:])
+        views = batch["views"]
         self.network.eval()
         with torch.no_grad(), torch.autocast(self.state.device.type, self.amp_dtype, self.amp):
             logged = {key: float(value) for key, value in self.inferer(batch, self.network).items()}
             features = self.network.encoder(views.flatten(0, 1))[-1].unflatten(0, views.shape[:2])
-        logged["retrieval_top1"] = float(correspondence_retrieval(features, affines, view_size).mean())
-        logged["retrieval_chance"] = 1 / math.prod(features.shape[3:])
-        return [{**logged, "pairs": len(views)}]
+        top1 = correspondence_retrieval(features, batch["affines"], tuple(views.shape[3:]))
+        retrieval = {"retrieval_top1": float(top1.mean()), "retrieval_chance": 1 / math.prod(features.shape[3:])}
+        return [{**logged, **retrieval, "pairs": len(views)}]
 
 
 def _to_device(batch: dict, device: torch.device, non_blocking: bool) -> dict:

@@ -242,29 +242,22 @@ class PretrainMetricsLog(MetricsLog):
     """The log of a pre-training run.
 
     Args:
-        output_dir, interval: see :class:`MetricsLog`.
+        output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
         evaluator: its first run, before the first step, is the untrained encoder, whose retrieval is repeated beside
             the later ones.
         pairs_per_epoch: over all processes.
         logged: further columns, for what the method logs beside loss and feature spread.
-        healthy_std: standard deviation of features that have not collapsed, drawn as a line.
+        kwargs: see :class:`MetricsLog`; among them ``healthy_std``, the standard deviation of features that have not
+            collapsed, drawn as a line.
     """
 
     def __init__(
-        self,
-        output_dir: PathLike,
-        evaluator: Engine,
-        pairs_per_epoch: int,
-        interval: int = 10,
-        logged: Sequence[str] = (),
-        healthy_std: float | None = None,
+        self, output_dir: PathLike, evaluator: Engine, pairs_per_epoch: int, logged: Sequence[str] = (), **kwargs: Any
     ) -> None:
         training = ("loss", "feature_std", "lr", "tau", "pairs_per_s", "read_errors", *logged)
         validation = ("loss", "feature_std", "retrieval_top1", "retrieval_untrained", "retrieval_chance")
         columns = (*training, *(f"val_{name}" for name in validation))
-        super().__init__(
-            output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", interval, healthy_std=healthy_std
-        )
+        super().__init__(output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", **kwargs)
         self.untrained: float | None = None
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:

@@ -58,14 +58,6 @@ class VolumeCache:
     Raises:
         ValueError: the preprocessing has random transforms or no digest, or ``num_workers`` is negative.
         OSError: ``cache_dir`` cannot be made.
-
-    Example::
-
-        cache = VolumeCache("cache", preprocessing("image", spacing=(1, 1, 3), hu_window=(-1024, 325)))
-        bad = cache.prepare(items)
-        volume = cache.open(items[0])
-        crop = volume[:, 10:130, 20:140, 5:25]        # float16 array of shape (C, 120, 120, 20)
-        affine = np.array(volume.vlmeta["affine"])    # voxel index of the preprocessed volume -> mm
     """
 
     def __init__(self, cache_dir: PathLike, preprocessing: Callable, num_workers: int = 0) -> None:

@@ -45,9 +45,8 @@ class VolumeDataset(Dataset):
         transform: takes ``{"image": (C, X, Y, Z) array}``, with ``task`` and ``group`` of items that have them, and
             returns the sample; a MONAI randomizable transform.
         seed: of all samples.
-        memory_limit_gib: memory for volumes, in GiB; default: half of what is available to this process' share of the
-            machine (``processes``). 0 reads everything from the cache.
-        processes: training processes on this machine; default: as many as torchrun started.
+        memory_limit_gib: memory for volumes, in GiB; default: half of what is available, shared by the training
+            processes on this machine. 0 reads everything from the cache.
     """
 
     def __init__(
@@ -57,14 +56,13 @@ class VolumeDataset(Dataset):
         transform: Callable[[dict], dict],
         seed: int = 0,
         memory_limit_gib: float | None = None,
-        processes: int | None = None,
     ) -> None:
         self.data = list(data)
         self.cache = cache
         self.transform = transform
         self.seed = seed
         if memory_limit_gib is None:
-            memory_limit_gib = 0.5 * available_memory() / (processes or local_world_size()) / 2**30
+            memory_limit_gib = 0.5 * available_memory() / local_world_size() / 2**30
         self._in_memory = self._load(memory_limit_gib * 2**30)
 
     def _load(self, limit: float) -> dict[int, np.ndarray]:

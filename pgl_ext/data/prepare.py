@@ -11,7 +11,7 @@ from typing import Any
 from monai.config import PathLike
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, source_names, unique_names
+from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, named_items, source_names
 from pgl_ext.data.find import find_cases, find_volumes
 from pgl_ext.data.split import recorded_split, split_cases, split_volumes, write_split
 from pgl_ext.distributed import gather, rank_and_world_size
@@ -208,8 +208,7 @@ def evaluation_cases(
             "--test_data_list_file_path, --test_data_list_key) to a JSON data list with image and label of each case, "
             "such as the split.json that training wrote."
         )
-    cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
-    return [{**case, "name": name} for case, name in zip(cases, unique_names(cases), strict=True)]
+    return named_items(labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key))
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ def check_items(items: Sequence[Mapping], loading: Callable[[Mapping], Any]) -> 
         loading: transforms that load and check one item.
 
     Returns:
-        Why items cannot be used, by :func:`~pgl_ext.data.datalist.item_name`; empty if all are good.
+        Why items cannot be used, by name, see :func:`~pgl_ext.data.datalist.item_name`.
     """
     bad = {}
     for item in items:

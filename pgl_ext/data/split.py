@@ -40,8 +40,8 @@ def split_volumes(items: Iterable[Mapping], validation_fraction: float, seed: in
     if len(items) <= 1:
         training = [dict(item) for item in items]
         return training, _as_both(training) if count else []
-    parts = split_cases(items, test_cases=count, validation_fraction=0, seed=seed)
-    return parts["training"], parts["test"]
+    split = split_cases(items, test_cases=count, validation_fraction=0, seed=seed)
+    return split["training"], split["test"]
 
 
 def split_cases(
@@ -85,7 +85,7 @@ def split_cases(
     if count == 1 and validation:
         training = _as_both(validation)
     parts = zip(PARTS, (training, validation, test, unused), strict=True)
-    return {name: sorted(part, key=item_name) for name, part in parts}
+    return {name: sorted(listed, key=item_name) for name, listed in parts}
 
 
 def _as_both(items: Sequence[Mapping]) -> list[dict]:
