@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pgl_ext.distributed import launched_rank_and_world_size
 from pgl_ext.engines import TrainerEvents
+from pgl_ext.files import read_csv
 from pgl_ext.settings import check_positive
 
 __all__ = [
@@ -134,6 +135,8 @@ class ProgressBar:
 class MetricsLog:
     """Writes metrics.csv and TensorBoard scalars, measures samples per second, and draws the curves at the end.
 
+    It does so in the first process only.
+
     Args:
         output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
         evaluator: its metrics are written after each of its runs.
@@ -141,7 +144,6 @@ class MetricsLog:
         columns: of ``metrics.csv``, after step and epoch.
         speed: name of the samples per second among the metrics.
         interval: optimiser steps between rows.
-        rank: this process; only rank 0 writes. Default: as torchrun started it.
         plot_arguments: further arguments of ``figures.plot_metrics``.
 
     Raises:
@@ -156,10 +158,8 @@ class MetricsLog:
         columns: Sequence[str],
         speed: str,
         interval: int = 10,
-        rank: int | None = None,
         **plot_arguments: Any,
     ) -> None:
-        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
         self.folder = Path(output_dir)
         self.path = self.folder / "metrics.csv"
         self.evaluator = evaluator
@@ -175,7 +175,7 @@ class MetricsLog:
         raise NotImplementedError
 
     def attach(self, engine: Engine) -> None:
-        if self.rank > 0:
+        if launched_rank_and_world_size()[0] > 0:
             return
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure_speed)
@@ -186,11 +186,9 @@ class MetricsLog:
     def _start(self, engine: Engine) -> None:
         step = engine.state.iteration
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if step > 0 and self.path.is_file():
-            # Steps that are done again would stand there twice.
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and self._is_kept(row, step)]
+        # Steps that are done again would stand there twice.
+        rows = read_csv(self.path) if step > 0 and self.path.is_file() else []
+        rows = [row for row in rows if row["step"] and self._is_kept(row, step)]
         with open(self.path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -244,29 +242,22 @@ class PretrainMetricsLog(MetricsLog):
     """The log of a pre-training run.
 
     Args:
-        output_dir, interval, rank: see :class:`MetricsLog`.
+        output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
         evaluator: its first run, before the first step, is the untrained encoder, whose retrieval is repeated beside
             the later ones.
         pairs_per_epoch: over all processes.
         logged: further columns, for what the method logs beside loss and feature spread.
-        healthy_std: standard deviation of features that have not collapsed, drawn as a line.
+        kwargs: see :class:`MetricsLog`; among them ``healthy_std``, the standard deviation of features that have not
+            collapsed, drawn as a line.
     """
 
     def __init__(
-        self,
-        output_dir: PathLike,
-        evaluator: Engine,
-        pairs_per_epoch: int,
-        interval: int = 10,
-        logged: Sequence[str] = (),
-        healthy_std: float | None = None,
-        rank: int | None = None,
+        self, output_dir: PathLike, evaluator: Engine, pairs_per_epoch: int, logged: Sequence[str] = (), **kwargs: Any
     ) -> None:
         training = ("loss", "feature_std", "lr", "tau", "pairs_per_s", "read_errors", *logged)
         validation = ("loss", "feature_std", "retrieval_top1", "retrieval_untrained", "retrieval_chance")
         columns = (*training, *(f"val_{name}" for name in validation))
-        further = {"interval": interval, "rank": rank, "healthy_std": healthy_std}
-        super().__init__(output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", **further)
+        super().__init__(output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", **kwargs)
         self.untrained: float | None = None
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:

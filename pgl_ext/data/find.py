@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from monai.config import PathLike
 
-from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, unique_names, without_suffix
+from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, named_items, without_suffix
 from pgl_ext.transforms.formats import (
     DICOM_SUFFIXES,
     ITK_SUFFIXES,
@@ -190,8 +190,7 @@ def find_scans(
     Args:
         dataset_dir: folder of scans, searched with the folders below it, or one file; a slice of a DICOM series stands
             for its series. With a data list the folder that its paths start from.
-        data_list_file_path: JSON data list to take the scans from instead.
-        data_list_key: which list of the file to take.
+        data_list_file_path, data_list_key: JSON data list to take the scans from instead, see :func:`load_datalist`.
         passed_over: endings of the files in the folder that inference itself has written.
 
     Returns:
@@ -213,7 +212,7 @@ def find_scans(
             logger.info("Passed over %d outputs of earlier runs.", len(volumes) - len(items))
         if not items:
             raise ValueError(f"Dataset folder {dataset_dir} holds only outputs of earlier runs: give one of scans.")
-    return [{**item, "name": name} for item, name in zip(items, unique_names(items), strict=True)]
+    return named_items(items)
 
 
 def _whole_series(path: str) -> dict:

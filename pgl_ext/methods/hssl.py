@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +20,12 @@ __all__ = ["HSSL"]
 logger = logging.getLogger(__name__)
 
 
-class HSSL(Method):
+class HSSL(Method, SegmentationNet):
     """Contrast of views and of voxels, and classification of where a scan comes from: an encoder and a decoder.
 
     HSSL-style: of "Hierarchical Self-Supervised Learning for Medical Image Segmentation Based on Multi-Domain Data
-    Aggregation" (Zheng et al. 2021) only the abstract is public. It aggregates the scans of several challenges and
-    pre-trains an encoder-decoder with a contrastive and a classification loss. All beyond that is a choice made here,
-    and no fidelity is claimed:
+    Aggregation" (Zheng et al. 2021) only the abstract is public, which names an encoder-decoder, scans of several
+    challenges, and a contrastive and a classification loss. All beyond that is a choice made here:
 
     ``loss = image_loss + task_weight * task_loss + group_weight * group_loss + voxel_loss``
 
@@ -38,8 +36,7 @@ class HSSL(Method):
     - ``voxel_loss``: NT-Xent of the cells of the decoder's output, in which both views are aligned through the known
       crop, scale and flip.
 
-    ASPP and decoder are those of ``networks.SegmentationNet``, their tensors have the same names. The decoder's output
-    has as many channels as its finest level.
+    The decoder's output has as many channels as its finest level.
 
     Args:
         encoder: returns a feature pyramid, finest first, and has ``channels`` and ``strides``.
@@ -73,22 +70,17 @@ class HSSL(Method):
         alignment: str = "exact",
         output_size: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        network = SegmentationNet(
+        super().__init__(
             encoder.conv1.in_channels,
             decoder_channels[-1],
             encoder,
             aspp_channels=aspp_channels,
             decoder_channels=decoder_channels,
         )
-        self.encoder = network.encoder
-        self.aspp = network.aspp
-        self.decoder = network.decoder
         self.projector = MLPHead(encoder.channels[-1], hidden_channels, out_channels)
         self.task_classifier = nn.Linear(encoder.channels[-1], tasks)
         self.group_classifier = nn.Linear(encoder.channels[-1], groups)
-        self.task_weight = task_weight
-        self.group_weight = group_weight
+        self.weights = dict(zip(self.logged, (1.0, task_weight, group_weight, 1.0), strict=True))
         self.image_contrast = NTXentLoss(temperature)
         self.voxel_contrast = VoxelContrastLoss(temperature)
         self.alignment = alignment
@@ -103,19 +95,18 @@ class HSSL(Method):
                     name,
                 )
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the loss.
 
         Args:
             batch: ``views`` (B, 2, C, X, Y, Z), ``affines`` (B, 2, 4, 4), ``task`` and ``group`` (B,) int64.
 
         Returns:
-            ``loss``; its parts ``image_loss``, ``task_loss``, ``group_loss`` and ``voxel_loss``; and ``feature_std``
-            (of the projections; healthy is about 1 / sqrt(out_channels)).
+            ``loss``, its parts in ``logged``, and ``feature_std`` of the projections.
 
         Raises:
-            ValueError: where there are not two views, or where the network is to be trained on a single pair, whose
-                views have no others to be told from.
+            ValueError: where there are not two views, or a single pair in training, whose views have no others to be
+                told from.
         """
         views = batch["views"]
         check_two_views(self, views)
@@ -134,16 +125,11 @@ class HSSL(Method):
             "group_loss": _classification_loss(self.group_classifier(pooled), batch["group"]),
             "voxel_loss": self._voxel_loss(voxels, batch, deepest.shape[2:]),
         }
-        loss = (
-            parts["image_loss"]
-            + self.task_weight * parts["task_loss"]
-            + self.group_weight * parts["group_loss"]
-            + parts["voxel_loss"]
-        )
+        loss = sum(self.weights[name] * part for name, part in parts.items())
         logged = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **logged, "feature_std": feature_std(projected)}
 
-    def _voxel_loss(self, voxels: torch.Tensor, batch: dict[str, Any], deepest_size: Sequence[int]) -> torch.Tensor:
+    def _voxel_loss(self, voxels: torch.Tensor, batch: dict, deepest_size: Sequence[int]) -> torch.Tensor:
         aligner = PriorGuidedAligner(self.output_size or deepest_size, self.alignment)
         aligned = aligner(voxels.unflatten(0, (-1, 2)), batch["affines"], batch["views"].shape[3:])
         return self.voxel_contrast(aligned[:, 0], aligned[:, 1])

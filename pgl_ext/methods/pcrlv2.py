@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +38,15 @@ class PCRLv2(Method):
     The first restoration is that of the finest level, k is a level drawn for every sample, and beta falls from 1 to 0
     during training, as (1 + cos(pi progress)) / 2. Weights are shared; nothing follows by momentum.
 
-    Levels are drawn from PyTorch's default generator on the CPU, whose state is part of a checkpoint. In evaluation
-    nothing is drawn: all levels count alike, which is what training's loss is on average.
+    Levels are drawn from PyTorch's default generator on the CPU. In evaluation all levels count alike, which is what
+    training's loss is on average.
 
     After "A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image
     Analysis" (Zhou et al. 2023), on this project's encoder and decoder. Ours: targets are rescaled to [0, 1] by each
     view's own smallest and largest value, since volumes come standardised; the finest level's restoration is the
     network's output; batch norm stores the statistics of global views alone, since a mixture with those of the much
-    smaller local ones would fit neither; and k is drawn per sample, where the original draws it with the level of
-    S(1, 2): the gradient of a level that no sample draws is 0, and LARS would take a whole step along the decay of its
-    weights.
+    smaller local ones would fit neither; and k is drawn per sample, not with the level of S(1, 2): the gradient of a
+    level that no sample draws is 0, and LARS would take a whole step along the decay of its weights.
 
     Args:
         encoder: returns a feature pyramid, finest first, and has ``channels``.
@@ -76,7 +74,7 @@ class PCRLv2(Method):
         for module in (self.aspp, self.decoder, self.restorations):
             initialise_convolutions(module)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the loss, in [-2, 4].
 
         Args:
@@ -85,10 +83,9 @@ class PCRLv2(Method):
 
         Returns:
             ``loss``, its terms ``restoration_loss``, ``global_loss``, ``middle_loss`` and ``local_loss``, the weight
-            ``beta``, and ``feature_std``: of the global views' projections at the finest level, which everything before
-            it has a part in (healthy is about 1 / sqrt(decoder_channels[-1])). Batch norm is their last step, so that
-            only a complete collapse would show. In evaluation local views pass through the statistics of global ones:
-            ``local_loss`` is larger there.
+            ``beta``, and ``feature_std``: of the global views' projections at the finest level (healthy is about 1 /
+            sqrt(decoder_channels[-1])). Batch norm is their last step, so that only a complete collapse would show. In
+            evaluation ``local_loss`` is larger: local views pass through the statistics of global ones.
 
         Raises:
             ValueError: where there are not two views, or no local ones.
@@ -101,17 +98,16 @@ class PCRLv2(Method):
                 f"{None if local_views is None else tuple(local_views.shape)}: cut views with "
                 "pgl_ext.transforms.RandGlobalLocalViewsd."
             )
-        maps = self._decode(views)
+        maps, embedded = self._encode(views)
         with _running_statistics_kept(self):
-            local_maps = self._decode(local_views)
-        restored = self._restore([level[:, 0] for level in maps], views.shape[3:])
+            _, local = self._encode(local_views)
+        restored = [
+            F.interpolate(head(level[::2]).float().sigmoid(), size=tuple(views.shape[3:]), mode="trilinear")
+            for head, level in zip(self.restorations, maps, strict=True)
+        ]
         target, *_ = rescale_to_unit(batch.get("targets", views)[:, 0].float())
-        # Half precision would not tell nearly parallel vectors apart; the heads are tiny.
         with torch.autocast(views.device.type, enabled=False):
             errors = torch.stack([(level - target).square().flatten(1).mean(dim=1) for level in restored], dim=1)
-            embedded = self._embed(maps)
-            with _running_statistics_kept(self):
-                local = self._embed(local_maps)
             pair = torch.stack([_similarities(level, level)[0, 1] for level in embedded])
             with_local = torch.stack([_similarities(*levels) for levels in zip(embedded, local, strict=True)], dim=-1)
             # One call for the pair, one for each global view with each local one.
@@ -128,29 +124,22 @@ class PCRLv2(Method):
         finest, _ = embedded[-1]
         return {"loss": loss, **logged, "beta": beta, "feature_std": feature_std(finest.flatten(0, 1))}
 
-    def _decode(self, views: torch.Tensor) -> list[torch.Tensor]:
-        """Every decoder level's map (B, V, channels, ...) of views (B, V, C, X, Y, Z), coarse to fine."""
+    def _encode(self, views: torch.Tensor) -> tuple[list[torch.Tensor], list[_Embedding]]:
+        """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z), level by level, coarse to fine."""
         stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
         maps = self.decoder(self.aspp(deepest), [level.shape[2:] for level in (stage2, stage1, stem)])
-        return [level.unflatten(0, views.shape[:2]) for level in maps]
-
-    def _restore(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> list[torch.Tensor]:
-        """Every level's restoration (B, C, X, Y, Z) in [0, 1] of maps (B, channels, ...)."""
-        restored = [torch.sigmoid(head(level).float()) for head, level in zip(self.restorations, maps, strict=True)]
-        return [F.interpolate(level, size=tuple(size), mode="trilinear") for level in restored]
-
-    def _embed(self, maps: Sequence[torch.Tensor]) -> list[_Embedding]:
-        """Projections and predictions at every level of maps (B, V, channels, ...)."""
         embedded = []
-        for level, projection, predictor in zip(maps, self.projections, self.predictors, strict=True):
-            projected = projection(level.flatten(0, 1).mean(dim=(2, 3, 4), dtype=torch.float32))
-            embedded.append(tuple(x.unflatten(0, level.shape[:2]) for x in (projected, predictor(projected))))
-        return embedded
+        # Half precision would not tell nearly parallel vectors apart; the heads are tiny.
+        with torch.autocast(views.device.type, enabled=False):
+            for level, projection, predictor in zip(maps, self.projections, self.predictors, strict=True):
+                projected = projection(level.mean(dim=(2, 3, 4), dtype=torch.float32))
+                embedded.append(tuple(x.unflatten(0, views.shape[:2]) for x in (projected, predictor(projected))))
+        return maps, embedded
 
     def _level_weights(self, calls: int) -> torch.Tensor:
-        """How much each level counts in each call of S, or each sample, (calls, levels).
+        """Weight of each level in each call of S, or each sample, (calls, levels).
 
-        As weights, not as an index: so every parameter gets a gradient in every step, as DistributedDataParallel wants.
+        Weights and not indices: DistributedDataParallel wants a gradient of every parameter in every step.
         """
         levels = len(self.projections)
         if not self.training:
@@ -160,7 +149,7 @@ class PCRLv2(Method):
 
 @contextmanager
 def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Have batch norm use a batch's statistics in training as ever, but not store them."""
+    """Keep batch norm from storing the statistics that it uses in training."""
     momenta = {norm: norm.momentum for norm in module.modules() if isinstance(norm, _BatchNorm)}
     for norm in momenta:
         norm.momentum = 0.0

@@ -18,8 +18,8 @@ __all__ = ["FlipInferer", "VolumeInferer"]
 class VolumeInferer(SlidingWindowInferer):
     """MONAI's sliding windows with Gaussian weights, padded as training pads its patches, for any precision.
 
-    Volumes smaller than a window are padded with their smallest value instead of 0, which after normalisation would
-    be tissue. Windows are added up in float32: half precision, as from autocast, cannot hold their smallest weights.
+    Volumes smaller than a window are padded with their minimum instead of 0, which after normalisation would be tissue.
+    Windows are added up in float32: half precision, as from autocast, cannot hold their smallest weights.
 
     Args:
         roi_size: size of the windows in voxels.

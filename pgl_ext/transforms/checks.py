@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -40,10 +40,8 @@ class BadVolumesError(ValueError):
     """
 
     def __init__(self, bad: Mapping[str, str], total: int, can_skip: bool = True) -> None:
-        super().__init__(bad, total, can_skip)  # the arguments that unpickling passes on
-        self.bad = dict(bad)
-        self.total = total
-        self.can_skip = can_skip
+        super().__init__(dict(bad), total, can_skip)
+        self.bad, self.total, self.can_skip = self.args
 
     def __str__(self) -> str:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in sorted(self.bad.items()))
@@ -104,7 +102,7 @@ class CheckVolumed(MapTransform):
         BadVolumeError: see :func:`check_volume`.
     """
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
             source = str(getattr(data[key], "meta", {}).get("filename_or_obj", key))
             check_volume(data[key], source)
@@ -158,7 +156,7 @@ class CheckLabeld(MapTransform):
         self.task = task
         self.image_key = image_key
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = _on_grid_of(out[key], out[self.image_key])

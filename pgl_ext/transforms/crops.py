@@ -110,6 +110,6 @@ def _linear_matrix(size: int, new_size: int, flip: bool) -> torch.Tensor:
 def resize_crop_nearest(crop: torch.Tensor, new_size: Sequence[int], flip: Sequence[bool]) -> torch.Tensor:
     """Resize and flip a crop (C, X, Y, Z) of a label map by nearest values, half-pixel as ``mode="nearest-exact"``."""
     for axis, (size, new, flipped) in enumerate(zip(crop.shape[1:], new_size, flip, strict=True), start=1):
-        nearest = ((torch.arange(new, dtype=torch.float64) + 0.5) * size / new).floor().long()
+        nearest = ((torch.arange(new, dtype=torch.float64) + 0.5) * size / new).long()
         crop = crop.index_select(axis, nearest.flip(0) if flipped else nearest)
     return crop

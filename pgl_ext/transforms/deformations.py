@@ -7,7 +7,7 @@ random flips are those of the views. MONAI's ``RandCoarseShuffle`` shuffles what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import Compose, MapTransform, Randomizable, RandomizableTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
+from pgl_ext.settings import check_positive
 from pgl_ext.transforms.crops import check_probability
 
 __all__ = ["RandBezierIntensity", "RandDeformedCopyd", "RandLocalShuffle", "RandPaint", "rescale_to_unit"]
@@ -66,9 +67,7 @@ class RandLocalShuffle(_RandDeformation):
 
     def __init__(self, prob: float = 0.5, blocks: int = 10_000) -> None:
         super().__init__(prob)
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {blocks}.")
-        self.blocks = blocks
+        self.blocks = check_positive(blocks, "blocks", "without shuffling, give prob 0")
 
     def randomize(self, size: Sequence[int]) -> None:
         size = np.asarray(size)
@@ -178,7 +177,7 @@ class RandSteps(Randomizable):
         transforms: the steps in their order.
     """
 
-    def __init__(self, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+    def __init__(self, transforms: Sequence[Callable]) -> None:
         self.transforms = Compose(list(transforms), map_items=False)
 
     def set_random_state(self, seed: int | None = None, state: Any = None) -> Randomizable:
@@ -202,13 +201,13 @@ class RandDeformedCopyd(RandSteps, MapTransform):
         ValueError: where there is more than one key.
     """
 
-    def __init__(self, keys: KeysCollection, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+    def __init__(self, keys: KeysCollection, transforms: Sequence[Callable]) -> None:
         MapTransform.__init__(self, keys)
         RandSteps.__init__(self, transforms)
         if len(self.keys) != 1:
             raise ValueError(f"views have one key, but keys are {self.keys}.")
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         scaled, lowest, span = rescale_to_unit(data[self.keys[0]])
         deformed = torch.stack([self.transforms(view) for view in scaled])
         return {**data, "deformed": deformed * span + lowest}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from monai.data import ITKReader, MetaTensor, NibabelReader
@@ -44,7 +44,7 @@ class LoadVolumed(MapTransform):
         ImportError: ``itk``, or ``pydicom`` for a series, is needed and not installed.
     """
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
             out[key] = _load(str(out[key]), out.get("series_uid"))
@@ -107,7 +107,7 @@ def _read_with_itk(path: str, series_uid: str | None, name: str) -> tuple[np.nda
         import itk
     except ImportError as error:
         raise ImportError(f"Reading {path} needs the package 'itk': pip install itk") from error
-    files: list[str] | str = path
+    files = path
     if os.path.isdir(path):
         files = series_files(path, series_uid)
         problem = problem_of_series(files)

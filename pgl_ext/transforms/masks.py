@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -29,7 +28,7 @@ class OrganMasksd(MapTransform):
         super().__init__(("pred", "label"))
         self.task = task
 
-    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, data: dict) -> dict:
         # Logits of a large volume are put together on the CPU.
         labels = data["label"].to(data["pred"].device)
         return {**data, "pred": self.task.masks(data["pred"]), "label": self.task.masks_of_labels(labels)}
@@ -49,7 +48,7 @@ class LabelMapd(MapTransform):
         super().__init__(keys)
         self.task = task
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
             masks = out["organs"] = out[key]
@@ -65,7 +64,7 @@ class SplitCased(MapTransform):
         keys: key of the case, which becomes the image.
     """
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         d = dict(data)
         d.pop("organ_points", None)
         for key in self.key_iterator(d):
@@ -93,10 +92,11 @@ class NameToIndexd(MapTransform):
         super().__init__(keys)
         self.indices = {str(name): index for index, name in enumerate(names)}
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         d = dict(data)
         for key in self.keys:
-            if str(d[key]) not in self.indices:
+            name = str(d[key])
+            if name not in self.indices:
                 raise ValueError(f"{key} {d[key]!r} is not among the names {list(self.indices)}: add it to them.")
-            d[key] = self.indices[str(d[key])]
+            d[key] = self.indices[name]
         return d

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from monai.transforms import MapTransform, RandomizableTransform
@@ -79,7 +78,7 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
             self.crop_start = self.R.randint(lowest, highest + 1)
         self.flip = self.R.random_sample(3) < self.flip_prob
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         d = dict(data)
         for key in self.key_iterator(d):
             self.randomize(d[key].shape[1:], d.pop("organ_points", ()))

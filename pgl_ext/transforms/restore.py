@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,13 +60,13 @@ class RestoreOrgansd(MapTransform):
         super().__init__(keys)
         self.task = task
         self.image_key = image_key
-        self.outputs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"": task.masks_of_probabilities}
+        self.outputs = {"": task.masks_of_probabilities}  # functions of slabs by suffix of the key
         if parse_bool(probabilities, "probabilities"):
             self.outputs["_probabilities"] = torch.Tensor.cpu
         if parse_bool(uncertainty, "uncertainty"):
             self.outputs["_uncertainty"] = partial(predictive_entropy, task=task)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         out = dict(data)
         image = out[self.image_key]
         shape, affine = _file_grid(image)
@@ -80,7 +79,8 @@ class RestoreOrgansd(MapTransform):
                     f"probabilities have shape {tuple(scores.shape)}, but a task of {len(self.task.names)} organs on "
                     f"the preprocessed scan needs {expected}: they must come from a network of this task, unchanged."
                 )
-            slabs = _resampled_slabs(scores, np.asarray(image.affine.cpu(), dtype=np.float64), affine, shape)
+            to_scores = np.linalg.solve(np.asarray(image.affine.cpu(), dtype=np.float64), affine)
+            slabs = _resampled_slabs(scores, to_scores, shape)
             for suffix, value in self._assembled(slabs, shape).items():
                 out[f"{key}{suffix}"] = MetaTensor(value, meta=dict(meta))
         return out
@@ -89,7 +89,7 @@ class RestoreOrgansd(MapTransform):
         self, slabs: Iterator[tuple[slice, torch.Tensor]], shape: tuple[int, ...]
     ) -> dict[str, torch.Tensor]:
         """All outputs (C, X, Y, Z) on the CPU, by suffix of their key; slabs may lie elsewhere."""
-        results: dict[str, torch.Tensor] = {}
+        results = {}
         for rows, slab in slabs:
             for suffix, function in self.outputs.items():
                 value = function(slab).cpu()
@@ -133,16 +133,24 @@ def _file_grid(image: MetaTensor) -> tuple[tuple[int, ...], np.ndarray]:
 
 
 def _resampled_slabs(
-    scores: torch.Tensor, affine: np.ndarray, file_affine: np.ndarray, shape: tuple[int, ...]
+    scores: torch.Tensor, to_scores: np.ndarray, shape: tuple[int, ...]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Channels (C, x, y, z) on the grid of the file, as (rows of its first axis, (C, rows, Y, Z))."""
-    to_scores = np.linalg.solve(affine, file_affine)
+    """Resample channels (C, x, y, z) onto the grid of the file.
+
+    Args:
+        scores: the channels.
+        to_scores: voxel index of the file to that of the scores (4, 4).
+        shape: (X, Y, Z) of the file.
+
+    Yields:
+        rows of the file's first axis, and the channels there (C, rows, Y, Z).
+    """
     axes = _matching_axes(to_scores, shape)
     thickness = max(1, _SLAB_VALUES // (len(scores) * shape[1] * shape[2]))
     for start in range(0, shape[0], thickness):
         rows = slice(start, min(start + thickness, shape[0]))
         if axes is None:
-            yield rows, _sheared_slab(scores, affine, file_affine, shape, rows)
+            yield rows, _sheared_slab(scores, to_scores, shape, rows)
         else:
             yield rows, _slab_along_axes(scores, to_scores, axes, shape, rows)
 
@@ -193,12 +201,9 @@ def _weights(positions: np.ndarray, size: int) -> torch.Tensor:
     return linear_interpolation_matrix(torch.from_numpy(positions)[None, :, None], size).float()
 
 
-def _sheared_slab(
-    scores: torch.Tensor, affine: np.ndarray, file_affine: np.ndarray, shape: tuple[int, ...], rows: slice
-) -> torch.Tensor:
-    target = file_affine.copy()
-    target[:, 3] += rows.start * target[:, 0]
+def _sheared_slab(scores: torch.Tensor, to_scores: np.ndarray, shape: tuple[int, ...], rows: slice) -> torch.Tensor:
+    first = torch.from_numpy(to_scores).clone()
+    first[:, 3] += rows.start * first[:, 0]
     resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float32)
-    source = MetaTensor(scores.float(), affine=torch.from_numpy(affine))
-    size = (rows.stop - rows.start, *shape[1:])
-    return convert_to_tensor(resample(source, dst_affine=torch.from_numpy(target), spatial_size=size))
+    source = MetaTensor(scores.float(), affine=torch.eye(4, dtype=torch.float64))
+    return convert_to_tensor(resample(source, dst_affine=first, spatial_size=(rows.stop - rows.start, *shape[1:])))

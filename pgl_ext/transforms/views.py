@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 
+from pgl_ext.settings import check_positive
 from pgl_ext.transforms.crops import (
     check_factors,
     check_probability,
@@ -110,7 +110,7 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
         # Concentric crops overlap as much as any two of these sizes can.
         return np.clip(first + (size_1 - size_2) // 2, lowest, highest)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         volume = data[self.keys[0]]
         if len(volume.shape) != 4:
             raise ValueError(f"expected a volume (C, X, Y, Z), got shape {tuple(volume.shape)}.")
@@ -171,11 +171,9 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
     ) -> None:
         super().__init__(keys, view_size, scale_range, min_overlap, flip_prob)
         check_factors("local_scale_range", local_scale_range)
-        if num_local < 1:
-            raise ValueError(f"num_local must be at least 1, got {num_local}.")
         self.local_size = checked_size("local_size", local_size)
         self.local_scale_range = tuple(local_scale_range)
-        self.num_local = num_local
+        self.num_local = check_positive(num_local, "num_local", "PCRLv2 takes 6 local views")
 
     def randomize(self, volume_size: Sequence[int]) -> None:
         """Draw the global crops, then the local ones (num_local, 3), in voxels of the volume, and the flips."""
@@ -190,7 +188,7 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
         self.local_start = self.R.randint(lowest, highest + 1)
         self.local_flip = self.R.random_sample((self.num_local, 3)) < self.flip_prob
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: dict) -> dict:
         sample = super().__call__(data)
         boxes = zip(self.local_start, self.local_crop_size, self.local_flip, strict=True)
         local_views = [cut_view(data[self.keys[0]], *box, self.local_size) for box in boxes]

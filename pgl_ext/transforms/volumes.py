@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import monai
@@ -140,6 +140,6 @@ class VolumeSpacingd(Spacingd):
     dictionary to write into, and fails where it is text, as in MONAI Label. Here the volumes alone are handed on.
     """
 
-    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+    def __call__(self, data: dict, lazy: bool | None = None) -> dict:
         volumes = {key: data[key] for key in self.key_iterator(dict(data))}
         return {**data, **super().__call__(volumes, lazy)}
