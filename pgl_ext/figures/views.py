@@ -72,7 +72,7 @@ def plot_views(
         >>> figure = plot_views(batch["views"], batch["affines"])  # doctest: +SKIP
         >>> writer.add_image("views", figure_to_array(figure), dataformats="HWC")  # doctest: +SKIP
     """
-    if views.ndim != 6 or views.shape[1] != 2 or tuple(affines.shape) != (views.shape[0], 2, 4, 4):
+    if views.ndim != 6 or views.shape[1] != 2 or affines.shape != (len(views), 2, 4, 4):
         raise ValueError(
             "expected views (B, 2, C, X, Y, Z) and affines (B, 2, 4, 4) with the same B, got "
             f"{tuple(views.shape)} and {tuple(affines.shape)}."
@@ -87,8 +87,7 @@ def plot_views(
         axes.set_title(title, fontsize=10)
     for row, pair, prior in zip(panels, images, priors, strict=True):
         _draw_pair(row, pair, prior, num_points)
-    if out_path is not None:
-        save_figure(figure, out_path)
+    save_figure(figure, out_path)
     return figure
 
 

@@ -118,21 +118,17 @@ class HSSL(Method, SegmentationNet):
         stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
         pooled = deepest.mean(dim=(2, 3, 4))
         projected = self.projector(pooled)
-        voxels = self.decoder(self.aspp(deepest), [stage2, stage1, stem])
+        voxels = self.decoder(self.aspp(deepest), [stage2, stage1, stem]).unflatten(0, (-1, 2))
+        aligner = PriorGuidedAligner(self.output_size or deepest.shape[2:], self.alignment)
         parts = {
             "image_loss": self.image_contrast(projected[0::2], projected[1::2]),
             "task_loss": _classification_loss(self.task_classifier(pooled), batch["task"]),
             "group_loss": _classification_loss(self.group_classifier(pooled), batch["group"]),
-            "voxel_loss": self._voxel_loss(voxels, batch, deepest.shape[2:]),
+            "voxel_loss": self.voxel_contrast(*aligner(voxels, batch["affines"], views.shape[3:]).unbind(1)),
         }
         loss = sum(self.weights[name] * part for name, part in parts.items())
         logged = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **logged, "feature_std": feature_std(projected)}
-
-    def _voxel_loss(self, voxels: torch.Tensor, batch: dict, deepest_size: Sequence[int]) -> torch.Tensor:
-        aligner = PriorGuidedAligner(self.output_size or deepest_size, self.alignment)
-        aligned = aligner(voxels.unflatten(0, (-1, 2)), batch["affines"], batch["views"].shape[3:])
-        return self.voxel_contrast(aligned[:, 0], aligned[:, 1])
 
 
 def _classification_loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -101,13 +101,13 @@ class PCRLv2(Method):
         maps, embedded = self._encode(views)
         with _running_statistics_kept(self):
             _, local = self._encode(local_views)
-        restored = [
-            F.interpolate(head(level[::2]).float().sigmoid(), size=tuple(views.shape[3:]), mode="trilinear")
-            for head, level in zip(self.restorations, maps, strict=True)
-        ]
         target, *_ = rescale_to_unit(batch.get("targets", views)[:, 0].float())
+        errors = []
+        for head, level in zip(self.restorations, maps, strict=True):
+            restored = F.interpolate(head(level[::2]).float().sigmoid(), size=views.shape[3:], mode="trilinear")
+            errors.append((restored - target).square().flatten(1).mean(dim=1))
+        errors = torch.stack(errors, dim=1)
         with torch.autocast(views.device.type, enabled=False):
-            errors = torch.stack([(level - target).square().flatten(1).mean(dim=1) for level in restored], dim=1)
             pair = torch.stack([_similarities(level, level)[0, 1] for level in embedded])
             with_local = torch.stack([_similarities(*levels) for levels in zip(embedded, local, strict=True)], dim=-1)
             # One call for the pair, one for each global view with each local one.

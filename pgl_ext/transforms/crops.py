@@ -82,8 +82,6 @@ def read_crop(volume: Any, start: Sequence[int], size: Sequence[int]) -> tuple[t
 
 def pad_crop(crop: torch.Tensor, margins: np.ndarray, value: float) -> torch.Tensor:
     """Pad (C, X, Y, Z) with a value by so many voxels before and after it on each axis, (3, 2)."""
-    if not margins.any():
-        return crop
     return torch.nn.functional.pad(crop, margins[::-1].flatten().tolist(), value=value)
 
 

@@ -31,7 +31,7 @@ _BORDER = 3  # voxels that are not painted in
 class _RandDeformation(RandomizableTransform):
     """Apply ``deform`` with probability ``prob``."""
 
-    def __init__(self, prob: float) -> None:
+    def __init__(self, prob: float = 0.9) -> None:
         # MONAI would clip it.
         check_probability("prob", prob)
         super().__init__(prob)
@@ -107,9 +107,6 @@ class RandBezierIntensity(_RandDeformation):
     Raises:
         ValueError: where ``prob`` is out of range, or a patch is not (C, X, Y, Z).
     """
-
-    def __init__(self, prob: float = 0.9) -> None:
-        super().__init__(prob)
 
     def randomize(self, size: Sequence[int]) -> None:
         self.control_points = self.R.random_sample((2, 2))

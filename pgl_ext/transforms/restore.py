@@ -80,23 +80,13 @@ class RestoreOrgansd(MapTransform):
                     f"the preprocessed scan needs {expected}: they must come from a network of this task, unchanged."
                 )
             to_scores = np.linalg.solve(np.asarray(image.affine.cpu(), dtype=np.float64), affine)
-            slabs = _resampled_slabs(scores, to_scores, shape)
-            for suffix, value in self._assembled(slabs, shape).items():
-                out[f"{key}{suffix}"] = MetaTensor(value, meta=dict(meta))
+            for rows, slab in _resampled_slabs(scores, to_scores, shape):
+                for suffix, function in self.outputs.items():
+                    value = function(slab).cpu()
+                    if rows.start == 0:
+                        out[f"{key}{suffix}"] = MetaTensor(value.new_empty(len(value), *shape), meta=dict(meta))
+                    out[f"{key}{suffix}"].as_tensor()[:, rows] = value
         return out
-
-    def _assembled(
-        self, slabs: Iterator[tuple[slice, torch.Tensor]], shape: tuple[int, ...]
-    ) -> dict[str, torch.Tensor]:
-        """All outputs (C, X, Y, Z) on the CPU, by suffix of their key; slabs may lie elsewhere."""
-        results = {}
-        for rows, slab in slabs:
-            for suffix, function in self.outputs.items():
-                value = function(slab).cpu()
-                if suffix not in results:
-                    results[suffix] = value.new_empty(len(value), *shape)
-                results[suffix][:, rows] = value
-        return results
 
 
 def predictive_entropy(probabilities: torch.Tensor, task: SegmentationTask) -> torch.Tensor:

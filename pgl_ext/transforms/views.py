@@ -122,8 +122,7 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
     def _affine(self, start: np.ndarray, size: np.ndarray, flip: np.ndarray) -> torch.Tensor:
         """View voxel index to volume voxel index (4, 4): voxel edges meet, hence the half voxels."""
         zoom = size / self.view_size
-        affine = np.eye(4, dtype=np.float32)
-        affine[range(3), range(3)] = np.where(flip, -zoom, zoom)
+        affine = np.diag([*np.where(flip, -zoom, zoom), 1]).astype(np.float32)
         affine[:3, 3] = start - 0.5 + zoom * np.where(flip, np.array(self.view_size) - 0.5, 0.5)
         return torch.from_numpy(affine)
 
