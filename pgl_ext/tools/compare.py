@@ -59,6 +59,9 @@ _Key = tuple[str, str]
 Scores = dict[str, dict[_Key, float]]
 """By metric, and by case and organ."""
 
+_Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
+"""By organ the values of the cases in two runs."""
+
 _ByOrgan = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """By metric, run and organ."""
 
@@ -113,8 +116,7 @@ def common_keys(evaluated: Mapping[str, Iterable[_Key]], common: bool = False) -
     Raises:
         ValueError: evaluations have other cases or organs.
     """
-    first, *others = evaluated.values()
-    shared = [key for key in first if all(key in other for other in others)]
+    shared = [key for key in next(iter(evaluated.values())) if all(key in keys for keys in evaluated.values())]
     every = sorted(set().union(*evaluated.values()))
     if len(shared) < len(every) and not common:
         lacking = {name: [key for key in every if key not in keys] for name, keys in evaluated.items()}
@@ -162,9 +164,7 @@ def by_organ(scores: Mapping[_Key, float], keys: Iterable[_Key]) -> dict[str, li
     return {organ: [scores.get((case, organ), math.nan) for case in cases] for organ in organs}
 
 
-def paired_scores(
-    first: Sequence[Scores], second: Sequence[Scores], keys: Iterable[_Key]
-) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+def paired_scores(first: Sequence[Scores], second: Sequence[Scores], keys: Iterable[_Key]) -> dict[str, _Pairs]:
     """The scores of two runs side by side.
 
     Args:
@@ -180,9 +180,7 @@ def paired_scores(
     return {metric: _pairs(first, second, metric, keys) for metric in first[0]}
 
 
-def _pairs(
-    first: Sequence[Scores], second: Sequence[Scores], metric: str, keys: Sequence[_Key]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _pairs(first: Sequence[Scores], second: Sequence[Scores], metric: str, keys: Sequence[_Key]) -> _Pairs:
     """Per organ, and on average over the organs, the cases' values in both runs."""
     runs = [[by_organ({key: scores[metric][key] for key in keys}, keys) for scores in run] for run in (first, second)]
     # (repetitions, organs, cases)
@@ -277,8 +275,8 @@ def compare_runs(
 
 
 def _folders(run: str | Sequence[str]) -> list[str]:
-    parts = run if isinstance(run, (list, tuple)) else str(run).split(",")
-    return [os.path.normpath(str(part).strip()) for part in parts if str(part).strip()]
+    folders = run if isinstance(run, (list, tuple)) else str(run).split(",")
+    return [os.path.normpath(str(folder).strip()) for folder in folders if str(folder).strip()]
 
 
 def _names(folders: Sequence[Sequence[str]], names: Sequence[str] | None) -> list[str]:
