@@ -39,6 +39,7 @@ def draw_case(
         path: picture to write.
         title: heading of the picture.
     """
+    # Not above: how pictures are drawn is no part of the code that results depend on.
     from pgl_ext.figures.overlays import plot_overlay, thinning
 
     data = Orientationd(["image", *maps], axcodes="RAS", labels=None)({**LoadVolumed("image")(item), **maps})

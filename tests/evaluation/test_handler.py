@@ -139,7 +139,7 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
 def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatch):
     """All, two thirds and one third of the voxels that are found to be muscle are so in the reference."""
     titles = {}
-    monkeypatch.setattr("pgl_ext.segmentation.cases.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
+    monkeypatch.setattr("pgl_ext.figures.overlays.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
     content = json.loads(data_list.read_text())
     for number, entry in enumerate(content["validation"]):
         path = data_list.parent / entry["label"]
