@@ -132,7 +132,6 @@ class EvaluationReport:
             metric: {organ: [row[metric] for row in rows] for organ, rows in organs.items()}
             for metric in ("dice", "hd95_mm")
         }
-        from pgl_ext.evaluation.figures import plot_scores
 
         plot_scores(scores, self.folder / "boxplots.png")
         self._draw_overlays()

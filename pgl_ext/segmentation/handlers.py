@@ -208,8 +208,6 @@ class OverlayPictures:
         state = self.evaluator.state
         if not state.output:
             return
-        from pgl_ext.figures.base import figure_to_array
-        from pgl_ext.figures.overlays import plot_overlay
 
         image, output = convert_to_numpy(state.batch[-1]["image"]), state.output[-1]
         masks = {"reference": convert_to_numpy(output["label"]), "prediction": convert_to_numpy(output["pred"])}
