@@ -49,7 +49,7 @@ class PriorGuidedAligner(nn.Module):
         super().__init__()
         if alignment not in _ALIGNMENTS:
             raise ValueError(f"alignment must be one of {_ALIGNMENTS}, got {alignment!r}.")
-        self.output_size = None if output_size is None else tuple(output_size)
+        self.output_size = output_size
         self.alignment = alignment
         self.sampling_ratio = check_positive(sampling_ratio, "sampling_ratio", "the paper's aligner takes 2")
 
@@ -87,7 +87,7 @@ class PriorGuidedAligner(nn.Module):
         scale, offset = axis_scale_and_offset(affines)
         lower, upper = overlap_extent(affines, view_size)
         strides = derive_stride(view_size, feature_size)
-        output_size = feature_size if self.output_size is None else self.output_size
+        output_size = self.output_size or feature_size
         weights = []
         for axis, (cells, size, stride) in enumerate(zip(output_size, feature_size, strides, strict=True)):
             source = cell_samples(lower[:, None, axis], upper[:, None, axis], cells, self.sampling_ratio)

@@ -153,6 +153,6 @@ def _draw_schedules(axes: Axes, metrics: MetricsFile) -> None:
 def _add_legend(axes: Axes) -> None:
     count = len(axes.get_legend_handles_labels()[1])
     # Many organs would cover the curves.
-    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if count > 4 else {}
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": "x-small"}
     if count:
-        axes.legend(framealpha=0.8, edgecolor="none", fontsize="x-small" if count > 8 else "small", **place)
+        axes.legend(framealpha=0.8, edgecolor="none", **(beside if count > 4 else {"fontsize": "small"}))

@@ -52,7 +52,7 @@ def plot_overlay(
         ValueError: there are no masks, or shapes, names or spacing do not fit.
     """
     image = np.asarray(image)
-    masks = {heading: np.asarray(mask).astype(bool, copy=False) for heading, mask in masks.items()}
+    masks = {heading: np.asarray(mask, dtype=bool) for heading, mask in masks.items()}
     _check(image, masks, names, spacing)
     extent = np.multiply(image.shape, spacing)
     heights = extent[[1, 2, 2]]

@@ -58,11 +58,10 @@ class OnlineTargetMethod(Method):
         check_two_views(self, views)
         flat = views.flatten(0, 1)
         projected = self.projector(self.encoder(flat)[-1])
-        prediction = self.predictor(self.match(projected, batch)).unflatten(0, views.shape[:2])
+        prediction = self.predictor(self.match(projected, batch))
         with torch.no_grad():
-            target = self.target_projector(self.target_encoder(flat)[-1])
-            target = self.match(target, batch).unflatten(0, views.shape[:2])
-        loss = self.loss(prediction[:, 0], target[:, 1]) + self.loss(prediction[:, 1], target[:, 0])
+            target = self.match(self.target_projector(self.target_encoder(flat)[-1]), batch)
+        loss = self.loss(prediction[0::2], target[1::2]) + self.loss(prediction[1::2], target[0::2])
         return {"loss": loss, "feature_std": feature_std(projected)}
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -82,6 +82,6 @@ def prepare_network(
         network.to(memory_format=torch.channels_last_3d)
     if parse_bool(compile, "compile"):
         for child in network.children():
-            if any(True for _ in child.parameters()):
+            if list(child.parameters()):
                 child.compile()
     return network

@@ -50,7 +50,7 @@ def is_dicom_file(path: str | os.PathLike) -> bool:
         return False
 
 
-def dicom_header(path: str, tags: Sequence[str]) -> Any:
+def dicom_header(path: str, tags: list[str]) -> Any:
     """The ``pydicom.Dataset`` of the elements of a DICOM file that have these keywords.
 
     Raises:
@@ -63,7 +63,7 @@ def dicom_header(path: str, tags: Sequence[str]) -> Any:
         raise ImportError(f"Reading the DICOM file {path} needs the package 'pydicom': pip install pydicom") from error
 
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
     except pydicom.errors.InvalidDicomError as error:
         raise OSError(str(error)) from error
 
@@ -90,8 +90,9 @@ def problem_of_series(files: Sequence[str]) -> str:
         return "its slices lie in several planes, as those of a localizer: leave it out"
     normal = np.cross(orientations[0, :3], orientations[0, 3:])
     along = np.diff(places @ normal)
-    steps, median = np.abs(along), float(np.median(np.abs(along)))
-    if steps.min() < _SAME_PLACE or not (np.all(along > 0) or np.all(along < 0)):
+    steps = np.abs(along)
+    median = np.median(steps)
+    if steps.min() < _SAME_PLACE or np.ptp(np.sign(along)):
         return "several slices lie at one place, as of several phases or acquisitions: make a series of each"
     if np.abs(steps - median).max() > max(_UNEVEN * median, _UNEVEN) + 1e-6:
         return (
@@ -99,7 +100,7 @@ def problem_of_series(files: Sequence[str]) -> str:
             "file with even steps"
         )
     total = places[-1] - places[0]
-    drift = float(np.linalg.norm(total - (total @ normal) * normal))
+    drift = np.linalg.norm(total - (total @ normal) * normal)
     if drift > _DRIFT:
         return (
             f"its slices shift by {drift:.4g} mm from the first to the last, as with a tilted gantry: convert it to "

@@ -44,24 +44,19 @@ class _RandBatchTransform(Randomizable):
         self.prob = prob
         self.value_range = tuple(value_range)
 
-    def randomize(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw which samples are changed, as indices (n,), and their parameters (n,)."""
-        applied = self.R.random_sample(batch_size) < self.prob
-        values = self.R.uniform(*self.value_range, size=batch_size)
-        return torch.from_numpy(applied.nonzero()[0]), torch.from_numpy(values[applied]).float()
-
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Augment (B, C, X, Y, Z); returns a new tensor of the same shape and dtype."""
         if images.ndim != 5:
             raise ValueError(f"expected a batch (B, C, X, Y, Z), got shape {tuple(images.shape)}.")
-        index, values = self.randomize(images.shape[0])
-        if len(index) == 0:
+        changed = np.flatnonzero(self.R.random_sample(len(images)) < self.prob)
+        values = self.R.uniform(*self.value_range, size=len(images))[changed]
+        if not len(changed):
             return images
-        index = index.to(images.device, non_blocking=True)
-        values = values.to(images.device, images.dtype, non_blocking=True)[:, None, None, None, None]
-        # Autocast would run the blur's convolutions in half precision.
+        index = torch.from_numpy(changed).to(images.device, non_blocking=True)
+        values = torch.from_numpy(values).float().to(images.device, images.dtype, non_blocking=True)
+        # Autocast would run the blur's products in half precision.
         with torch.autocast(images.device.type, enabled=False):
-            return images.index_copy(0, index, self.transform(images[index], values))
+            return images.index_copy(0, index, self.transform(images[index], values.view(-1, 1, 1, 1, 1)))
 
     def transform(self, images: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Change all of ``images`` (n, C, X, Y, Z) with their parameters ``values`` (n, 1, 1, 1, 1)."""

@@ -118,7 +118,7 @@ def _file_grid(image: MetaTensor) -> tuple[tuple[int, ...], np.ndarray]:
             f"the scan {meta.get('filename_or_obj', '')} lacks {missing} in its meta: load it with "
             "pgl_ext.transforms.LoadVolumed, and keep its meta, so that the grid of the file is known."
         )
-    shape = tuple(int(n) for n in meta["spatial_shape"])[:3]
+    shape = tuple(map(int, meta["spatial_shape"]))[:3]
     return shape, np.asarray(torch.as_tensor(meta["original_affine"]).cpu(), dtype=np.float64)
 
 

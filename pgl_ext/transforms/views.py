@@ -104,9 +104,9 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
             candidates = self.R.randint(near_low, near_high + 1, size=(_CANDIDATES, 3))
             shared = np.minimum(first + size_1, candidates + size_2) - np.maximum(first, candidates)
             overlap = np.maximum(shared, 0).prod(axis=1) / max(size_1.prod(), size_2.prod())
-            accepted = np.flatnonzero(overlap >= self.min_overlap)
+            accepted = candidates[overlap >= self.min_overlap]
             if len(accepted):
-                return candidates[accepted[0]]
+                return accepted[0]
         # Concentric crops overlap as much as any two of these sizes can.
         return np.clip(first + (size_1 - size_2) // 2, lowest, highest)
 

@@ -13,7 +13,7 @@ import monai
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform, NormalizeIntensityd, Orientationd, ScaleIntensityRanged, Spacingd
+from monai.transforms import Compose, NormalizeIntensityd, Orientationd, ScaleIntensityRanged, Spacingd
 from monai.utils import ensure_tuple
 
 from pgl_ext.code_digest import code_digests, digest
@@ -53,7 +53,7 @@ def loading(keys: KeysCollection = "image", task: SegmentationTask | None = None
         say.
     """
     image, *labels = ensure_tuple(keys)
-    steps: list[MapTransform] = [LoadVolumed([image, *labels]), CheckVolumed(image)]
+    steps = [LoadVolumed([image, *labels]), CheckVolumed(image)]
     return Compose([*steps, CheckLabeld(labels, task, image_key=image)] if labels else steps)
 
 
@@ -81,7 +81,7 @@ def preprocessing(
     image, *labels = ensure_tuple(keys)
     placed = [image] if labels_on_file_grid else [image, *labels]
     modes = ["bilinear", *["nearest"] * (len(placed) - 1)]
-    steps: list[Callable] = [loading(keys, task), Orientationd(placed, axcodes="RAS", labels=None)]
+    steps = [loading(keys, task), Orientationd(placed, axcodes="RAS", labels=None)]
     if spacing is not None:
         steps.append(VolumeSpacingd(placed, pixdim=spacing, mode=modes))
     if hu_window is not None:
