@@ -15,6 +15,7 @@ from pgl_ext.geometry import (
     overlap_extent,
     resample_axes,
 )
+from pgl_ext.settings import check_positive
 
 __all__ = ["PriorGuidedAligner"]
 
@@ -24,9 +25,9 @@ _ALIGNMENTS = ("exact", "paper")
 class PriorGuidedAligner(nn.Module):
     """Resample the feature maps of all views of a volume onto one common grid over the region that they share.
 
-    Un-flipping, intersecting, rescaling, RoIAlign and resizing (equations 4 to 7) are all linear and act per axis, so
-    they fold into one small matrix per axis, derived from the views' affines alone. Cell i of the result shows the same
-    part of the volume in every view, in the orientation of the volume.
+    Un-flipping, intersecting, rescaling, RoIAlign and resizing (equations 4 to 7) are linear and act per axis: together
+    they are one small matrix per axis. Cell i of the result shows the same part of the volume in every view, in the
+    orientation of the volume.
 
     Args:
         output_size: cells per axis of the common grid; default: the feature map's own size.
@@ -48,19 +49,17 @@ class PriorGuidedAligner(nn.Module):
         super().__init__()
         if alignment not in _ALIGNMENTS:
             raise ValueError(f"alignment must be one of {_ALIGNMENTS}, got {alignment!r}.")
-        if sampling_ratio < 1:
-            raise ValueError(f"sampling_ratio must be at least 1, got {sampling_ratio}.")
         self.output_size = None if output_size is None else tuple(output_size)
         self.alignment = alignment
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = check_positive(sampling_ratio, "sampling_ratio", "the paper's aligner takes 2")
 
     def forward(self, features: torch.Tensor, affines: torch.Tensor, view_size: Sequence[int]) -> torch.Tensor:
         """Align.
 
         Args:
             features: (B, V, C, x, y, z).
-            affines: view voxel index to source voxel index, (B, V, 4, 4); on any device (on the CPU, checking them
-                costs no wait for the accelerator).
+            affines: view voxel index to source voxel index, (B, V, 4, 4); best on the CPU, where checking them costs no
+                wait for the accelerator.
             view_size: (X, Y, Z) in voxels.
 
         Returns:

@@ -133,10 +133,10 @@ def resample_axes(features: torch.Tensor, weights: Sequence[torch.Tensor]) -> to
 
 def upsample_features(features: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
     """A map (B, C, x, y, z) at every voxel (B, C, X, Y, Z) of a volume: linear, feature j on voxel ``stride * j``."""
-    weights = []
-    for voxels, step, cells in zip(size, stride, features.shape[2:], strict=True):
-        places = torch.arange(voxels, dtype=torch.float64)[None, :, None] / step
-        weights.append(linear_interpolation_matrix(places, cells).to(features))
+    weights = [
+        linear_interpolation_matrix(torch.arange(voxels, dtype=torch.float64)[None, :, None] / step, cells).to(features)
+        for voxels, step, cells in zip(size, stride, features.shape[2:], strict=True)
+    ]
     return resample_axes(features, weights)
 
 
@@ -165,10 +165,10 @@ def roi_align_3d(
             "expected features (B, C, X, Y, Z) and boxes (B, 3, 2) with the same B, got "
             f"{tuple(features.shape)} and {tuple(boxes.shape)}."
         )
-    weights = []
-    for axis, cells in enumerate(output_size):
-        positions = cell_samples(boxes[:, axis, 0] - 0.5, boxes[:, axis, 1] - 0.5, cells, sampling_ratio)
-        weights.append(linear_interpolation_matrix(positions, features.shape[2 + axis]))
+    weights = [
+        linear_interpolation_matrix(cell_samples(*edges.unbind(-1), cells, sampling_ratio), size)
+        for edges, cells, size in zip((boxes - 0.5).unbind(1), output_size, features.shape[2:], strict=True)
+    ]
     return resample_axes(features, weights)
 
 

@@ -12,8 +12,7 @@ __all__ = ["LocalConsistencyLoss", "NTXentLoss", "VoxelContrastLoss"]
 class LocalConsistencyLoss(nn.Module):
     """Squared distance of channel-normalised features, averaged over samples and cells (PGL paper, equation 8).
 
-    ``mean over n, d, h, w of || norm(prediction) - stop_gradient(norm(target)) ||^2``, in [0, 4]: 0 where all features
-    point the same way, 4 where they are opposite. Computed in float32 whatever the inputs' dtype.
+    ``mean over n, d, h, w of || norm(prediction) - stop_gradient(norm(target)) ||^2``, in [0, 4], computed in float32.
 
     Example:
         >>> loss = LocalConsistencyLoss()
@@ -23,18 +22,7 @@ class LocalConsistencyLoss(nn.Module):
     """
 
     def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Compare.
-
-        Args:
-            prediction: online features after the predictor, (B, C, ...).
-            target: target features of the same shape; receives no gradient.
-
-        Returns:
-            scalar in [0, 4].
-
-        Raises:
-            ValueError: where the shapes differ.
-        """
+        """Scalar loss of features (B, C, ...) of the same shape; a ValueError where the shapes differ."""
         _check_same_shape("prediction and target", prediction, target)
         with torch.autocast(prediction.device.type, enabled=False):
             # eps keeps constant features (crops of nothing but air) free of NaN.
@@ -48,8 +36,7 @@ class NTXentLoss(nn.Module):
 
     ``mean over i of -log(exp(cos(z_i, z_p(i)) / t) / sum over j != i of exp(cos(z_i, z_j) / t))``, where i and j run
     over the 2 N samples of both views and p(i) is i in the other view (Chen et al. 2020, SimCLR, equation 1). In [0,
-    log(1 + (2 N - 2) exp(2 / t))]; 0 for a single pair, which has nothing to be told from. Computed in float32 whatever
-    the inputs' dtype.
+    log(1 + (2 N - 2) exp(2 / t))]; 0 for a single pair. Computed in float32.
 
     Args:
         temperature: t; the smaller, the more the most similar of the others count.
@@ -70,18 +57,7 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Contrast.
-
-        Args:
-            first: features of one view, (N, C).
-            second: features of the other view, in the same order and of the same shape.
-
-        Returns:
-            scalar.
-
-        Raises:
-            ValueError: where the shapes differ.
-        """
+        """Scalar loss of features (N, C) of both views, in the same order; a ValueError where the shapes differ."""
         _check_same_shape("the features of both views", first, second)
         with torch.autocast(first.device.type, enabled=False):
             features = F.normalize(torch.cat([first, second]).float(), dim=1, eps=1e-6)
@@ -100,18 +76,7 @@ class VoxelContrastLoss(NTXentLoss):
     """
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Contrast.
-
-        Args:
-            first: features of one view, (B, C, X, Y, Z).
-            second: features of the other view on the same grid, of the same shape.
-
-        Returns:
-            scalar.
-
-        Raises:
-            ValueError: where the shapes differ.
-        """
+        """Scalar loss of features (B, C, X, Y, Z) of both views on one grid; a ValueError where the shapes differ."""
         _check_same_shape("the features of both views", first, second)
         return super().forward(*(features.movedim(1, -1).flatten(0, -2) for features in (first, second)))
 

@@ -28,9 +28,8 @@ def correspondence_retrieval(
     Returns:
         top-1 accuracy per pair, (B,).
     """
-    aligner = PriorGuidedAligner() if aligner is None else aligner
-    cells = aligner(features.float(), affines, view_size).flatten(3)
-    cells = F.normalize(cells, dim=2, eps=1e-6)
+    aligner = aligner or PriorGuidedAligner()
+    cells = F.normalize(aligner(features.float(), affines, view_size).flatten(3), dim=2, eps=1e-6)
     similarity = torch.einsum("bci,bcj->bij", cells[:, 0], cells[:, 1])
     truth = torch.arange(similarity.shape[1], device=similarity.device)
     return (similarity.argmax(dim=2) == truth).float().mean(dim=1)

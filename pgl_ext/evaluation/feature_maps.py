@@ -18,7 +18,10 @@ from monai.utils import convert_to_numpy, convert_to_tensor, ensure_tuple_rep
 
 from pgl_ext.files import write_nifti
 
-__all__ = ["FeatureMapInferer", "SaveFeatureMapd"]
+__all__ = ["FEATURES_SUFFIX", "FeatureMapInferer", "SaveFeatureMapd"]
+
+FEATURES_SUFFIX = "_features.nii.gz"
+"""Ending of the files of feature maps."""
 
 # Standard deviation of a window's weights, as a part of the window.
 _SIGMA = 0.125
@@ -128,7 +131,7 @@ class SaveFeatureMapd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)
         affine = convert_to_numpy(out["image"].affine, dtype=np.float64) @ np.diag([*self.stride, 1.0])
-        path = self.output_dir / f"{out['name']}_features.nii.gz"
+        path = self.output_dir / f"{out['name']}{FEATURES_SUFFIX}"
         for key in self.key_iterator(out):
             features = convert_to_tensor(out[key], dtype=torch.float32, device="cpu")
             out[key] = MetaTensor(features, affine=torch.from_numpy(affine))

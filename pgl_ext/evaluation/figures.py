@@ -17,7 +17,7 @@ from pgl_ext.figures.base import GREY, name_ticks, organ_colors, save_figure, ti
 __all__ = ["draw_points", "organ_panels", "plot_scores", "save_panels"]
 
 
-def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: str | Path) -> Figure:
+def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: Path) -> Figure:
     """Box plots of the organs' scores with every case as a point.
 
     Boxes are quartiles with a line at the median, whiskers reach the farthest case within 1.5 times the box, diamonds
@@ -44,7 +44,7 @@ def organ_panels(count: int, size: tuple[float, float]) -> tuple[Figure, Sequenc
     return figure, figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
 
 
-def save_panels(figure: Figure, organs: Sequence[str], out_path: str | Path) -> None:
+def save_panels(figure: Figure, organs: Sequence[str], out_path: Path) -> None:
     """Name the organs below the last of the :func:`organ_panels` and write the picture, when all is drawn."""
     for axes in figure.axes:
         axes.set_xlim(-0.6, len(organs) - 0.4)

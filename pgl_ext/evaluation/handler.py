@@ -18,7 +18,6 @@ from monai.data.utils import affine_to_spacing
 from monai.utils import convert_to_numpy, convert_to_tensor
 
 from pgl_ext.data.prepare import check_items
-from pgl_ext.evaluation.figures import plot_scores
 from pgl_ext.evaluation.metrics import METRICS, organ_scores
 from pgl_ext.evaluation.summary import AVERAGE, case_means, grouped, number_text, summarise, summary_rows, summary_table
 from pgl_ext.files import write_csv, write_nifti, write_text
@@ -114,6 +113,8 @@ class EvaluationReport:
         return self.folder / "predictions" / f"{name}.nii.gz"
 
     def _finish(self, engine: Engine) -> None:
+        from pgl_ext.evaluation.figures import plot_scores
+
         summary = summarise(self.rows)
         means = {f"{metric} {name}": entry[metric]["mean"] for name, entry in summary.items() for metric in METRICS}
         engine.state.metrics |= {name: mean for name, mean in means.items() if mean is not None}
@@ -131,6 +132,7 @@ class EvaluationReport:
             metric: {organ: [row[metric] for row in rows] for organ, rows in organs.items()}
             for metric in ("dice", "hd95_mm")
         }
+
         plot_scores(scores, self.folder / "boxplots.png")
         self._draw_overlays()
         # Last, since it says that the report is complete.

@@ -13,6 +13,7 @@ from pgl_ext.evaluation.metrics import METRICS, STATUSES
 
 __all__ = [
     "AVERAGE",
+    "Summary",
     "case_means",
     "confidence_interval",
     "finite",
@@ -28,6 +29,9 @@ __all__ = [
 
 AVERAGE = "average"
 """Name of the row over all organs."""
+
+Summary = dict[str, dict[str, Any]]
+"""By organ, and of all, see :func:`summarise`."""
 
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -65,7 +69,7 @@ def grouped(rows: Iterable[Mapping], column: str) -> dict[str, list[Mapping]]:
     return groups
 
 
-def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
+def summarise(rows: Sequence[Mapping]) -> Summary:
     """Mean, spread and confidence interval over cases, of each organ and of their average.
 
     The average is that of the cases' means over their organs, since cases are what is resampled.
@@ -119,7 +123,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summary_rows(summary: Summary) -> list[dict[str, Any]]:
     """What :func:`summarise` returned as rows of a CSV file, one per organ."""
     rows = []
     for organ, entry in summary.items():
@@ -133,12 +137,12 @@ def summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     return rows
 
 
-def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+def summary_table(summary: Summary) -> str:
     """What :func:`summarise` returned as a table to read."""
     head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "cases", "missed", "spurious")
     rows = []
     for organ, entry in summary.items():
-        dice, *others = (number_text(entry[name]["mean"], f".{metric.digits}f") for name, metric in METRICS.items())
+        dice, *means = (number_text(entry[name]["mean"], f".{metric.digits}f") for name, metric in METRICS.items())
         counts = (entry["dice"]["n"], entry["missed"], entry["spurious"])
-        rows.append([organ, dice, interval_text(entry["dice"]["ci95"], ".3f"), *others, *map(str, counts)])
+        rows.append([organ, dice, interval_text(entry["dice"]["ci95"], ".3f"), *means, *map(str, counts)])
     return table(head, rows)

@@ -51,10 +51,11 @@ def figure_to_array(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save_figure(figure: Figure, out_path: str | Path) -> None:
-    """Write a figure; its folder is made if missing, the ending sets the format."""
-    Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_path)
+def save_figure(figure: Figure, out_path: str | Path | None) -> None:
+    """Write a figure, where a path is given; its folder is made if missing, the ending sets the format."""
+    if out_path is not None:
+        Path(out_path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out_path)
 
 
 def tidy(axes: Axes) -> None:

@@ -78,8 +78,7 @@ def plot_overlay(
         figure.legend(handles=patches, loc="outside right center", **style)
     if title:
         figure.suptitle(title, fontsize=12)
-    if out_path is not None:
-        save_figure(figure, out_path)
+    save_figure(figure, out_path)
     return figure
 
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from pgl_ext.aligner import PriorGuidedAligner
 from pgl_ext.figures.base import save_figure, show_slice, unit_range
 from pgl_ext.geometry import axis_scale_and_offset, overlap_extent
+from pgl_ext.settings import check_positive
 
 __all__ = ["plot_views", "source_to_view"]
 
@@ -71,38 +72,34 @@ def plot_views(
         >>> figure = plot_views(batch["views"], batch["affines"])  # doctest: +SKIP
         >>> writer.add_image("views", figure_to_array(figure), dataformats="HWC")  # doctest: +SKIP
     """
-    if views.ndim != 6 or views.shape[1] != 2 or tuple(affines.shape) != (views.shape[0], 2, 4, 4):
+    if views.ndim != 6 or views.shape[1] != 2 or affines.shape != (len(views), 2, 4, 4):
         raise ValueError(
             "expected views (B, 2, C, X, Y, Z) and affines (B, 2, 4, 4) with the same B, got "
             f"{tuple(views.shape)} and {tuple(affines.shape)}."
         )
-    if num_pairs < 1:
-        raise ValueError(f"num_pairs must be at least 1, got {num_pairs}.")
-    rows = min(num_pairs, len(views))
-    # A plain tensor: a MetaTensor would carry its metadata through every product below.
-    images = torch.as_tensor(np.asarray(views[:rows, :, 0].detach().float().cpu()))
-    priors = torch.as_tensor(np.asarray(affines[:rows].detach().double().cpu()))
-    figure = Figure(figsize=(13, 2.75 * rows + 0.3), dpi=110, layout="constrained")
-    panels = figure.subplots(rows, 5, squeeze=False)
+    check_positive(num_pairs, "num_pairs", "a pair is a row of the picture")
+    # Plain tensors: a MetaTensor would carry its metadata through every product below.
+    images = torch.from_numpy(views[:num_pairs, :, 0].detach().float().cpu().numpy())
+    priors = torch.from_numpy(affines[:num_pairs].detach().double().cpu().numpy())
+    figure = Figure(figsize=(13, 2.75 * len(images) + 0.3), dpi=110, layout="constrained")
+    panels = figure.subplots(len(images), 5, squeeze=False)
     for axes, title in zip(panels[0], _TITLES, strict=True):
         axes.set_title(title, fontsize=10)
     for row, pair, prior in zip(panels, images, priors, strict=True):
         _draw_pair(row, pair, prior, num_points)
-    if out_path is not None:
-        save_figure(figure, out_path)
+    save_figure(figure, out_path)
     return figure
 
 
 def _draw_pair(panels: Sequence[Axes], views: torch.Tensor, affines: torch.Tensor, num_points: int) -> None:
     """Fill a row of panels with views (2, X, Y, Z)."""
     bounds = torch.cat(overlap_extent(affines[None], views.shape[1:]))
-    whole, overlap = _middle_slices(views, affines, bounds)
+    whole, overlap = _middle_slices(views, affines)
     cells = _landmarks(overlap[0], num_points)
     # The overlap is one cell high; source voxels per cell.
     step = (bounds[1] - bounds[0]) / torch.tensor([*overlap[0].shape, 1])
     source = bounds[0] + step * (torch.from_numpy(np.pad(cells, ((0, 0), (0, 1)))) + 0.5)
-    points = source_to_view(affines, source)[..., :2].numpy()
-    corners = source_to_view(affines, bounds)[..., :2].numpy()
+    corners, points = (source_to_view(affines, places)[..., :2].numpy() for places in (bounds, source))
     aspect = float(step[1] / step[0])
     for view, scale in enumerate(axis_scale_and_offset(affines)[0].tolist()):
         show_slice(panels[view], whole[view])
@@ -115,24 +112,18 @@ def _draw_pair(panels: Sequence[Axes], views: torch.Tensor, affines: torch.Tenso
     show_slice(panels[4], _checkerboard(*overlap), aspect)
 
 
-def _middle_slices(
-    views: torch.Tensor, affines: torch.Tensor, bounds: torch.Tensor
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _middle_slices(views: torch.Tensor, affines: torch.Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Axial slices through the middle of the overlap, in [0, 1].
 
     Args:
         views: (2, X, Y, Z).
         affines: (2, 4, 4).
-        bounds: lower and upper edge of the overlap (2, 3), in source voxels.
 
     Returns:
-        a slice (X, Y) of each view, and one (I, J) of the overlap in each view on one common grid, as fine as the finer
-        view.
+        a slice (X, Y) of each view, and one of the overlap in each view on one common grid of (X, Y) cells.
     """
-    finest = axis_scale_and_offset(affines)[0].abs().amin(0)
-    cells = [max(2, math.ceil(float(n))) for n in ((bounds[1] - bounds[0]) / finest)[:2]]
-    aligner = PriorGuidedAligner([*cells, 1], sampling_ratio=1)
     size = views.shape[1:]
+    aligner = PriorGuidedAligner([*size[:2], 1], sampling_ratio=1)
     _, _, height = aligner.axis_matrices(affines[None], size, size)
     whole = torch.einsum("vxyz,vkz->vxy", views, height[0])
     overlap = aligner(views[None, :, None], affines[None], size)[0, :, 0, :, :, 0]

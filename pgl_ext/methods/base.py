@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,6 @@ __all__ = ["Method", "check_two_views", "feature_std"]
 class Method(nn.Module):
     """A self-supervised method: an ``nn.Module`` that turns a batch into a loss.
 
-    Momentum, schedules, logging and checkpoints are handlers around it; the trainer knows no method by name.
-
     Attributes:
         encoder: the encoder that is pre-trained, and exported when training ends.
         feature_channels: channels of the features whose ``feature_std`` is logged.
@@ -28,7 +25,7 @@ class Method(nn.Module):
     feature_channels: int
     logged: tuple[str, ...] = ()
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
 
         Args:
@@ -41,7 +38,7 @@ class Method(nn.Module):
 
     @property
     def healthy_std(self) -> float:
-        """Standard deviation of features that have not collapsed: 1 / sqrt(feature_channels)."""
+        """``feature_std`` of features that have not collapsed: 1 / sqrt(feature_channels)."""
         return 1 / math.sqrt(self.feature_channels)
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -58,15 +55,9 @@ def check_two_views(method: Method, views: torch.Tensor) -> None:
 
 
 def feature_std(features: torch.Tensor) -> torch.Tensor:
-    """Standard deviation of normalised features, averaged over channels: the measure of collapse.
+    """Standard deviation of normalised features (B, C, ...), averaged over channels; a scalar without gradient.
 
-    About 1 / sqrt(C) where features spread over the sphere, 0 where all are the same.
-
-    Args:
-        features: (B, C, ...).
-
-    Returns:
-        scalar without gradient.
+    About 1 / sqrt(C) where features spread over the sphere, 0 where all are the same: collapse.
     """
     normalised = F.normalize(features.detach().float(), dim=1, eps=1e-6).transpose(0, 1).flatten(1)
     return normalised.std(dim=1, unbiased=False).mean()

@@ -1,4 +1,4 @@
-"""BYOL: bootstrap your own latent (Grill et al. 2020), the global rival of PGL."""
+"""BYOL: bootstrap your own latent (Grill et al. 2020)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["BYOL"]
 
 
 class BYOL(OnlineTargetMethod):
-    """Global consistency of two views: their pooled features agree, wherever in the views things are.
+    """Global consistency of two views: their pooled features agree.
 
     The online path (encoder, global average pool, projector, predictor) predicts the target path's projection of the
-    other view; the loss 2 - 2 cos, both ways, lies in [0, 8]. Where this pools, PGL aligns; its paper compares the
-    two with the same encoder and views (section 5.2).
+    other view; the loss 2 - 2 cos, both ways, lies in [0, 8]. The PGL paper compares the two with the same encoder and
+    views (section 5.2).
 
     Args:
         encoder: returns a feature pyramid, finest first, and has ``channels``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,8 @@ class HSSL(Method, SegmentationNet):
     """Contrast of views and of voxels, and classification of where a scan comes from: an encoder and a decoder.
 
     HSSL-style: of "Hierarchical Self-Supervised Learning for Medical Image Segmentation Based on Multi-Domain Data
-    Aggregation" (Zheng et al. 2021) only the abstract is public. It aggregates the scans of several challenges and
-    pre-trains an encoder-decoder with a contrastive and a classification loss. All beyond that is a choice made here,
-    and no fidelity is claimed:
+    Aggregation" (Zheng et al. 2021) only the abstract is public, which names an encoder-decoder, scans of several
+    challenges, and a contrastive and a classification loss. All beyond that is a choice made here:
 
     ``loss = image_loss + task_weight * task_loss + group_weight * group_loss + voxel_loss``
 
@@ -97,15 +95,14 @@ class HSSL(Method, SegmentationNet):
                     name,
                 )
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the loss.
 
         Args:
             batch: ``views`` (B, 2, C, X, Y, Z), ``affines`` (B, 2, 4, 4), ``task`` and ``group`` (B,) int64.
 
         Returns:
-            ``loss``; its parts ``image_loss``, ``task_loss``, ``group_loss`` and ``voxel_loss``; and ``feature_std``
-            (of the projections; healthy is about 1 / sqrt(out_channels)).
+            ``loss``, its parts in ``logged``, and ``feature_std`` of the projections.
 
         Raises:
             ValueError: where there are not two views, or a single pair in training, whose views have no others to be
@@ -121,21 +118,17 @@ class HSSL(Method, SegmentationNet):
         stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
         pooled = deepest.mean(dim=(2, 3, 4))
         projected = self.projector(pooled)
-        voxels = self.decoder(self.aspp(deepest), [stage2, stage1, stem])
+        voxels = self.decoder(self.aspp(deepest), [stage2, stage1, stem]).unflatten(0, (-1, 2))
+        aligner = PriorGuidedAligner(self.output_size or deepest.shape[2:], self.alignment)
         parts = {
             "image_loss": self.image_contrast(projected[0::2], projected[1::2]),
             "task_loss": _classification_loss(self.task_classifier(pooled), batch["task"]),
             "group_loss": _classification_loss(self.group_classifier(pooled), batch["group"]),
-            "voxel_loss": self._voxel_loss(voxels, batch, deepest.shape[2:]),
+            "voxel_loss": self.voxel_contrast(*aligner(voxels, batch["affines"], views.shape[3:]).unbind(1)),
         }
         loss = sum(self.weights[name] * part for name, part in parts.items())
         logged = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **logged, "feature_std": feature_std(projected)}
-
-    def _voxel_loss(self, voxels: torch.Tensor, batch: dict[str, Any], deepest_size: Sequence[int]) -> torch.Tensor:
-        aligner = PriorGuidedAligner(self.output_size or deepest_size, self.alignment)
-        aligned = aligner(voxels.unflatten(0, (-1, 2)), batch["affines"], batch["views"].shape[3:])
-        return self.voxel_contrast(aligned[:, 0], aligned[:, 1])
 
 
 def _classification_loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

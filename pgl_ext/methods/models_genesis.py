@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ class ModelsGenesis(Method, SegmentationNet):
 
     L = mean over patches, channels and voxels of (sigmoid(f(deformed)) - original)^2, in [0, 1]: f is the segmentation
     network with one output per channel of the input, the original is the view rescaled to [0, 1] by its own smallest
-    and largest value. The views of a pair are two patches; that they overlap is of no use here.
+    and largest value. The views of a pair are two patches, whose overlap is not used.
 
     Args:
         encoder: returns a feature pyramid, finest first, and has ``channels`` and ``strides``.
@@ -36,15 +35,8 @@ class ModelsGenesis(Method, SegmentationNet):
         super().__init__(channels, channels, encoder, aspp_channels=aspp_channels, decoder_channels=decoder_channels)
         self.feature_channels = encoder.channels[-1]
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Compute the loss.
-
-        Args:
-            batch: ``views`` and ``deformed``, both (B, V, C, X, Y, Z).
-
-        Returns:
-            ``loss`` and ``feature_std`` (of the encoder's deepest features).
-        """
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """``loss`` and deepest ``feature_std`` of a batch of ``views`` and ``deformed``, both (B, V, C, X, Y, Z)."""
         if "deformed" not in batch:
             raise ValueError(
                 f"Models Genesis restores the entry 'deformed', but the batch has {sorted(batch)}: let "

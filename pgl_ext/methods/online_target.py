@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +18,8 @@ class OnlineTargetMethod(Method):
     """Online features of one view predict the target's features of the other.
 
     The online path is encoder, projector, :meth:`match`, predictor; the target path is the same without a predictor,
-    gets no gradient and follows the online one by an exponential moving average (``handlers.TargetEMA``). Its
-    batch-norm statistics come from its own forward passes.
+    gets no gradient and follows the online one by an exponential moving average (``handlers.TargetEMA``), but for its
+    batch-norm statistics.
 
     Args:
         encoder: returns a feature pyramid, finest first.
@@ -39,18 +38,18 @@ class OnlineTargetMethod(Method):
         self.loss = LocalConsistencyLoss()
         self.feature_channels = feature_channels
 
-    def match(self, projected: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    def match(self, projected: torch.Tensor, batch: dict) -> torch.Tensor:
         """Make the features of both views comparable, (2 B, feature_channels, ...); by default they are."""
         return projected
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the symmetric loss, each view predicting the other: the sum of two terms in [0, 4].
 
         Args:
             batch: ``views`` (B, 2, C, X, Y, Z) and whatever :meth:`match` needs.
 
         Returns:
-            ``loss`` and ``feature_std`` (of the online projections; healthy is about 1 / sqrt(feature_channels)).
+            ``loss`` and ``feature_std`` of the online projections.
 
         Raises:
             ValueError: where there are not two views.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ class PCRLv2(Method):
         for module in (self.aspp, self.decoder, self.restorations):
             initialise_convolutions(module)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Compute the loss, in [-2, 4].
 
         Args:
@@ -102,13 +101,13 @@ class PCRLv2(Method):
         maps, embedded = self._encode(views)
         with _running_statistics_kept(self):
             _, local = self._encode(local_views)
-        restored = [
-            F.interpolate(head(level[::2]).float().sigmoid(), size=tuple(views.shape[3:]), mode="trilinear")
-            for head, level in zip(self.restorations, maps, strict=True)
-        ]
         target, *_ = rescale_to_unit(batch.get("targets", views)[:, 0].float())
+        errors = []
+        for head, level in zip(self.restorations, maps, strict=True):
+            restored = F.interpolate(head(level[::2]).float().sigmoid(), size=views.shape[3:], mode="trilinear")
+            errors.append((restored - target).square().flatten(1).mean(dim=1))
+        errors = torch.stack(errors, dim=1)
         with torch.autocast(views.device.type, enabled=False):
-            errors = torch.stack([(level - target).square().flatten(1).mean(dim=1) for level in restored], dim=1)
             pair = torch.stack([_similarities(level, level)[0, 1] for level in embedded])
             with_local = torch.stack([_similarities(*levels) for levels in zip(embedded, local, strict=True)], dim=-1)
             # One call for the pair, one for each global view with each local one.
@@ -126,7 +125,7 @@ class PCRLv2(Method):
         return {"loss": loss, **logged, "beta": beta, "feature_std": feature_std(finest.flatten(0, 1))}
 
     def _encode(self, views: torch.Tensor) -> tuple[list[torch.Tensor], list[_Embedding]]:
-        """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z) at all decoder levels, coarse to fine."""
+        """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z), level by level, coarse to fine."""
         stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
         maps = self.decoder(self.aspp(deepest), [level.shape[2:] for level in (stage2, stage1, stem)])
         embedded = []

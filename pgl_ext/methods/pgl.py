@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +46,7 @@ class PGL(OnlineTargetMethod):
         super().__init__(encoder, projector, predictor, out_channels)
         self.aligner = PriorGuidedAligner(output_size, alignment, sampling_ratio)
 
-    def match(self, projected: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    def match(self, projected: torch.Tensor, batch: dict) -> torch.Tensor:
         """Align the views' features (2 B, C, x, y, z) through ``affines`` (B, 2, 4, 4)."""
         affines, view_size = batch["affines"], tuple(batch["views"].shape[3:])
         return self.aligner(projected.unflatten(0, affines.shape[:2]), affines, view_size).flatten(0, 1)

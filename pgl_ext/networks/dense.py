@@ -11,8 +11,7 @@ __all__ = ["DenseFeatures"]
 class DenseFeatures(nn.Module):
     """The deepest feature map of an encoder.
 
-    Feature j lies on input voxel ``stride * j``, per axis. The state dict's keys are ``encoder.*``, as in encoder
-    files, and the module can be scripted.
+    Feature j lies on input voxel ``stride * j``, per axis. The module can be scripted.
 
     Args:
         encoder: maps (B, C, X, Y, Z) to its feature maps, finest first; has ``stride``.
@@ -29,7 +28,7 @@ class DenseFeatures(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.stride: tuple[int, ...] = tuple(encoder.stride)
+        self.stride = tuple(encoder.stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map volumes (B, C, X, Y, Z) to features (B, F, ceil(X / s_x), ceil(Y / s_y), ceil(Z / s_z))."""

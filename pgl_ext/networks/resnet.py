@@ -17,8 +17,7 @@ class ResNetEncoder(ResNet):
     The default is the PGL paper's 3D ResNet-50 (blocks 3-4-6-3, 46,155,072 parameters). Its state dict loads with
     ``strict=True`` into ``monai.networks.nets.resnet50(spatial_dims=3, n_input_channels=1, feed_forward=False,
     shortcut_type="B", bias_downsample=False)``. Stem stride (2, 2, 1), max-pooling, stage strides 1, 2, 2 and a last
-    stage that is dilated by 2 instead of strided: the output stride is (16, 16, 8). Convolutions are initialised
-    Kaiming-uniform.
+    stage that is dilated by 2 instead of strided give the output stride (16, 16, 8).
 
     Args:
         layers: residual blocks of the four stages.
@@ -40,8 +39,6 @@ class ResNetEncoder(ResNet):
         >>> [tuple(f.shape[1:]) for f in encoder(torch.rand(1, 1, 32, 32, 16))]
         [(16, 16, 16, 16), (16, 8, 8, 8), (32, 4, 4, 4), (64, 2, 2, 2), (128, 2, 2, 2)]
     """
-
-    family = "resnet"
 
     def __init__(
         self,
@@ -69,10 +66,10 @@ class ResNetEncoder(ResNet):
             shortcut_type="B",
             bias_downsample=False,
         )
-        # MONAI's normal initialisation, by outputs, gives the first convolution a quarter of this norm. Batch norm
-        # hides it, but one learning rate then turns that layer far faster than all others.
+        # MONAI's normal initialisation, by outputs, gives the first convolution a quarter of this norm: one learning
+        # rate would then turn that layer far faster than all others.
         initialise_convolutions(self)
-        # The pyramid is wanted, not a pooled vector; neither has parameters, so the state dict stays MONAI's.
+        # Neither has parameters: the state dict stays MONAI's.
         del self.avgpool
         del self.fc
         if last_stage_stride == 1:
@@ -85,23 +82,16 @@ class ResNetEncoder(ResNet):
             "stem_stride": list(stem_stride),
             "last_stage_stride": last_stage_stride,
         }
-        self.architecture = {"family": self.family, "arguments": self.arguments}
+        self.architecture = {"family": "resnet", "arguments": self.arguments}
         width = [int(planes * widen_factor) for planes in get_inplanes()]
         expansion = self.layer1[0].expansion
         factors = (1, 2, 4, 8, 8 * last_stage_stride)
-        self.channels: tuple[int, ...] = (width[0], *(planes * expansion for planes in width))
-        self.strides: tuple[tuple[int, ...], ...] = tuple(tuple(s * f for s in stem_stride) for f in factors)
-        self.stride: tuple[int, ...] = self.strides[-1]
+        self.channels = (width[0], *(planes * expansion for planes in width))
+        self.strides = tuple(tuple(s * f for s in stem_stride) for f in factors)
+        self.stride = self.strides[-1]
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Encode.
-
-        Args:
-            x: (B, in_channels, X, Y, Z), any size.
-
-        Returns:
-            five feature maps, finest first: stem, stages 1 to 4.
-        """
+        """Feature maps of the stem and stages 1 to 4, finest first, of (B, in_channels, X, Y, Z) of any size."""
         stem = self.act(self.bn1(self.conv1(x)))
         stage1 = self.layer1(self.maxpool(stem))
         stage2 = self.layer2(stage1)
@@ -121,7 +111,7 @@ class ResNetEncoder(ResNet):
 
 
 def initialise_convolutions(module: torch.nn.Module) -> None:
-    """Kaiming-uniform convolutions, the random initialisation of the paper's comparison; biases 0."""
+    """Initialise convolutions Kaiming-uniformly, as in the paper's comparison, and their biases with 0."""
     for part in module.modules():
         if isinstance(part, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)):
             torch.nn.init.kaiming_uniform_(part.weight, nonlinearity="relu")

@@ -18,8 +18,8 @@ __all__ = ["ASPP", "Decoder", "PlainDecoder", "SegmentationNet"]
 class SegmentationNet(nn.Module):
     """Encoder, ASPP and a light decoder with three skips (PGL paper, section 3.4), for inputs of any size.
 
-    With the default encoder and 14 classes it has 48,536,270 parameters, 2,381,198 of them in ASPP and decoder. The
-    paper gives these sums; the layout that meets them is a reading. Convolutions are initialised Kaiming-uniform.
+    With the default encoder and 14 classes it has 48,536,270 parameters, 2,381,198 of them in ASPP and decoder, as in
+    the paper, which does not give the layout. Convolutions are initialised Kaiming-uniformly.
 
     Args:
         in_channels: channels of the input.
@@ -43,8 +43,6 @@ class SegmentationNet(nn.Module):
         >>> network(torch.rand(1, 1, 33, 50, 21)).shape
         torch.Size([1, 3, 33, 50, 21])
     """
-
-    family = "resnet"
 
     def __init__(
         self,
@@ -72,7 +70,7 @@ class SegmentationNet(nn.Module):
             "aspp_channels": aspp_channels,
             "decoder_channels": list(decoder_channels),
         }
-        self.architecture = {"family": self.family, "arguments": self.arguments}
+        self.architecture = {"family": "resnet", "arguments": self.arguments}
         self.stem_stride = [float(s) for s in encoder.strides[0]]
         initialise_convolutions(self.aspp)
         initialise_convolutions(self.decoder)
@@ -91,7 +89,7 @@ class SegmentationNet(nn.Module):
         """Logits (B, out_channels, *size) of the encoder's feature maps, finest first, for its input's size."""
         deepest = self.dropout(self.aspp(features[4]))
         logits = self.decoder(deepest, [features[2], features[1], features[0]])
-        # By the stride and not to the size: a size that the stride does not divide would stretch the map.
+        # To the size itself would stretch the map where the stride does not divide it.
         return _crop(F.interpolate(logits, scale_factor=self.stem_stride, mode="trilinear"), size)
 
 
@@ -171,14 +169,9 @@ class PlainDecoder(nn.Module):
         self.levels = nn.ModuleList(_DecoderLevel(*widths) for widths in itertools.pairwise([in_channels, *channels]))
 
     def forward(self, x: torch.Tensor, sizes: list[list[int]]) -> list[torch.Tensor]:
-        """Decode.
+        """The levels' maps (B, channels, *size), coarse to fine, of (B, in_channels, X, Y, Z).
 
-        Args:
-            x: (B, in_channels, X, Y, Z).
-            sizes: (X, Y, Z) of each level, coarse to fine; that of the encoder's level, up to twice the one before.
-
-        Returns:
-            the levels' maps (B, channels, *size), coarse to fine.
+        Sizes are those of the encoder's levels, each up to twice the one before.
         """
         maps = []
         for index, level in enumerate(self.levels):

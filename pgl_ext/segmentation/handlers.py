@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from monai.utils import convert_to_numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from pgl_ext.distributed import launched_rank_and_world_size
-from pgl_ext.figures.base import figure_to_array
-from pgl_ext.figures.overlays import plot_overlay
 from pgl_ext.handlers import MetricsLog
 from pgl_ext.segmentation.cases import segmented_items
 from pgl_ext.settings import check_positive
@@ -111,11 +109,12 @@ class BestModel:
     path: PathLike
     description: Mapping[str, Any]
     patience: int | None = None
-    rank: int = field(default_factory=lambda: launched_rank_and_world_size()[0])
+    rank: int | None = None
 
     best_score, best_epoch, last_epoch = -math.inf, 0, 0
 
     def __post_init__(self) -> None:
+        self.rank = launched_rank_and_world_size()[0] if self.rank is None else self.rank
         if self.patience is not None and self.patience < 1:
             raise ValueError(
                 f'patience must be at least 1 epoch, got {self.patience}: set --patience "\\$None" never to stop early.'
@@ -203,9 +202,13 @@ class OverlayPictures:
         self._validations += 1
 
     def _draw(self, engine: Engine) -> None:
+        from pgl_ext.figures.base import figure_to_array
+        from pgl_ext.figures.overlays import plot_overlay
+
         state = self.evaluator.state
         if not state.output:
             return
+
         image, output = convert_to_numpy(state.batch[-1]["image"]), state.output[-1]
         masks = {"reference": convert_to_numpy(output["label"]), "prediction": convert_to_numpy(output["pred"])}
         folder, spacing, step = Path(self.output_dir), self.spacing or (1.0, 1.0, 1.0), engine.state.iteration

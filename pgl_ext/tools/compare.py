@@ -157,9 +157,10 @@ def _listed(keys: Sequence[_Key]) -> str:
 
 
 def by_organ(scores: Mapping[_Key, float], keys: Iterable[_Key]) -> dict[str, list[float]]:
-    """Per organ the values of the cases, in the order of the keys, NaN where a case has none."""
-    cases, organs = (list(dict.fromkeys(column)) for column in zip(*keys, strict=True))
-    return {organ: [scores.get((case, organ), math.nan) for case in cases] for organ in organs}
+    """Per organ the values of the cases, in the order of the keys, NaN where it is not among a case's keys."""
+    wanted = {key: scores[key] for key in keys}
+    cases, organs = (list(dict.fromkeys(column)) for column in zip(*wanted, strict=True))
+    return {organ: [wanted.get((case, organ), math.nan) for case in cases] for organ in organs}
 
 
 def paired_scores(
@@ -176,23 +177,18 @@ def paired_scores(
         By metric and organ, and as ``"average"`` over the organs, the values of the cases in both runs. NaN where no
         repetition of either run has a value; where some do, one without has the perfect score, as the module says.
     """
-    keys = list(keys)
-    return {metric: _pairs(first, second, metric, keys) for metric in first[0]}
-
-
-def _pairs(
-    first: Sequence[Scores], second: Sequence[Scores], metric: str, keys: Sequence[_Key]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per organ, and on average over the organs, the cases' values in both runs."""
-    runs = [[by_organ({key: scores[metric][key] for key in keys}, keys) for scores in run] for run in (first, second)]
-    # (repetitions, organs, cases)
-    arrays = [np.array([list(scores.values()) for scores in run]) for run in runs]
-    scored = np.isfinite(np.concatenate(arrays)).any(0)
-    sides = []
-    for values in arrays:
-        organs = np.where(scored & np.isnan(values), METRICS[metric].perfect, values).mean(0)
-        sides.append([*organs, np.array([finite_mean(case) for case in organs.T])])
-    return dict(zip([*runs[0][0], AVERAGE], zip(*sides, strict=True), strict=True))
+    keys, pairs = list(keys), {}
+    for metric, scores in first[0].items():
+        names = [*by_organ(scores, keys), AVERAGE]
+        # (repetitions, organs, cases)
+        runs = [np.array([list(by_organ(part[metric], keys).values()) for part in run]) for run in (first, second)]
+        scored = np.isfinite(np.concatenate(runs)).any(0)
+        sides = []
+        for values in runs:
+            organs = np.where(scored & np.isnan(values), METRICS[metric].perfect, values).mean(0)
+            sides.append([*organs, np.array([finite_mean(case) for case in organs.T])])
+        pairs[metric] = dict(zip(names, zip(*sides, strict=True), strict=True))
+    return pairs
 
 
 def paired_statistics(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:

@@ -40,10 +40,8 @@ class BadVolumesError(ValueError):
     """
 
     def __init__(self, bad: Mapping[str, str], total: int, can_skip: bool = True) -> None:
-        super().__init__(bad, total, can_skip)  # the arguments that unpickling passes on
-        self.bad = dict(bad)
-        self.total = total
-        self.can_skip = can_skip
+        super().__init__(dict(bad), total, can_skip)
+        self.bad, self.total, self.can_skip = self.args
 
     def __str__(self) -> str:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in sorted(self.bad.items()))

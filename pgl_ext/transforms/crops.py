@@ -82,8 +82,6 @@ def read_crop(volume: Any, start: Sequence[int], size: Sequence[int]) -> tuple[t
 
 def pad_crop(crop: torch.Tensor, margins: np.ndarray, value: float) -> torch.Tensor:
     """Pad (C, X, Y, Z) with a value by so many voxels before and after it on each axis, (3, 2)."""
-    if not margins.any():
-        return crop
     return torch.nn.functional.pad(crop, margins[::-1].flatten().tolist(), value=value)
 
 
@@ -110,6 +108,6 @@ def _linear_matrix(size: int, new_size: int, flip: bool) -> torch.Tensor:
 def resize_crop_nearest(crop: torch.Tensor, new_size: Sequence[int], flip: Sequence[bool]) -> torch.Tensor:
     """Resize and flip a crop (C, X, Y, Z) of a label map by nearest values, half-pixel as ``mode="nearest-exact"``."""
     for axis, (size, new, flipped) in enumerate(zip(crop.shape[1:], new_size, flip, strict=True), start=1):
-        nearest = ((torch.arange(new, dtype=torch.float64) + 0.5) * size / new).floor().long()
+        nearest = ((torch.arange(new, dtype=torch.float64) + 0.5) * size / new).long()
         crop = crop.index_select(axis, nearest.flip(0) if flipped else nearest)
     return crop

@@ -16,6 +16,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import Compose, MapTransform, Randomizable, RandomizableTransform
 from monai.utils import convert_to_dst_type, convert_to_numpy
 
+from pgl_ext.settings import check_positive
 from pgl_ext.transforms.crops import check_probability
 
 __all__ = ["RandBezierIntensity", "RandDeformedCopyd", "RandLocalShuffle", "RandPaint", "rescale_to_unit"]
@@ -30,7 +31,7 @@ _BORDER = 3  # voxels that are not painted in
 class _RandDeformation(RandomizableTransform):
     """Apply ``deform`` with probability ``prob``."""
 
-    def __init__(self, prob: float) -> None:
+    def __init__(self, prob: float = 0.9) -> None:
         # MONAI would clip it.
         check_probability("prob", prob)
         super().__init__(prob)
@@ -66,9 +67,7 @@ class RandLocalShuffle(_RandDeformation):
 
     def __init__(self, prob: float = 0.5, blocks: int = 10_000) -> None:
         super().__init__(prob)
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, got {blocks}.")
-        self.blocks = blocks
+        self.blocks = check_positive(blocks, "blocks", "without shuffling, give prob 0")
 
     def randomize(self, size: Sequence[int]) -> None:
         size = np.asarray(size)
@@ -108,9 +107,6 @@ class RandBezierIntensity(_RandDeformation):
     Raises:
         ValueError: where ``prob`` is out of range, or a patch is not (C, X, Y, Z).
     """
-
-    def __init__(self, prob: float = 0.9) -> None:
-        super().__init__(prob)
 
     def randomize(self, size: Sequence[int]) -> None:
         self.control_points = self.R.random_sample((2, 2))
@@ -178,7 +174,7 @@ class RandSteps(Randomizable):
         transforms: the steps in their order.
     """
 
-    def __init__(self, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+    def __init__(self, transforms: Sequence[Callable]) -> None:
         self.transforms = Compose(list(transforms), map_items=False)
 
     def set_random_state(self, seed: int | None = None, state: Any = None) -> Randomizable:
@@ -202,7 +198,7 @@ class RandDeformedCopyd(RandSteps, MapTransform):
         ValueError: where there is more than one key.
     """
 
-    def __init__(self, keys: KeysCollection, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+    def __init__(self, keys: KeysCollection, transforms: Sequence[Callable]) -> None:
         MapTransform.__init__(self, keys)
         RandSteps.__init__(self, transforms)
         if len(self.keys) != 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -201,11 +200,11 @@ class BatchIntensityd(RandSteps):
         transforms: batched augmentations in their order, each (B, C, X, Y, Z) to the same shape.
     """
 
-    def __init__(self, keys: str, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+    def __init__(self, keys: str, transforms: Sequence[Callable]) -> None:
         super().__init__(transforms)
         self.key = keys
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: dict) -> dict:
         views = batch[self.key]
         flat = views.reshape(-1, *views.shape[-4:])
         for transform in self.transforms.transforms:

@@ -107,7 +107,7 @@ def _read_with_itk(path: str, series_uid: str | None, name: str) -> tuple[np.nda
         import itk
     except ImportError as error:
         raise ImportError(f"Reading {path} needs the package 'itk': pip install itk") from error
-    files: list[str] | str = path
+    files = path
     if os.path.isdir(path):
         files = series_files(path, series_uid)
         problem = problem_of_series(files)

@@ -95,7 +95,8 @@ class NameToIndexd(MapTransform):
     def __call__(self, data: dict) -> dict:
         d = dict(data)
         for key in self.keys:
-            if str(d[key]) not in self.indices:
+            name = str(d[key])
+            if name not in self.indices:
                 raise ValueError(f"{key} {d[key]!r} is not among the names {list(self.indices)}: add it to them.")
-            d[key] = self.indices[str(d[key])]
+            d[key] = self.indices[name]
         return d

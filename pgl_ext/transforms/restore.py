@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -60,7 +60,7 @@ class RestoreOrgansd(MapTransform):
         super().__init__(keys)
         self.task = task
         self.image_key = image_key
-        self.outputs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"": task.masks_of_probabilities}
+        self.outputs = {"": task.masks_of_probabilities}  # functions of slabs by suffix of the key
         if parse_bool(probabilities, "probabilities"):
             self.outputs["_probabilities"] = torch.Tensor.cpu
         if parse_bool(uncertainty, "uncertainty"):
@@ -80,23 +80,13 @@ class RestoreOrgansd(MapTransform):
                     f"the preprocessed scan needs {expected}: they must come from a network of this task, unchanged."
                 )
             to_scores = np.linalg.solve(np.asarray(image.affine.cpu(), dtype=np.float64), affine)
-            slabs = _resampled_slabs(scores, to_scores, shape)
-            for suffix, value in self._assembled(slabs, shape).items():
-                out[f"{key}{suffix}"] = MetaTensor(value, meta=dict(meta))
+            for rows, slab in _resampled_slabs(scores, to_scores, shape):
+                for suffix, function in self.outputs.items():
+                    value = function(slab).cpu()
+                    if rows.start == 0:
+                        out[f"{key}{suffix}"] = MetaTensor(value.new_empty(len(value), *shape), meta=dict(meta))
+                    out[f"{key}{suffix}"].as_tensor()[:, rows] = value
         return out
-
-    def _assembled(
-        self, slabs: Iterator[tuple[slice, torch.Tensor]], shape: tuple[int, ...]
-    ) -> dict[str, torch.Tensor]:
-        """All outputs (C, X, Y, Z) on the CPU, by suffix of their key; slabs may lie elsewhere."""
-        results: dict[str, torch.Tensor] = {}
-        for rows, slab in slabs:
-            for suffix, function in self.outputs.items():
-                value = function(slab).cpu()
-                if suffix not in results:
-                    results[suffix] = value.new_empty(len(value), *shape)
-                results[suffix][:, rows] = value
-        return results
 
 
 def predictive_entropy(probabilities: torch.Tensor, task: SegmentationTask) -> torch.Tensor:

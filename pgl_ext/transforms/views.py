@@ -9,6 +9,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 
+from pgl_ext.settings import check_positive
 from pgl_ext.transforms.crops import (
     check_factors,
     check_probability,
@@ -121,8 +122,7 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
     def _affine(self, start: np.ndarray, size: np.ndarray, flip: np.ndarray) -> torch.Tensor:
         """View voxel index to volume voxel index (4, 4): voxel edges meet, hence the half voxels."""
         zoom = size / self.view_size
-        affine = np.eye(4, dtype=np.float32)
-        affine[range(3), range(3)] = np.where(flip, -zoom, zoom)
+        affine = np.diag([*np.where(flip, -zoom, zoom), 1]).astype(np.float32)
         affine[:3, 3] = start - 0.5 + zoom * np.where(flip, np.array(self.view_size) - 0.5, 0.5)
         return torch.from_numpy(affine)
 
@@ -170,11 +170,9 @@ class RandGlobalLocalViewsd(RandOverlappingViewsd):
     ) -> None:
         super().__init__(keys, view_size, scale_range, min_overlap, flip_prob)
         check_factors("local_scale_range", local_scale_range)
-        if num_local < 1:
-            raise ValueError(f"num_local must be at least 1, got {num_local}.")
         self.local_size = checked_size("local_size", local_size)
         self.local_scale_range = tuple(local_scale_range)
-        self.num_local = num_local
+        self.num_local = check_positive(num_local, "num_local", "PCRLv2 takes 6 local views")
 
     def randomize(self, volume_size: Sequence[int]) -> None:
         """Draw the global crops, then the local ones (num_local, 3), in voxels of the volume, and the flips."""

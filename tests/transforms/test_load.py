@@ -298,7 +298,7 @@ def test_works_without_the_optional_packages(tmp_path):
     script = """
 import sys
 sys.modules.update(dict.fromkeys(["itk", "nrrd", "pydicom", "SimpleITK"]))
-from pgl_ext.data.datalist import find_volumes
+from pgl_ext.data.find import find_volumes
 from pgl_ext.transforms.load import LoadVolumed
 print(tuple(LoadVolumed("image")({"image": "a.nii"})["image"].shape))
 for attempt in (lambda: LoadVolumed("image")({"image": "a.mha"}), lambda: find_volumes(".")):

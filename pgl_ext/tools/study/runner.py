@@ -219,6 +219,6 @@ def _last_error(log: Path) -> str:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_END))
         text = file.read().decode(errors="replace").rpartition("\n$ ")[2]
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")[1:]]
-    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line] or ["no output"]
-    return said[-1]
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1]
