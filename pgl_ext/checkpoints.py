@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class CheckpointFolder:
         )
 
 
+@dataclass(eq=False, repr=False)
 class CheckpointHandler:
     """Saves, resumes, and stops on SIGTERM; the first process alone writes.
 
@@ -101,35 +103,28 @@ class CheckpointHandler:
         ValueError: ``interval`` or ``keep_last`` is less than 1, or ``input`` is not as a record has it.
     """
 
-    def __init__(
-        self,
-        folder: PathLike,
-        network: torch.nn.Module,
-        objects: Mapping,
-        sampler: Any,
-        encoder_path: PathLike | None = None,
-        description: Mapping | None = None,
-        interval: int = 5,
-        keep_last: int = 3,
-        resume: bool = False,
-        decoder_path: PathLike | None = None,
-        overwrite: bool = False,
-    ) -> None:
+    folder: InitVar[PathLike]
+    network: torch.nn.Module
+    objects: Mapping
+    sampler: Any
+    encoder_path: PathLike | None = None
+    description: Mapping = field(default_factory=dict)
+    interval: int = 5
+    keep_last: InitVar[int] = 3
+    resume: bool = False
+    decoder_path: PathLike | None = None
+    overwrite: bool = False
+
+    _saved_step = -1
+
+    def __post_init__(self, folder: PathLike, keep_last: int) -> None:
         self.folder = CheckpointFolder(folder, keep_last)
-        self.network = network
-        self.objects = dict(objects)
-        self.sampler = sampler
-        self.encoder_path = encoder_path
-        self.decoder_path = decoder_path
-        self.description = dict(description or {})
         # Now, and not as the first checkpoint is written.
         InputRecord.from_json(self.description.get("input", {}), "the config's description")
-        remedy = "to save only at the end, set it above max_epochs"
-        self.interval = check_positive(interval, "checkpoint_interval", remedy)
-        self.resume = parse_bool(resume, "resume")
-        self.overwrite = parse_bool(overwrite, "overwrite")
+        check_positive(self.interval, "checkpoint_interval", "to save only at the end, set it above max_epochs")
+        self.resume = parse_bool(self.resume, "resume")
+        self.overwrite = parse_bool(self.overwrite, "overwrite")
         self.rank = launched_rank_and_world_size()[0]
-        self._saved_step = -1
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)

@@ -135,11 +135,11 @@ class VolumeCache:
         """Make the cache files of items that have none yet, and find the volumes that cannot be used.
 
         Args:
-            items: items to prepare. Those already there are only opened, not read.
+            items: those already there are only opened, not read.
             show_progress: draw a progress bar if there is anything to do and standard error is a terminal.
 
         Returns:
-            Why a volume cannot be used, by :func:`pgl_ext.data.datalist.item_name`; empty if all are good.
+            Why a volume cannot be used, by name, see :func:`pgl_ext.data.datalist.item_name`.
 
         Raises:
             ImportError: a package needed to read a file is not installed.

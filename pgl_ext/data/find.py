@@ -41,8 +41,8 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
         dataset_dir: folder to search; links to folders are followed.
 
     Returns:
-        Items ordered by path: ``{"image": absolute path}`` for a file, ``{"image": absolute folder, "series_uid":
-        SeriesInstanceUID}`` for each DICOM series in a folder.
+        Items ordered by path: the absolute path ``"image"`` of a file, or of a folder with the ``"series_uid"`` of each
+        DICOM series in it.
 
     Raises:
         ValueError: the folder is missing, is a file, or holds no volume.
@@ -126,12 +126,10 @@ def find_cases(dataset_dir: PathLike) -> list[dict]:
         dataset_dir: folder that holds both folders. A data list in it is not read.
 
     Returns:
-        Cases ordered by image: ``{"image": absolute path, "label": absolute path}``, plus ``"series_uid"`` for a
-        DICOM series.
+        Cases ordered by image: absolute ``"image"`` and ``"label"`` paths, and ``"series_uid"`` of a DICOM series.
 
     Raises:
-        ValueError: the folders are missing or empty, or images and label maps do not pair off; all those left over are
-            named at once.
+        ValueError: the folders are missing or empty, or images and label maps do not pair off.
     """
     root = os.path.abspath(dataset_dir)
     pairs = [[os.path.join(root, name) for name in names] for names in _CASE_FOLDERS]

@@ -51,7 +51,7 @@ def prepare_volumes(
         ``training`` and ``validation``: lists of items.
 
     Raises:
-        BadVolumesError: listing all bad files at once.
+        BadVolumesError: see :func:`prepare_items`.
         ValueError: folder or list are missing or empty, or scans lack a source field.
     """
     if data_list_file_path:
@@ -104,7 +104,7 @@ def prepare_cases(
         ``training`` and ``validation``: lists of cases.
 
     Raises:
-        BadVolumesError: listing all bad cases in use at once.
+        BadVolumesError: see :func:`prepare_items`.
         ValueError: folder or list are missing or empty, a case occurs twice, an organ is annotated in no case, the
             split is impossible, no good case is left to train or validate on, or ``split_path`` holds another split.
     """
@@ -251,8 +251,7 @@ def resolve_bad(
         The good items, in the order given.
 
     Raises:
-        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left. The message
-            lists all bad volumes.
+        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left.
     """
     good = [dict(item) for item in items if item_name(item) not in bad]
     if not bad:

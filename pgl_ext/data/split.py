@@ -36,10 +36,12 @@ def split_volumes(items: Iterable[Mapping], validation_fraction: float, seed: in
         ValueError: the fraction is outside [0, 1).
     """
     items = list(items)
+    if not items:
+        return [], []
+    if len(items) == 1:
+        split = split_cases(items, validation_fraction=validation_fraction)
+        return split["training"], split["validation"]
     count = _validation_count(len(items), validation_fraction)
-    if len(items) <= 1:
-        training = [dict(item) for item in items]
-        return training, _as_both(training) if count else []
     split = split_cases(items, test_cases=count, validation_fraction=0, seed=seed)
     return split["training"], split["test"]
 
@@ -61,8 +63,8 @@ def split_cases(
     Args:
         cases: all cases.
         test_cases: how many to hold out for testing.
-        validation_fraction: share of the labelled cases to validate on, in [0, 1). Above 0 it is at least one case and
-            leaves at least one for training; a single case serves as both.
+        validation_fraction: share of the labelled cases to validate on, in [0, 1); above 0 at least one, with at least
+            one left for training; a single case serves as both.
         label_fraction: share of the cases not held out that are taken as labelled, in (0, 1]; at least 2 cases where
             there are as many.
         labelled_cases: their exact number, instead of ``label_fraction``.
@@ -83,16 +85,10 @@ def split_cases(
     training = [case for n, case in enumerate(labelled) if held_out[n] == held_out[n + 1]]
     validation = [case for n, case in enumerate(labelled) if held_out[n] < held_out[n + 1]]
     if count == 1 and validation:
-        training = _as_both(validation)
+        logger.warning("Only one volume, %s: it serves for training and for validation.", item_name(validation[0]))
+        training = validation
     parts = zip(PARTS, (training, validation, test, unused), strict=True)
     return {name: sorted(listed, key=item_name) for name, listed in parts}
-
-
-def _as_both(items: Sequence[Mapping]) -> list[dict]:
-    """A copy of a single item, for training or validation beside the other."""
-    for item in items:
-        logger.warning("Only one volume, %s: it serves for training and for validation.", item_name(item))
-    return [dict(item) for item in items]
 
 
 def _labelled_count(total: int, test_cases: int, label_fraction: float, labelled_cases: int | None) -> int:

@@ -118,7 +118,7 @@ def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
 
     Args:
         network: a network with ``.aspp`` and ``.decoder``.
-        path: the file.
+        path: a decoder file (keys ``aspp.*``, ``decoder.*``).
 
     Returns:
         the report; what is missing or mismatched keeps its values.
@@ -147,13 +147,9 @@ def load_model(
     """Load a file of weights into the network it belongs to, all of its tensors.
 
     Args:
-        network: the network.
-        path: model file, or encoder file where only the encoder is loaded.
-        device: where the network goes.
-        encoder_only: see :func:`load_encoder`.
-
-    Returns:
-        the same network, in evaluation mode.
+        network: moved to the device, and returned in evaluation mode.
+        path: model file, or encoder file where only the encoder is loaded, see :func:`load_encoder`.
+        device, encoder_only: what the network is moved to, and what is loaded.
 
     Raises:
         FileNotFoundError: the file is missing.
