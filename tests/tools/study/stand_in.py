@@ -46,7 +46,12 @@ def train(folder: Path, seed: int, resume: bool) -> None:
     encoder = {"architecture": {"family": "resnet", "arguments": {}}, "input": {}, "steps": step, "pairs": 16 * step}
     write(folder / "models" / "pgl_encoder.json", json.dumps(encoder))
     seen = {"patch_size": [16, 16, 16]}
-    model = {"task": {"organs": {"liver": [1]}}, "network": encoder["architecture"], "input": seen, "val_mean_dice": value}
+    model = {
+        "task": {"organs": {"liver": [1]}},
+        "network": encoder["architecture"],
+        "input": seen,
+        "val_mean_dice": value,
+    }
     write(folder / "models" / "model.json", json.dumps(model))
 
 
