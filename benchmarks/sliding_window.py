@@ -31,10 +31,10 @@ from timing import interleaved_times
 from pgl_ext.segmentation.inferers import FlipInferer, VolumeInferer
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.phantom import generate_case
-from pgl_ext.weights import build_network, recorded_model
+from pgl_ext.weights import ModelRecord, network_of
 
 CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "pgl_segmentation" / "configs" / "inference.json"
-NO_FILE = "absent.pt"  # of which the bundle's defaults are recorded
+RECORD = ModelRecord.load_or_default("absent.pt", CONFIG.with_name("metadata.json"))  # the bundle's defaults
 
 
 def patches_of(inferer: FlipInferer, volume: torch.Tensor) -> list[torch.Tensor]:
@@ -51,8 +51,8 @@ def patches_of(inferer: FlipInferer, volume: torch.Tensor) -> list[torch.Tensor]
 
 def against_the_network(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
-    task = SegmentationTask(**recorded_model(NO_FILE)["task"])
-    network = build_network(NO_FILE).to(device).eval()
+    task = SegmentationTask(**RECORD.task)
+    network = network_of(RECORD).to(device).eval()
     inferer = FlipInferer(VolumeInferer(args.patch, args.sw_batch_size, args.overlap), task)
     size = [2 * args.patch[0], 2 * args.patch[1], args.patch[2]]
     volume = torch.randn(1, 1, *size, device=device)
@@ -89,7 +89,7 @@ def end_to_end(args: argparse.Namespace) -> None:
         nib.save(nib.Nifti1Image(image, affine), scan)
         del image
         stored = " x ".join(f"{length:.2f}" for length in affine_to_spacing(affine))
-        torch.save(build_network(NO_FILE).state_dict(), model)
+        torch.save(network_of(RECORD).state_dict(), model)
         settings = {
             "dataset_dir": scan,
             "model_path": model,
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--volume", type=int, nargs=3, help="voxels of the scan to run end to end")
     parser.add_argument("--spacing", type=float, nargs=3, help="mm that it is resampled to; default: as stored")
-    parser.add_argument("--patch", type=int, nargs=3, default=recorded_model(NO_FILE)["patch_size"])
+    parser.add_argument("--patch", type=int, nargs=3, default=RECORD.input.patch_size)
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--sw_batch_size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)

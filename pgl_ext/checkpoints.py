@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
 import signal
 import threading
 from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ __all__ = ["CheckpointFolder", "CheckpointHandler"]
 
 logger = logging.getLogger(__name__)
 
-_NAME = "checkpoint_{:08d}.pt"
-_PATTERN = re.compile(r"checkpoint_(\d+)\.pt")
 # Entries that say what a run started from, which no longer matters when it is resumed.
 _START = ("pretrained_encoder", "pretrained_decoder")
 
@@ -50,18 +48,18 @@ class CheckpointFolder:
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        matches = [(_PATTERN.fullmatch(path.name), path) for path in self.folder.glob("checkpoint_*.pt")]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+        steps = {path: path.stem.removeprefix("checkpoint_") for path in self.folder.glob("checkpoint_*.pt")}
+        return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
-    def write(self, content: Mapping[str, Any], step: int) -> Path:
+    def write(self, content: Mapping, step: int) -> Path:
         """Write the checkpoint of a step, complete or not at all, and remove the oldest ones."""
-        path = self.folder / _NAME.format(step)
+        path = self.folder / f"checkpoint_{step:08d}.pt"
         write_atomically(lambda file: torch.save(dict(content), file), path)
         for old in self.paths()[: -self.keep_last]:
             old.unlink()
         return path
 
-    def newest_intact(self) -> tuple[Path, dict[str, Any]]:
+    def newest_intact(self) -> tuple[Path, dict]:
         """The newest checkpoint that can be read, and its content; damaged ones are passed over with a warning.
 
         Raises:
@@ -77,8 +75,9 @@ class CheckpointFolder:
         )
 
 
+@dataclass(eq=False, repr=False)
 class CheckpointHandler:
-    """Saves, resumes, and stops on SIGTERM; rank 0 alone writes.
+    """Saves, resumes, and stops on SIGTERM; the first process alone writes.
 
     A checkpoint holds the network (online and target), optimiser, schedule, loss scaler, the state of every object
     given, step and epoch, the sampler's position and the random states of every process. Files hold tensors and plain
@@ -95,7 +94,6 @@ class CheckpointHandler:
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
         resume: go on from the newest intact checkpoint.
-        rank: this process; default: as torchrun started it.
         decoder_path: decoder file of a network with ``aspp`` and ``decoder``, like ``encoder_path``.
         overwrite: remove another run's checkpoints.
 
@@ -105,36 +103,28 @@ class CheckpointHandler:
         ValueError: ``interval`` or ``keep_last`` is less than 1, or ``input`` is not as a record has it.
     """
 
-    def __init__(
-        self,
-        folder: PathLike,
-        network: torch.nn.Module,
-        objects: Mapping[str, Any],
-        sampler: Any,
-        encoder_path: PathLike | None = None,
-        description: Mapping[str, Any] | None = None,
-        interval: int = 5,
-        keep_last: int = 3,
-        resume: bool = False,
-        rank: int | None = None,
-        decoder_path: PathLike | None = None,
-        overwrite: bool = False,
-    ) -> None:
+    folder: InitVar[PathLike]
+    network: torch.nn.Module
+    objects: Mapping
+    sampler: Any
+    encoder_path: PathLike | None = None
+    description: Mapping = field(default_factory=dict)
+    interval: int = 5
+    keep_last: InitVar[int] = 3
+    resume: bool = False
+    decoder_path: PathLike | None = None
+    overwrite: bool = False
+
+    _saved_step = -1
+
+    def __post_init__(self, folder: PathLike, keep_last: int) -> None:
         self.folder = CheckpointFolder(folder, keep_last)
-        self.network = network
-        self.objects = dict(objects)
-        self.sampler = sampler
-        self.encoder_path = encoder_path
-        self.decoder_path = decoder_path
-        self.description = dict(description or {})
         # Now, and not as the first checkpoint is written.
         InputRecord.from_json(self.description.get("input", {}), "the config's description")
-        remedy = "to save only at the end, set it above max_epochs"
-        self.interval = check_positive(interval, "checkpoint_interval", remedy)
-        self.resume = parse_bool(resume, "resume")
-        self.overwrite = parse_bool(overwrite, "overwrite")
-        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
-        self._saved_step = -1
+        check_positive(self.interval, "checkpoint_interval", "to save only at the end, set it above max_epochs")
+        self.resume = parse_bool(self.resume, "resume")
+        self.overwrite = parse_bool(self.overwrite, "overwrite")
+        self.rank = launched_rank_and_world_size()[0]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -223,7 +213,7 @@ class CheckpointHandler:
         }
         return EncoderRecord.from_json(content, "the config's description")
 
-    def _check_settings(self, path: Path, recorded: Mapping[str, Any]) -> None:
+    def _check_settings(self, path: Path, recorded: Mapping) -> None:
         """Turn settings away that the optimiser's state would undo, or that the first half was not trained with."""
         before = dict(flat_entries(EncoderRecord.from_json(recorded, path).to_json()))
         changed = [
@@ -269,7 +259,7 @@ class CheckpointHandler:
         logger.info("resumed from %s at step %d", path, content["step"])
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state() -> dict:
     """Python's, NumPy's and PyTorch's random states, as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -284,7 +274,7 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(state: Mapping) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -114,11 +114,11 @@ class StepTrainer(SupervisedTrainer):
         if self.stop_agreed and self.state.iteration < self.state.max_epochs * self.state.epoch_length:
             raise SystemExit(143)
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         """``"loss"``, a scalar to minimise, and further scalars to log."""
         raise NotImplementedError
 
-    def _iteration(self, engine: StepTrainer, batchdata: dict[str, Any]) -> list[dict[str, float]]:
+    def _iteration(self, engine: StepTrainer, batchdata: dict) -> list[dict[str, float]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         if self.batch_transform is not None:
             entropy = [self.seed, self.state.rank, self.state.iteration]
@@ -144,7 +144,7 @@ class StepTrainer(SupervisedTrainer):
             self.lr_scheduler.step()
         return [logged]
 
-    def _accumulate_gradients(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _accumulate_gradients(self, batch: dict) -> dict[str, torch.Tensor]:
         """Backward passes of all micro-batches; returns the averages of what is logged."""
         total = len(next(iter(batch.values())))
         parts = self._number_of_parts(total)
@@ -152,7 +152,9 @@ class StepTrainer(SupervisedTrainer):
         logged: dict[str, torch.Tensor] = {}
         for start, stop in itertools.pairwise(edges):
             share = (stop - start) / total
-            with self._synchronised(stop == total):
+            # Gradients travel between processes once per step, with the last micro-batch.
+            waits = stop < total and hasattr(self.network, "no_sync")
+            with self.network.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(self.state.device.type, self.amp_dtype, self.amp):
                     output = self.compute_loss({key: value[start:stop] for key, value in batch.items()})
                 self.scaler.scale(output["loss"] * share).backward()
@@ -172,18 +174,11 @@ class StepTrainer(SupervisedTrainer):
             largest, smallest = sizes.abs().tolist()
         return min(math.ceil(largest / self.micro_batch_size), smallest)
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients travel between processes once per step, with the last micro-batch."""
-        if last or not hasattr(self.network, "no_sync"):
-            return contextlib.nullcontext()
-        return self.network.no_sync()
-
-    def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict[str, Any]) -> dict[str, float]:
+    def _over_processes(self, logged: dict[str, torch.Tensor], batchdata: dict) -> dict[str, float]:
         """Average over processes, count read errors, and agree on stopping, in one exchange."""
         values = torch.stack([value.float() for value in logged.values()])
         read_errors = float(torch.as_tensor(batchdata.get("read_errors", 0)).sum())
-        counts = values.new_tensor([read_errors, float(self.stop_requested)])
-        values = torch.cat([values, counts])
+        values = torch.cat([values, values.new_tensor([read_errors, float(self.stop_requested)])])
         processes = rank_and_world_size()[1]
         if processes > 1:
             dist.all_reduce(values)
@@ -225,7 +220,7 @@ class PretrainTrainer(StepTrainer):
         args, kwargs: see :class:`StepTrainer`.
     """
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         return self.inferer(batch, self.network)
 
 
@@ -240,7 +235,7 @@ class SegmentationTrainer(StepTrainer):
     def __init__(self, *args: Any, loss_function: Callable[[torch.Tensor, dict], torch.Tensor], **kwargs: Any) -> None:
         super().__init__(*args, loss_function=loss_function, **kwargs)
 
-    def compute_loss(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         logits = self.inferer(batch["image"], self.network)
         # Sums over a million voxels, which half precision could not hold.
         with torch.autocast(self.state.device.type, enabled=False):
@@ -255,11 +250,9 @@ class PretrainEvaluator(SupervisedEvaluator):
     ``retrieval.correspondence_retrieval``).
 
     Args:
-        device: where to evaluate.
+        device, amp, amp_dtype: see :class:`StepTrainer`.
         val_data_loader: batches of the same form as in training, the same ones each time.
         network: the method itself, with ``encoder`` and ``logged``.
-        amp: mixed precision.
-        amp_dtype: ``"bfloat16"`` or ``"float16"``.
         kwargs: further arguments of ``monai.engines.SupervisedEvaluator``, such as ``inferer``.
     """
 
@@ -279,20 +272,19 @@ class PretrainEvaluator(SupervisedEvaluator):
             average = Average(lambda output, name=name: torch.full((output[0]["pairs"], 1), output[0][name]))
             average[0].attach(self, f"val_{name}")
 
-    def _iteration(self, engine: PretrainEvaluator, batchdata: dict[str, Any]) -> list[dict[str, float | int]]:
+    def _iteration(self, engine: PretrainEvaluator, batchdata: dict) -> list[dict[str, float | int]]:
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
-        views, affines = batch["views"], batch["affines"]
-        view_size = tuple(views.shape[3:])
+        views = batch["views"]
         self.network.eval()
         with torch.no_grad(), torch.autocast(self.state.device.type, self.amp_dtype, self.amp):
             logged = {key: float(value) for key, value in self.inferer(batch, self.network).items()}
             features = self.network.encoder(views.flatten(0, 1))[-1].unflatten(0, views.shape[:2])
-        logged["retrieval_top1"] = float(correspondence_retrieval(features, affines, view_size).mean())
-        logged["retrieval_chance"] = 1 / math.prod(features.shape[3:])
-        return [{**logged, "pairs": len(views)}]
+        top1 = correspondence_retrieval(features, batch["affines"], tuple(views.shape[3:]))
+        retrieval = {"retrieval_top1": float(top1.mean()), "retrieval_chance": 1 / math.prod(features.shape[3:])}
+        return [{**logged, **retrieval, "pairs": len(views)}]
 
 
-def _to_device(batch: dict[str, Any], device: torch.device, non_blocking: bool) -> dict[str, Any]:
+def _to_device(batch: dict, device: torch.device, non_blocking: bool) -> dict:
     return {
         key: value if key in _HOST_KEYS or not torch.is_tensor(value) else value.to(device, non_blocking=non_blocking)
         for key, value in batch.items()

@@ -28,11 +28,9 @@ def transform_error(error: BaseException) -> BaseException:
 
 def _chain(error: BaseException) -> list[BaseException]:
     """An error and those that it was raised from, each once: a chain may come back to where it began."""
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and not any(following is known for known in chain):
-        chain.append(following)
-        following = following.__cause__
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
     return chain
 
 

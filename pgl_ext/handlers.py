@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from pgl_ext.distributed import launched_rank_and_world_size
 from pgl_ext.engines import TrainerEvents
+from pgl_ext.files import read_csv
 from pgl_ext.settings import check_positive
 
 __all__ = [
@@ -36,6 +38,7 @@ _IN_BAR = ("loss", "lr", "tau", "val_mean_dice", "pairs_per_s", "patches_per_s")
 _COLLAPSED = 0.2  # share of the healthy standard deviation
 
 
+@dataclass(eq=False, repr=False)
 class TargetEMA:
     """Moves a method's target modules after every optimiser step: xi <- tau xi + (1 - tau) theta (equation 10).
 
@@ -48,13 +51,16 @@ class TargetEMA:
         base_momentum: tau at the start.
     """
 
-    def __init__(self, method: Any, total_steps: int, base_momentum: float = 0.996) -> None:
-        if not 0 <= base_momentum <= 1:
-            raise ValueError(f"base_momentum must lie in [0, 1], got {base_momentum}.")
-        self.method = method
-        self.total_steps = check_positive(total_steps, "total_steps", "train for an epoch or more")
-        self.base_momentum = base_momentum
-        self.step = 0
+    method: Any
+    total_steps: int
+    base_momentum: float = 0.996
+
+    step = 0
+
+    def __post_init__(self) -> None:
+        check_positive(self.total_steps, "total_steps", "train for an epoch or more")
+        if not 0 <= self.base_momentum <= 1:
+            raise ValueError(f"base_momentum must lie in [0, 1], got {self.base_momentum}.")
 
     @property
     def momentum(self) -> float:
@@ -83,6 +89,7 @@ class TargetEMA:
         self.step = state["step"]
 
 
+@dataclass(eq=False, repr=False)
 class TrainingProgress:
     """Sets a method's ``progress`` at the start of each epoch: completed epochs / epochs, in [0, 1).
 
@@ -90,8 +97,7 @@ class TrainingProgress:
         method: has a scalar buffer ``progress``.
     """
 
-    def __init__(self, method: torch.nn.Module) -> None:
-        self.method = method
+    method: torch.nn.Module
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
@@ -100,12 +106,13 @@ class TrainingProgress:
         self.method.progress.fill_((engine.state.epoch - 1) / engine.state.max_epochs)
 
 
+@dataclass(eq=False, repr=False)
 class ProgressBar:
     """A bar over all optimiser steps, titled, with some metrics and the time left; in the first process only."""
 
-    def __init__(self, title: str = "pre-training") -> None:
-        self.title = title
-        self._bar: tqdm | None = None
+    title: str = "pre-training"
+
+    _bar = None
 
     def attach(self, engine: Engine) -> None:
         if launched_rank_and_world_size()[0] > 0:
@@ -131,8 +138,11 @@ class ProgressBar:
             raise error
 
 
+@dataclass(eq=False, repr=False)
 class MetricsLog:
     """Writes metrics.csv and TensorBoard scalars, measures samples per second, and draws the curves at the end.
+
+    It does so in the first process only.
 
     Args:
         output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
@@ -141,41 +151,31 @@ class MetricsLog:
         columns: of ``metrics.csv``, after step and epoch.
         speed: name of the samples per second among the metrics.
         interval: optimiser steps between rows.
-        rank: this process; only rank 0 writes. Default: as torchrun started it.
-        plot_arguments: further arguments of ``figures.plot_metrics``.
+        healthy_std: standard deviation of features that have not collapsed, drawn as a line; None: no line.
 
     Raises:
         ValueError: ``interval`` is less than 1.
     """
 
-    def __init__(
-        self,
-        output_dir: PathLike,
-        evaluator: Engine,
-        samples_per_epoch: int,
-        columns: Sequence[str],
-        speed: str,
-        interval: int = 10,
-        rank: int | None = None,
-        **plot_arguments: Any,
-    ) -> None:
-        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
-        self.folder = Path(output_dir)
-        self.path = self.folder / "metrics.csv"
-        self.evaluator = evaluator
-        self.samples_per_epoch = samples_per_epoch
-        self.columns = ("step", "epoch", *columns)
-        self.speed = speed
-        remedy = "to log validations only, set it above the number of steps"
-        self.interval = check_positive(interval, "log_interval", remedy)
-        self.plot_arguments = plot_arguments
+    output_dir: PathLike
+    evaluator: Engine
+    samples_per_epoch: int
+    columns: Sequence[str]
+    speed: str
+    interval: int = 10
+    healthy_std: float | None = None
+
+    def __post_init__(self) -> None:
+        self.columns = ("step", "epoch", *self.columns)
+        self.path = Path(self.output_dir, "metrics.csv")
+        check_positive(self.interval, "log_interval", "to log validations only, set it above the number of steps")
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
         """What is written of a validation, names beginning with ``val_``."""
         raise NotImplementedError
 
     def attach(self, engine: Engine) -> None:
-        if self.rank > 0:
+        if launched_rank_and_world_size()[0] > 0:
             return
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure_speed)
@@ -185,18 +185,16 @@ class MetricsLog:
 
     def _start(self, engine: Engine) -> None:
         step = engine.state.iteration
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if step > 0 and self.path.is_file():
-            # Steps that are done again would stand there twice.
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"] and self._is_kept(row, step)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Steps that are done again would stand there twice.
+        rows = read_csv(self.path) if step > 0 and self.path.is_file() else []
+        rows = [row for row in rows if row["step"] and self._is_kept(row, step)]
         with open(self.path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         self._rows = len(rows)
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=step + 1 if step else None)
         self._clock, self._clock_step = time.perf_counter(), step
 
     def _is_kept(self, row: dict[str, str], step: int) -> bool:
@@ -237,37 +235,30 @@ class MetricsLog:
         if self._rows:
             from pgl_ext.figures.curves import plot_metrics
 
-            plot_metrics(self.path, self.folder / "metrics.png", **self.plot_arguments)
+            plot_metrics(self.path, self.path.with_suffix(".png"), self.healthy_std)
 
 
 class PretrainMetricsLog(MetricsLog):
     """The log of a pre-training run.
 
     Args:
-        output_dir, interval, rank: see :class:`MetricsLog`.
+        output_dir: folder of ``metrics.csv``, ``tensorboard/`` and ``metrics.png``.
         evaluator: its first run, before the first step, is the untrained encoder, whose retrieval is repeated beside
             the later ones.
         pairs_per_epoch: over all processes.
         logged: further columns, for what the method logs beside loss and feature spread.
-        healthy_std: standard deviation of features that have not collapsed, drawn as a line.
+        kwargs: further arguments of :class:`MetricsLog`.
     """
 
+    untrained: float | None = None
+
     def __init__(
-        self,
-        output_dir: PathLike,
-        evaluator: Engine,
-        pairs_per_epoch: int,
-        interval: int = 10,
-        logged: Sequence[str] = (),
-        healthy_std: float | None = None,
-        rank: int | None = None,
+        self, output_dir: PathLike, evaluator: Engine, pairs_per_epoch: int, logged: Sequence[str] = (), **kwargs: Any
     ) -> None:
         training = ("loss", "feature_std", "lr", "tau", "pairs_per_s", "read_errors", *logged)
         validation = ("loss", "feature_std", "retrieval_top1", "retrieval_untrained", "retrieval_chance")
         columns = (*training, *(f"val_{name}" for name in validation))
-        further = {"interval": interval, "rank": rank, "healthy_std": healthy_std}
-        super().__init__(output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", **further)
-        self.untrained: float | None = None
+        super().__init__(output_dir, evaluator, pairs_per_epoch, columns, "pairs_per_s", **kwargs)
 
     def validation_metrics(self, evaluator: Engine, engine: Engine) -> dict[str, float]:
         metrics = evaluator.state.metrics
@@ -286,6 +277,7 @@ class PretrainMetricsLog(MetricsLog):
         self.untrained = state["untrained"]
 
 
+@dataclass(eq=False, repr=False)
 class ViewPictures:
     """Draws aligned views with their overlap, to TensorBoard and to ``views.png``; in the first process only.
 
@@ -297,9 +289,11 @@ class ViewPictures:
         ValueError: ``interval`` is less than 1.
     """
 
-    def __init__(self, output_dir: PathLike, interval: int = 50) -> None:
-        self.folder = Path(output_dir)
-        self.interval = check_positive(interval, "picture_interval", "to draw only once, set it above max_epochs")
+    output_dir: PathLike
+    interval: int = 50
+
+    def __post_init__(self) -> None:
+        check_positive(self.interval, "picture_interval", "to draw only once, set it above max_epochs")
 
     def attach(self, engine: Engine) -> None:
         if launched_rank_and_world_size()[0] > 0:
@@ -312,11 +306,12 @@ class ViewPictures:
         from pgl_ext.figures.views import plot_views
 
         batch = engine.state.batch
-        figure = plot_views(batch["views"], batch["affines"], self.folder / "views.png")
-        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
+        figure = plot_views(batch["views"], batch["affines"], Path(self.output_dir, "views.png"))
+        with SummaryWriter(str(Path(self.output_dir, "tensorboard"))) as writer:
             writer.add_image("views", figure_to_array(figure), engine.state.iteration, dataformats="HWC")
 
 
+@dataclass(eq=False, repr=False)
 class CollapseWarning:
     """Warns where the features' standard deviation stays far below its healthy value; in the first process only.
 
@@ -325,10 +320,10 @@ class CollapseWarning:
         patience: consecutive steps below a fifth of that before a warning; it is repeated every ten times as many.
     """
 
-    def __init__(self, healthy_std: float, patience: int = 20) -> None:
-        self.healthy_std = healthy_std
-        self.patience = patience
-        self._below = 0
+    healthy_std: float
+    patience: int = 20
+
+    _below = 0
 
     def attach(self, engine: Engine) -> None:
         if launched_rank_and_world_size()[0] > 0:

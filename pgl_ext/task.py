@@ -1,4 +1,4 @@
-"""What is to be segmented: organs, the label values they have in files, and how the network's output encodes them."""
+"""What is segmented: organs, the label values they have in files, and how the network's output encodes them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SegmentationTask:
         self.values: tuple[int, ...] = tuple(sorted({*used, *self.background_values}))
 
     def check_annotated(self, annotated: torch.Tensor) -> None:
-        """Refuse cases of which not all organs are annotated, bool (..., organs), where the task cannot do with them.
+        """Refuse cases of which not all organs are annotated, bool (..., organs), unless the task is multi-label.
 
         Raises:
             ValueError: the task is not multi-label: the background then holds the other organs, unmarked.
@@ -121,30 +121,30 @@ class SegmentationTask:
         """
         dtype = torch.uint8 if self.values[-1] < 256 else torch.int16
         labels = torch.zeros_like(masks.narrow(-4, 0, 1), dtype=dtype)
-        for index in self._from_large_to_small():
+        for name in self._from_large_to_small():
+            index = self.names.index(name)
             labels[masks.narrow(-4, index, 1)] = self.label_values[index]
         return labels
 
     @property
     def label_values(self) -> tuple[int, ...]:
         """The value that each organ has in label maps that are written."""
-        organs = list(self.organs.values())
+        chosen: dict[str, int] = {}
         taken: set[int] = set()
-        chosen = {}
-        for index in reversed(self._from_large_to_small()):
-            values = organs[index]
-            chosen[index] = next((value for value in values if value not in taken), values[0])
+        for name in reversed(self._from_large_to_small()):
+            values = self.organs[name]
+            chosen[name] = next((value for value in values if value not in taken), values[0])
             taken.update(values)
-        return tuple(chosen[index] for index in range(len(organs)))
+        return tuple(chosen[name] for name in self.names)
 
-    def _from_large_to_small(self) -> list[int]:
-        """Indices of the organs such that an organ comes before those within it, which have fewer label values."""
-        return sorted(range(len(self.names)), key=lambda index: -len(self.organs[self.names[index]]))
+    def _from_large_to_small(self) -> list[str]:
+        """The organs in an order that has an organ before those within it, which have fewer label values."""
+        return sorted(self.names, key=lambda name: -len(self.organs[name]))
 
     def channels_of(self, organs: Iterable[str]) -> list[bool]:
-        """Which of the organs are named, one entry per organ."""
-        named = set(organs)
-        return [name in named for name in self.names]
+        """Whether each of the task's organs is among some organs."""
+        organs = set(organs)
+        return [name in organs for name in self.names]
 
     def description(self) -> dict:
         """The arguments that build this task again, as plain values."""

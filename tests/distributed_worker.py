@@ -40,8 +40,8 @@ def main() -> None:
     folder = Path(arguments["output_dir"])
     rank = os.environ["RANK"]
     result = {"state": network.state_dict(), "seen": seen, "parts": parts}
-    if "best_model" in workflow.parser:
-        result["best_model"] = workflow.parser.get_parsed_content("best_model").state_dict()
+    if "train#best_model" in workflow.parser:
+        result["best_model"] = workflow.parser.get_parsed_content("train#best_model").state_dict()
     torch.save(result, folder.parent / f"rank{rank}.pt")
 
 

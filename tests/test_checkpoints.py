@@ -120,9 +120,9 @@ class Run:
             {"version": "0", "data": {"training_volumes": 5}, "lr": 0.2},
             interval=settings["interval"],
             resume=resume,
-            rank=settings.get("rank", 0),
             overwrite=settings.get("overwrite", False),
         )
+        self.handler.rank = settings.get("rank", 0)
         self.trainer = PretrainTrainer(
             "cpu",
             settings["max_epochs"],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import blosc2
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from monai.config import PathLike
 from monai.transforms import Compose, RandomizableTrait
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from pgl_ext.data.datalist import item_name
@@ -45,13 +44,10 @@ class VolumeCache:
 
     Each volume is written once: its file is named by the source (path, size, time of change), the preprocessing and the
     file format, and written anew when one of them changes; the outdated file of the same source is then removed. For
-    two preprocessings in turn use two folders.
+    two preprocessings in turn use two folders. Several processes may fill and read one folder at the same time.
 
     Of a labelled case, an item with ``"label"``, image and label map are kept as channels of one volume: end the
     preprocessing with ``ConcatItemsd(["image", "label"], name="image", dim=0)``. Label values up to 2048 stay exact.
-
-    Several processes may fill and read one folder at the same time: a file appears under its name only when it is
-    complete. The instance can be sent to the workers of a ``DataLoader``.
 
     Args:
         cache_dir: folder of the files; made if missing.
@@ -62,20 +58,14 @@ class VolumeCache:
     Raises:
         ValueError: the preprocessing has random transforms or no digest, or ``num_workers`` is negative.
         OSError: ``cache_dir`` cannot be made.
-
-    Example::
-
-        cache = VolumeCache("cache", preprocessing("image", spacing=(1, 1, 3), hu_window=(-1024, 325)))
-        bad = cache.prepare(items)
-        volume = cache.open(items[0])
-        crop = volume[:, 10:130, 20:140, 5:25]        # float16 array of shape (C, 120, 120, 20)
-        affine = np.array(volume.vlmeta["affine"])    # voxel index of the preprocessed volume -> mm
     """
 
     def __init__(self, cache_dir: PathLike, preprocessing: Callable, num_workers: int = 0) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}.")
-        random = sorted({type(t).__name__ for t in _steps(preprocessing) if isinstance(t, RandomizableTrait)})
+        # Compose itself is randomizable whatever it holds.
+        steps = preprocessing.flatten().transforms if isinstance(preprocessing, Compose) else [preprocessing]
+        random = sorted({type(step).__name__ for step in steps if isinstance(step, RandomizableTrait)})
         if random:
             raise ValueError(
                 f"The cache's preprocessing must not be random, but has {', '.join(random)}: its result is computed "
@@ -89,7 +79,7 @@ class VolumeCache:
                 "The cache's preprocessing has no digest, which tells when cached volumes are outdated: make it with "
                 "pgl_ext.transforms.preprocessing, whose extra takes steps of your own."
             )
-        self.preprocessing = _without_error_logging(preprocessing)
+        self.preprocessing = preprocessing
         self._paths: dict[str, Path] = {}
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -127,32 +117,29 @@ class VolumeCache:
             BadVolumeError: the source cannot be read, or not used for training.
         """
         name = item_name(item)
-        if name not in self._paths:
-            self._paths[name] = self.path(item)
-        volume = _open_file(self._paths[name])
+        path = self._paths.get(name) or self.path(item)
+        volume = _open_file(path)
         if volume is None:
-            self._paths[name] = self._write(item)
-            volume = _open_file(self._paths[name])
+            path = self._write(item)
+            volume = _open_file(path)
         if volume is None:
-            raise OSError(
-                f"Cache file {self._paths[name]} vanished or is unreadable though just written: check the disk."
-            )
+            raise OSError(f"Cache file {path} vanished or is unreadable though just written: check the disk.")
+        self._paths[name] = path
         return volume
 
     def nbytes(self, item: Mapping) -> int:
         """Bytes that an item's preprocessed volume takes in memory, as float16. Opens the file like :meth:`open`."""
-        volume = self.open(item)
-        return int(np.prod(volume.shape)) * volume.dtype.itemsize
+        return self.open(item).nbytes
 
     def prepare(self, items: Sequence[Mapping], show_progress: bool = True) -> dict[str, str]:
         """Make the cache files of items that have none yet, and find the volumes that cannot be used.
 
         Args:
-            items: items to prepare. Those already there are only opened, not read.
+            items: those already there are only opened, not read.
             show_progress: draw a progress bar if there is anything to do and standard error is a terminal.
 
         Returns:
-            Why a volume cannot be used, by :func:`pgl_ext.data.datalist.item_name`; empty if all are good.
+            Why a volume cannot be used, by name, see :func:`pgl_ext.data.datalist.item_name`.
 
         Raises:
             ImportError: a package needed to read a file is not installed.
@@ -163,13 +150,14 @@ class VolumeCache:
         bad: dict[str, str] = {}
         missing = []
         for item in items:
+            name = item_name(item)
             try:
-                path = self._paths[item_name(item)] = self.path(item)
+                self._paths[name] = self.path(item)
             except OSError as error:
-                bad[item_name(item)] = str(error)
-                continue
-            if _open_file(path) is None:
-                missing.append(dict(item))
+                bad[name] = str(error)
+            else:
+                if _open_file(self._paths[name]) is None:
+                    missing.append(dict(item))
         progress = tqdm(
             self._prepare_missing(missing),
             desc="Preparing volumes",
@@ -188,7 +176,7 @@ class VolumeCache:
             workers = 0
         # Not fork: the calling process may hold CUDA, and has threads.
         context = "spawn" if workers else None
-        loader = DataLoader(_Preparation(self, items), None, num_workers=workers, multiprocessing_context=context)
+        loader = DataLoader(items, None, num_workers=workers, collate_fn=self._try, multiprocessing_context=context)
         try:
             for name, error in loader:
                 if error is not None and not isinstance(error, _ABOUT_THE_FILE):
@@ -201,6 +189,16 @@ class VolumeCache:
                 f"A worker process died while preparing volumes for {self.cache_dir}, for lack of memory, or since a "
                 "script lacks `if __name__ == '__main__':`. Use fewer workers, or num_workers=0 for none."
             ) from error
+
+    def _try(self, item: Mapping) -> tuple[str, Exception | None]:
+        """Prepare an item; returns its name and the error that this ended with, if any."""
+        try:
+            self._write(item)
+        except Exception as error:  # raised in the calling process, where it is not wrapped in the loader's words
+            if get_worker_info() is not None and not _can_be_sent(error):
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            return item_name(item), error
+        return item_name(item), None
 
     def _write(self, item: Mapping) -> Path:
         """Preprocess an item, write its file, remove its outdated ones, and return the path."""
@@ -282,14 +280,13 @@ def _source_state(path: str) -> list[tuple[str, int, int]]:
     For a folder these are all its visible files, since telling which belong to a series means opening them. For
     a header with the voxels in a file of their own (.mhd, .nhdr) they are all files with the header's stem.
     """
+    files: list[os.DirEntry | Path] = [Path(path)]
     if os.path.isdir(path):
-        files = [entry for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith(".")]
+        files = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
     elif path.lower().endswith((".mhd", ".nhdr")):
-        folder, name = os.path.split(path)
-        files = [e for e in os.scandir(folder or ".") if e.is_file() and e.name.startswith(os.path.splitext(name)[0])]
-    else:
-        files = [Path(path)] if os.path.exists(path) else []
-    states = [(f.name, f.stat()) for f in files]
+        stem = Path(path).stem
+        files = [entry for entry in os.scandir(Path(path).parent) if entry.name.startswith(stem)]
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
     if not states:
         raise FileNotFoundError(f"{path} does not exist or holds no files: check the data list and the dataset folder.")
     return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
@@ -304,22 +301,6 @@ def _open_file(path: Path) -> blosc2.NDArray | None:
         return None
 
 
-def _steps(transform: Callable) -> Iterable[Callable]:
-    """The transforms of nested ``Compose``; ``Compose`` itself is randomizable whatever it holds."""
-    if isinstance(transform, Compose):
-        return [step for inner in transform.transforms for step in _steps(inner)]
-    return [transform]
-
-
-def _without_error_logging(transform: Callable) -> Callable:
-    """A copy whose ``Compose`` does not log the input of a transform that fails: bad volumes are collected."""
-    if not isinstance(transform, Compose):
-        return transform
-    transform = copy.copy(transform)
-    transform.log_stats = False
-    return transform
-
-
 def _can_be_sent(value: object) -> bool:
     """Whether another process receives an object as it is."""
     try:
@@ -327,23 +308,3 @@ def _can_be_sent(value: object) -> bool:
     except Exception:  # classes may raise what they like
         return False
     return True
-
-
-class _Preparation(Dataset):
-    """Each item's name, and the error that preparing it ended with, if any."""
-
-    def __init__(self, cache: VolumeCache, items: Sequence[Mapping]) -> None:
-        self.cache = cache
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[str, Exception | None]:
-        try:
-            self.cache._write(self.items[index])
-        except Exception as error:  # raised in the calling process, where it is not wrapped in the loader's words
-            if get_worker_info() is not None and not _can_be_sent(error):
-                error = RuntimeError(f"{type(error).__name__}: {error}")
-            return item_name(self.items[index]), error
-        return item_name(self.items[index]), None

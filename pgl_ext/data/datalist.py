@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from monai.config import PathLike
 from monai.utils import ensure_tuple
@@ -15,17 +14,7 @@ from monai.utils import ensure_tuple
 from pgl_ext.files import read_json
 from pgl_ext.transforms.formats import SUPPORTED, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
 
-__all__ = [
-    "SOURCE_FIELDS",
-    "has_known_suffix",
-    "item_name",
-    "labelled_items",
-    "listed_path",
-    "load_datalist",
-    "source_names",
-    "unique_names",
-    "without_suffix",
-]
+__all__ = ["SOURCE_FIELDS", "item_name", "labelled_items", "load_datalist", "named_items", "source_names"]
 
 SOURCE_FIELDS = ("task", "group")
 """Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
@@ -48,16 +37,15 @@ def load_datalist(
     """Read a data list in the style of the Medical Segmentation Decathlon, or several that are aggregated.
 
     Args:
-        data_list_file_path: JSON file that maps ``key`` to a list of paths, or of dicts with ``"image"``. Its own
-            ``"task"`` and ``"group"`` are those of the entries without; for the task, ``"name"`` will do, and a list
-            without a group is one of its own. Or several such files.
-        dataset_dir: folder that relative paths start from; by default the folder of the JSON file, of each its own.
+        data_list_file_path: JSON file, or several, that map ``key`` to a list of paths, or of dicts with ``"image"``.
+            The file's ``"task"`` (or ``"name"``) and ``"group"`` (by default its task) are those of entries without.
+        dataset_dir: folder that relative paths start from; by default the folder of each JSON file.
         key: which list of the file to take.
         keep: further fields of the entries to keep, as they are, but a path as ``"label"`` absolute.
 
     Returns:
         Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"task"``, ``"group"`` and
-        the fields ``keep`` where given. Everything else, labels in particular, is dropped.
+        the fields ``keep`` where given. All other fields are dropped.
 
     Raises:
         ValueError: a file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an unsupported
@@ -96,7 +84,7 @@ def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterabl
     return items
 
 
-def _read_content(path: Path, key: str) -> dict[str, Any]:
+def _read_content(path: Path, key: str) -> dict:
     if not path.is_file():
         raise ValueError(f"Data list {path} does not exist or is not a file: give the path of a JSON data list.")
     content = read_json(path, "Data list", f"give one with a list {key!r}")
@@ -150,14 +138,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def source_names(items: Iterable[Mapping], field: str) -> list[str]:
-    """The data sets or groups that items are from.
-
-    Args:
-        items: data items.
-        field: ``"task"`` or ``"group"``, see :data:`SOURCE_FIELDS`.
-
-    Returns:
-        The names, each once, in alphabetical order.
+    """The data sets (field ``"task"``) or groups (``"group"``) of items, each once, in alphabetical order.
 
     Raises:
         ValueError: items lack the field.
@@ -185,9 +166,9 @@ def labelled_items(
     Args:
         data_list_file_path: see :func:`load_datalist`, but each entry has ``"image"`` and ``"label"``.
         dataset_dir, key: see :func:`load_datalist`.
-        annotated_key: field of an entry that lists the organs annotated in its label map; those not listed are
-            unknown there, not background. Where an entry lacks it, its field ``"annotated"`` counts, which the files
-            written by :func:`pgl_ext.data.prepare.prepare_cases` have. None: every label map shows all organs.
+        annotated_key: field of an entry that lists the organs annotated in its label map; others are unknown there,
+            not background. Where an entry lacks it, ``"annotated"`` counts, as in the splits that training writes.
+            None: every label map shows all organs.
 
     Returns:
         Cases in the file's order: ``{"image": absolute path, "label": absolute path}``, plus ``"series_uid"`` where
@@ -216,6 +197,11 @@ def labelled_items(
     return cases
 
 
+def named_items(items: Sequence[Mapping]) -> list[dict]:
+    """Items with a ``"name"`` each, see :func:`unique_names`."""
+    return [{**item, "name": name} for item, name in zip(items, unique_names(items), strict=True)]
+
+
 def without_suffix(path: str) -> str:
     """The path of a file without its ending, or of a folder."""
     return path if os.path.isdir(path) else path[: len(path) - len(file_suffix(path))]
@@ -230,12 +216,11 @@ def unique_names(items: Sequence[Mapping]) -> list[str]:
     count = Counter(names)
     for index, item in enumerate(items):
         if count[names[index]] > 1:
-            folder = os.path.relpath(os.path.dirname(item["image"]), root)
-            parts = [*Path(folder).parts, names[index], *([item["series_uid"]] if "series_uid" in item else [])]
-            names[index] = "_".join(parts)
+            below = Path(os.path.relpath(without_suffix(item["image"]), root))
+            names[index] = "_".join([*below.parts, *filter(None, [item.get("series_uid")])])
     # Two formats of one scan in one folder.
     count = Counter(names)
-    taken = {name for name in names if count[name] == 1}
+    taken = set(names)
     for index, name in enumerate(names):
         if count[name] > 1:
             names[index] = next(new for n in itertools.count(index) if (new := f"{name}_{n}") not in taken)

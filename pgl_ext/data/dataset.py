@@ -45,9 +45,8 @@ class VolumeDataset(Dataset):
         transform: takes ``{"image": (C, X, Y, Z) array}``, with ``task`` and ``group`` of items that have them, and
             returns the sample; a MONAI randomizable transform.
         seed: of all samples.
-        memory_limit_gib: memory for volumes, in GiB; default: half of what is available to this process' share of the
-            machine (``processes``). 0 reads everything from the cache.
-        processes: training processes on this machine; default: as many as torchrun started.
+        memory_limit_gib: memory for volumes, in GiB; default: half of what is available, shared by the training
+            processes on this machine. 0 reads everything from the cache.
     """
 
     def __init__(
@@ -57,14 +56,13 @@ class VolumeDataset(Dataset):
         transform: Callable[[dict], dict],
         seed: int = 0,
         memory_limit_gib: float | None = None,
-        processes: int | None = None,
     ) -> None:
         self.data = list(data)
         self.cache = cache
         self.transform = transform
         self.seed = seed
         if memory_limit_gib is None:
-            memory_limit_gib = 0.5 * available_memory() / (processes or local_world_size()) / 2**30
+            memory_limit_gib = 0.5 * available_memory() / local_world_size() / 2**30
         self._in_memory = self._load(memory_limit_gib * 2**30)
 
     def _load(self, limit: float) -> dict[int, np.ndarray]:
@@ -83,11 +81,11 @@ class VolumeDataset(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict]:
         """One sample of each volume; indices themselves have no end."""
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
         """Return the sample drawn for ``index`` or ``(epoch, index)``; index modulo length is the volume.
 
         ``read_errors`` counts volumes that could not be read and were replaced by the next one.
@@ -104,29 +102,26 @@ class VolumeDataset(Dataset):
             return {**sample, "read_errors": skipped}
         raise OSError(f"none of the {len(self.data)} volumes could be read from {self.cache.cache_dir}.")
 
-    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+    def inputs(self, volume: int, array: Any) -> dict:
         """What the transform is given for a volume, whose array (C, X, Y, Z) may lie on disk."""
         item = self.data[volume]
         return {"image": array, **{field: item[field] for field in SOURCE_FIELDS if field in item}}
 
-    def _read_and_transform(self, volume: int, seed: int) -> dict[str, Any]:
-        for attempt in range(_READ_ATTEMPTS):
-            # Anew each time: a transform may have drawn before it reads.
-            self.transform.set_random_state(seed)
-            try:
-                return self.transform(self.inputs(volume, self._array(volume)))
-            except Exception as error:
-                # Network file systems fail for moments; a broken cache file is rebuilt by open().
-                cause = transform_error(error)
-                if not isinstance(cause, _ReadError):
-                    raise
-                if attempt == _READ_ATTEMPTS - 1:
-                    raise cause from cause.__cause__
-                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
-        raise AssertionError("unreachable")
-
-    def _array(self, volume: int) -> Any:
-        return self._in_memory[volume] if volume in self._in_memory else self._open(volume)
+    def _read_and_transform(self, volume: int, seed: int, attempts: int = _READ_ATTEMPTS) -> dict:
+        # Anew each time: a transform may have drawn before it reads.
+        self.transform.set_random_state(seed)
+        try:
+            array = self._in_memory[volume] if volume in self._in_memory else self._open(volume)
+            return self.transform(self.inputs(volume, array))
+        except Exception as error:
+            cause = transform_error(error)
+            if not isinstance(cause, _ReadError):
+                raise
+            if attempts == 1:
+                raise cause from cause.__cause__
+        # Network file systems fail for moments; a broken cache file is rebuilt by open().
+        time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
+        return self._read_and_transform(volume, seed, attempts - 1)
 
     def _open(self, volume: int) -> _CachedArray:
         try:
@@ -157,17 +152,15 @@ class _CachedArray:
 
 
 class CaseDataset(VolumeDataset):
-    """Samples of labelled cases, each a function of (seed, epoch, index) alone, as in pre-training.
+    """Samples of labelled cases, each a function of (seed, epoch, index) alone.
 
     The transform is given the cached case as ``image`` (2, X, Y, Z), ``organ_points`` (for each organ of the task up to
     10,000 of its voxels, (N, 3)), and, for cases that say which organs were annotated, ``annotated`` (organs,).
 
     Args:
         data: items with ``image`` and ``label``, optionally ``annotated``.
-        cache: makes the cached cases.
-        transform: makes a sample; a MONAI randomizable transform.
+        cache, transform, kwargs: see :class:`VolumeDataset`.
         task: the organs.
-        kwargs: further arguments of :class:`VolumeDataset`.
     """
 
     def __init__(
@@ -183,7 +176,7 @@ class CaseDataset(VolumeDataset):
         self._partly_annotated = any("annotated" in item for item in self.data)
         self._organ_points: dict[int, list[np.ndarray]] = {}
 
-    def inputs(self, volume: int, array: Any) -> dict[str, Any]:
+    def inputs(self, volume: int, array: Any) -> dict:
         if volume not in self._organ_points:
             self._organ_points[volume] = self._find_organs(array)
         sample = {"image": array, "organ_points": self._organ_points[volume]}
@@ -200,10 +193,10 @@ class CaseDataset(VolumeDataset):
         generator = np.random.default_rng(0)
         points = []
         for organ in self.task.organs.values():
-            found = places[np.isin(values, organ)]
-            if len(found) > _POINTS_PER_ORGAN:
-                found = generator.choice(found, _POINTS_PER_ORGAN, replace=False)
-            points.append(np.stack(np.unravel_index(found, labels.shape), axis=1).astype(np.int32))
+            voxels = places[np.isin(values, organ)]
+            if len(voxels) > _POINTS_PER_ORGAN:
+                voxels = generator.choice(voxels, _POINTS_PER_ORGAN, replace=False)
+            points.append(np.stack(np.unravel_index(voxels, labels.shape), axis=1).astype(np.int32))
         return points
 
 
@@ -223,7 +216,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         world_size: number of processes.
 
     Raises:
-        ValueError: where there are fewer samples per step than processes.
+        ValueError: a number is less than 1, or there are fewer samples per step than processes.
     """
 
     def __init__(
@@ -237,8 +230,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         world_size: int | None = None,
     ) -> None:
         launched = launched_rank_and_world_size()
-        rank = launched[0] if rank is None else rank
-        world_size = launched[1] if world_size is None else world_size
+        self.rank = launched[0] if rank is None else rank
+        self.world_size = launched[1] if world_size is None else world_size
         if min(num_volumes, batch_size, max_epochs, patches_per_volume) < 1:
             raise ValueError(
                 "num_volumes, batch_size, max_epochs and patches_per_volume must be at least 1, got "
@@ -246,15 +239,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             )
         self.draws = num_volumes * patches_per_volume
         self.steps = math.ceil(self.draws / batch_size)
-        if self.draws // self.steps < world_size:
+        if self.draws // self.steps < self.world_size:
             raise ValueError(
-                f"{self.draws} samples in {self.steps} steps leave some of {world_size} processes without work: use "
-                "fewer processes, a larger --batch_size, or more patches of each volume or case per epoch."
+                f"{self.draws} samples in {self.steps} steps leave some of {self.world_size} processes without work: "
+                "use fewer processes, a larger --batch_size, or more patches of each volume or case per epoch."
             )
         self.max_epochs = max_epochs
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
         self.start_step = 0
 
     def __len__(self) -> int:
@@ -287,7 +278,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Go on after ``step`` optimiser steps of a run whose ``state_dict`` was ``state``.
 
         Raises:
-            ValueError: where the data or the batch size have changed since.
+            ValueError: the data or the batch size have changed since.
         """
         if state != self.state_dict():
             raise ValueError(
@@ -329,9 +320,6 @@ def delay_sigterm(worker: int) -> None:
 
     Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
     and saves a checkpoint, which it could not do if those that load for it ended at once.
-
-    Args:
-        worker: number of the process, not used.
     """
     # A handler would not be told who sent the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

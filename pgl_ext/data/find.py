@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from monai.config import PathLike
 
-from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, unique_names, without_suffix
+from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, named_items, without_suffix
 from pgl_ext.transforms.formats import (
     DICOM_SUFFIXES,
     ITK_SUFFIXES,
@@ -41,8 +41,8 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
         dataset_dir: folder to search; links to folders are followed.
 
     Returns:
-        Items ordered by path: ``{"image": absolute path}`` for a file, ``{"image": absolute folder, "series_uid":
-        SeriesInstanceUID}`` for each DICOM series in a folder.
+        Items ordered by path: the absolute path ``"image"`` of a file, or of a folder with the ``"series_uid"`` of each
+        DICOM series in it.
 
     Raises:
         ValueError: the folder is missing, is a file, or holds no volume.
@@ -126,12 +126,10 @@ def find_cases(dataset_dir: PathLike) -> list[dict]:
         dataset_dir: folder that holds both folders. A data list in it is not read.
 
     Returns:
-        Cases ordered by image: ``{"image": absolute path, "label": absolute path}``, plus ``"series_uid"`` for a
-        DICOM series.
+        Cases ordered by image: absolute ``"image"`` and ``"label"`` paths, and ``"series_uid"`` of a DICOM series.
 
     Raises:
-        ValueError: the folders are missing or empty, or images and label maps do not pair off; all those left over are
-            named at once.
+        ValueError: the folders are missing or empty, or images and label maps do not pair off.
     """
     root = os.path.abspath(dataset_dir)
     pairs = [[os.path.join(root, name) for name in names] for names in _CASE_FOLDERS]
@@ -190,8 +188,7 @@ def find_scans(
     Args:
         dataset_dir: folder of scans, searched with the folders below it, or one file; a slice of a DICOM series stands
             for its series. With a data list the folder that its paths start from.
-        data_list_file_path: JSON data list to take the scans from instead.
-        data_list_key: which list of the file to take.
+        data_list_file_path, data_list_key: JSON data list to take the scans from instead, see :func:`load_datalist`.
         passed_over: endings of the files in the folder that inference itself has written.
 
     Returns:
@@ -213,7 +210,7 @@ def find_scans(
             logger.info("Passed over %d outputs of earlier runs.", len(volumes) - len(items))
         if not items:
             raise ValueError(f"Dataset folder {dataset_dir} holds only outputs of earlier runs: give one of scans.")
-    return [{**item, "name": name} for item, name in zip(items, unique_names(items), strict=True)]
+    return named_items(items)
 
 
 def _whole_series(path: str) -> dict:

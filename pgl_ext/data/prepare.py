@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from monai.config import PathLike
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, source_names, unique_names
+from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, named_items, source_names
 from pgl_ext.data.find import find_cases, find_volumes
 from pgl_ext.data.split import recorded_split, split_cases, split_volumes, write_split
-from pgl_ext.distributed import rank_and_world_size
+from pgl_ext.distributed import gather, rank_and_world_size
 from pgl_ext.errors import transform_error
-from pgl_ext.files import write_text
+from pgl_ext.files import read_json, write_text
 from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError
@@ -39,27 +37,22 @@ def prepare_volumes(
     report_path: str | None = None,
     source_fields: Sequence[str] = (),
 ) -> dict[str, list[dict]]:
-    """The start-up scan: find the volumes, check and cache each, and hold some out for validation.
-
-    In a distributed run every process caches its share and learns of the others' bad files.
+    """The start-up scan of pre-training: find the volumes, check and cache each, and hold some out for validation.
 
     Args:
-        cache: where the preprocessed volumes are kept.
+        cache, skip_bad_files, report_path: see :func:`prepare_items`.
         dataset_dir: folder that is searched recursively, or that the data list's paths are relative to.
         data_list_file_path: Decathlon-style JSON to use instead of searching, or several.
         data_list_key: the list in that JSON.
-        validation_fraction: share of the volumes held out, at least one.
-        seed: of the split.
-        skip_bad_files: go on without bad files and write their list to ``report_path``.
-        report_path: text file, one ``path<TAB>reason`` per line.
+        validation_fraction, seed: see :func:`split_volumes`.
         source_fields: what the method has to know of every scan, of ``"task"`` and ``"group"``.
 
     Returns:
         ``training`` and ``validation``: lists of items.
 
     Raises:
-        BadVolumesError: listing all bad files at once.
-        FileNotFoundError, ValueError: where folder or list are missing or empty, or scans lack a source field.
+        BadVolumesError: see :func:`prepare_items`.
+        ValueError: folder or list are missing or empty, or scans lack a source field.
     """
     if data_list_file_path:
         items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
@@ -93,35 +86,25 @@ def prepare_cases(
     skip_bad_files: bool = False,
     report_path: str | None = None,
 ) -> dict[str, list[dict]]:
-    """The start-up scan of a training: find the cases, split them, check and cache those in use, record the split.
-
-    In a distributed run every process caches its share and learns of the others' bad files.
+    """The start-up scan of fine-tuning: find the cases, split them, check and cache those in use, record the split.
 
     Args:
-        cache: where the preprocessed cases are kept.
+        cache, skip_bad_files, report_path: see :func:`prepare_items`; the recorded split names bad cases too.
         task: what is to be segmented.
         dataset_dir: folder with a ``dataset.json``, or with images and label maps (see :func:`find_cases`), or that
             the data list's paths are relative to.
         data_list_file_path: Decathlon-style JSON to use instead, or several.
         data_list_key: the list in the JSON.
         annotated_key: see :func:`labelled_items`.
-        test_cases: see :func:`split_cases`, like the next four.
-        validation_fraction: share of the labelled cases to validate on.
-        label_fraction: share of the cases not held out for testing that are taken as labelled.
-        labelled_cases: their exact number instead.
-        seed: of the split.
-        split_path: JSON file for the split. Where it exists already, for the same settings and the same cases, its
-            split is used. The file is a data list itself, with the keys ``training``, ``validation``, ``test`` and
-            ``unused``.
-        skip_bad_files: go on without bad files and write their list to ``report_path``. The recorded split names them
-            still.
-        report_path: text file, one ``path<TAB>reason`` per line.
+        test_cases, validation_fraction, label_fraction, labelled_cases, seed: see :func:`split_cases`.
+        split_path: JSON file for the split, see :func:`write_split`. Where it exists already, for the same settings and
+            the same cases, its split is used.
 
     Returns:
         ``training`` and ``validation``: lists of cases.
 
     Raises:
-        BadVolumesError: listing all bad cases in use at once.
+        BadVolumesError: see :func:`prepare_items`.
         ValueError: folder or list are missing or empty, a case occurs twice, an organ is annotated in no case, the
             split is impossible, no good case is left to train or validate on, or ``split_path`` holds another split.
     """
@@ -136,32 +119,30 @@ def prepare_cases(
     recorded = split_path is not None and os.path.exists(split_path)
     split = recorded_split(split_path, settings, cases) if recorded else split_cases(cases, **settings)
     _check_annotated(cases, split["training"], task)
-    in_use = {item_name(case): case for part in ("training", "validation") for case in split[part]}
+    in_use = {item_name(case): case for case in split["training"] + split["validation"]}
     good = {item_name(case) for case in prepare_items(cache, list(in_use.values()), skip_bad_files, report_path)}
-    parts = {name: [case for case in split[name] if item_name(case) in good] for name in ("training", "validation")}
-    for name, part in parts.items():
-        if split[name] and not part:
+    usable = {name: [case for case in split[name] if item_name(case) in good] for name in ("training", "validation")}
+    for name, cases in usable.items():
+        if split[name] and not cases:
             raise ValueError(
                 f"none of the {len(split[name])} cases for {name} can be used, such as {split[name][0]['image']} with "
                 f"{split[name][0]['label']}: repair them, take more cases, or split with another seed."
             )
     if rank_and_world_size()[0] == 0:
-        counts = {**{name: len(part) for name, part in split.items()}, **{n: len(part) for n, part in parts.items()}}
-        logger.info("Cases: %s.", ", ".join(f"{count} {name}" for name, count in counts.items()))
+        counts = [f"{len(cases)} {name}" for name, cases in {**split, **usable}.items()]
+        logger.info("Cases: %s.", ", ".join(counts))
         if split_path is not None and not recorded:
             write_split(split_path, settings, split)
-    return parts
+    return usable
 
 
 def _listed_cases(
     dataset_dir: str | None, data_list_file_path: str | Sequence[str] | None, key: str, annotated_key: str | None
 ) -> list[dict]:
-    if not data_list_file_path and dataset_dir:
-        in_folder = os.path.join(dataset_dir, "dataset.json")
-        if _has_lists(in_folder):
-            if rank_and_world_size()[0] == 0:
-                logger.info("Taking the cases under %r of %s.", key, in_folder)
-            data_list_file_path = in_folder
+    if not data_list_file_path and dataset_dir and _has_lists(os.path.join(dataset_dir, "dataset.json")):
+        data_list_file_path = os.path.join(dataset_dir, "dataset.json")
+        if rank_and_world_size()[0] == 0:
+            logger.info("Taking the cases under %r of %s.", key, data_list_file_path)
     if data_list_file_path:
         return labelled_items(data_list_file_path, dataset_dir, key, annotated_key)
     if not dataset_dir:
@@ -181,24 +162,23 @@ def _has_lists(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return any(isinstance(value, list) and value for value in read_json(path).values())
     except ValueError:
         return True  # Reading the list says what is wrong with it.
-    return not isinstance(content, dict) or any(isinstance(value, list) and value for value in content.values())
 
 
 def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task: SegmentationTask) -> None:
     """Find organs that are annotated nowhere, usually since the data list spells their names otherwise, and cases that
     are annotated in part where the task needs all."""
 
-    def absent(where: Sequence[Mapping]) -> list[str]:
-        annotated = {name for case in where for name in case.get("annotated", task.names)}
+    def absent(cases: Sequence[Mapping]) -> list[str]:
+        annotated = {name for case in cases for name in case.get("annotated", task.names)}
         return [name for name in task.names if name not in annotated]
 
     if absent(cases):
-        named = sorted({name for case in cases for name in case["annotated"]})
+        listed = sorted({name for case in cases for name in case["annotated"]})
         raise ValueError(
-            f"the organs {absent(cases)} are annotated in no case; the data list names {named} as annotated: give the "
+            f"the organs {absent(cases)} are annotated in no case; the data list names {listed} as annotated: give the "
             "task's organs the names that they have there."
         )
     partly = [case for case in training if absent([case])]
@@ -218,20 +198,9 @@ def evaluation_cases(
     data_list_key: str = "validation",
     annotated_key: str | None = None,
 ) -> list[dict]:
-    """The labelled cases of a data list with a unique name each.
+    """The labelled cases of a data list with a unique ``"name"`` each.
 
-    Args:
-        data_list_file_path: JSON data list.
-        dataset_dir: folder that relative paths start from; by default the folder of the JSON file.
-        data_list_key: which list of the file to take.
-        annotated_key: field of an entry that lists the organs annotated there; see
-            :func:`~pgl_ext.data.datalist.labelled_items`.
-
-    Returns:
-        Cases with ``"name"``, ``"image"``, ``"label"`` and, where given, ``"series_uid"`` and ``"annotated"``.
-
-    Raises:
-        ValueError: no data list is given, or it cannot be used.
+    Args, returns and errors are those of :func:`~pgl_ext.data.datalist.labelled_items`; a data list has to be given.
     """
     if data_list_file_path is None:
         raise ValueError(
@@ -239,8 +208,7 @@ def evaluation_cases(
             "--test_data_list_file_path, --test_data_list_key) to a JSON data list with image and label of each case, "
             "such as the split.json that training wrote."
         )
-    cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
-    return [{**case, "name": name} for case, name in zip(cases, unique_names(cases), strict=True)]
+    return named_items(labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key))
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------
@@ -254,7 +222,7 @@ def check_items(items: Sequence[Mapping], loading: Callable[[Mapping], Any]) -> 
         loading: transforms that load and check one item.
 
     Returns:
-        Why items cannot be used, by :func:`~pgl_ext.data.datalist.item_name`; empty if all are good.
+        Why items cannot be used, by name, see :func:`~pgl_ext.data.datalist.item_name`.
     """
     bad = {}
     for item in items:
@@ -277,14 +245,13 @@ def resolve_bad(
         bad: reasons by item name, as :meth:`VolumeCache.prepare` gives them, of all processes.
         items: all items.
         skip_bad_files: leave bad volumes out instead of raising.
-        report_path: file to list the volumes left out in, one ``path<TAB>reason`` per line.
+        report_path: text file for what is left out, one ``path<TAB>reason`` per line.
 
     Returns:
         The good items, in the order given.
 
     Raises:
-        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left. The message
-            lists all bad volumes.
+        BadVolumesError: there are bad volumes and ``skip_bad_files`` is false, or no good volume is left.
     """
     good = [dict(item) for item in items if item_name(item) not in bad]
     if not bad:
@@ -307,19 +274,9 @@ def prepare_items(
     Args:
         cache: where the preprocessed volumes are kept.
         items: all items, the same in every process.
-        skip_bad_files: leave bad ones out instead of raising.
-        report_path: text file for what is left out, one ``path<TAB>reason`` per line.
-
-    Returns:
-        The good items, in the order given.
-
-    Raises:
-        BadVolumesError: listing all bad ones at once.
+        skip_bad_files, report_path: see :func:`resolve_bad`, like what is returned and raised.
     """
     rank, world_size = rank_and_world_size()
-    bad = cache.prepare(items[rank::world_size], show_progress=rank == 0)
-    if world_size > 1:
-        gathered: list[dict] = [{} for _ in range(world_size)]
-        dist.all_gather_object(gathered, bad)
-        bad = {name: reason for part in gathered for name, reason in part.items()}
+    shares = gather(cache.prepare(items[rank::world_size], show_progress=rank == 0))
+    bad = {name: reason for share in shares for name, reason in share.items()}
     return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)

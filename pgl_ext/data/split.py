@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from monai.config import PathLike
 
 from pgl_ext.data.datalist import item_name
-from pgl_ext.files import write_text
+from pgl_ext.files import read_json, write_json
 
 __all__ = ["PARTS", "recorded_split", "split_cases", "split_volumes", "write_split"]
 
@@ -26,9 +27,7 @@ def split_volumes(items: Iterable[Mapping], validation_fraction: float, seed: in
 
     Args:
         items: data items with ``"image"``.
-        validation_fraction: share of the items to validate on, in [0, 1). Above 0 it is at least one item and leaves at
-            least one for training; a single item serves as both.
-        seed: of the random choice.
+        validation_fraction, seed: see :func:`split_cases`.
 
     Returns:
         The training items and the validation items, each ordered by path.
@@ -36,14 +35,15 @@ def split_volumes(items: Iterable[Mapping], validation_fraction: float, seed: in
     Raises:
         ValueError: the fraction is outside [0, 1).
     """
-    _check_fraction(validation_fraction)
     items = list(items)
+    if not items:
+        return [], []
+    if len(items) == 1:
+        split = split_cases(items, validation_fraction=validation_fraction)
+        return split["training"], split["validation"]
     count = _validation_count(len(items), validation_fraction)
-    if len(items) <= 1:
-        training = [dict(item) for item in items]
-        return training, _as_both(training) if count else []
-    parts = split_cases(items, test_cases=count, validation_fraction=0, seed=seed)
-    return parts["training"], parts["test"]
+    split = split_cases(items, test_cases=count, validation_fraction=0, seed=seed)
+    return split["training"], split["test"]
 
 
 def split_cases(
@@ -63,8 +63,8 @@ def split_cases(
     Args:
         cases: all cases.
         test_cases: how many to hold out for testing.
-        validation_fraction: share of the labelled cases to validate on, in [0, 1). Above 0 it is at least one case and
-            leaves at least one for training; a single case serves as both.
+        validation_fraction: share of the labelled cases to validate on, in [0, 1); above 0 at least one, with at least
+            one left for training; a single case serves as both.
         label_fraction: share of the cases not held out that are taken as labelled, in (0, 1]; at least 2 cases where
             there are as many.
         labelled_cases: their exact number, instead of ``label_fraction``.
@@ -76,7 +76,6 @@ def split_cases(
     Raises:
         ValueError: a setting is out of range or asks for more cases than there are.
     """
-    _check_fraction(validation_fraction)
     ordered = sorted((dict(case) for case in cases), key=item_name)
     count = _labelled_count(len(ordered), test_cases, label_fraction, labelled_cases)
     drawn = [ordered[index] for index in np.random.RandomState(seed).permutation(len(ordered))]
@@ -86,21 +85,10 @@ def split_cases(
     training = [case for n, case in enumerate(labelled) if held_out[n] == held_out[n + 1]]
     validation = [case for n, case in enumerate(labelled) if held_out[n] < held_out[n + 1]]
     if count == 1 and validation:
-        training = _as_both(validation)
+        logger.warning("Only one volume, %s: it serves for training and for validation.", item_name(validation[0]))
+        training = validation
     parts = zip(PARTS, (training, validation, test, unused), strict=True)
-    return {name: sorted(part, key=item_name) for name, part in parts}
-
-
-def _as_both(items: Sequence[Mapping]) -> list[dict]:
-    """A copy of a single item, for training or validation beside the other."""
-    for item in items:
-        logger.warning("Only one volume, %s: it serves for training and for validation.", item_name(item))
-    return [dict(item) for item in items]
-
-
-def _check_fraction(validation_fraction: float) -> None:
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}.")
+    return {name: sorted(listed, key=item_name) for name, listed in parts}
 
 
 def _labelled_count(total: int, test_cases: int, label_fraction: float, labelled_cases: int | None) -> int:
@@ -124,6 +112,8 @@ def _labelled_count(total: int, test_cases: int, label_fraction: float, labelled
 
 def _validation_count(items: int, fraction: float) -> int:
     """How many of some items to validate on; it grows by 0 or 1 with each item."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"validation_fraction must be in [0, 1), got {fraction}.")
     if fraction == 0 or items == 0:
         return 0
     return 1 if items == 1 else min(max(1, round(fraction * items)), items - 1)
@@ -134,7 +124,7 @@ def _validation_count(items: int, fraction: float) -> int:
 
 def write_split(path: PathLike, settings: Mapping[str, object], split: Mapping[str, list[dict]]) -> None:
     """Record a split with the settings that it was made with, as a data list with the keys :data:`PARTS`."""
-    write_text(Path(path), json.dumps({**settings, **split}, indent=2) + "\n")
+    write_json(Path(path), {**settings, **split})
 
 
 def recorded_split(path: PathLike, settings: Mapping[str, object], cases: Sequence[Mapping]) -> dict[str, list[dict]]:
@@ -149,7 +139,7 @@ def recorded_split(path: PathLike, settings: Mapping[str, object], cases: Sequen
         ValueError: it was made with other settings, or from other cases, or the file is something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         split = {name: [dict(case) for case in content[name]] for name in PARTS}
         recorded = {name: content[name] for name in settings}
     except (ValueError, TypeError, KeyError) as error:
@@ -160,8 +150,8 @@ def recorded_split(path: PathLike, settings: Mapping[str, object], cases: Sequen
     differences = [
         f"{name} was {recorded[name]} and is {value}" for name, value in settings.items() if recorded[name] != value
     ]
-    before = {_identity(case) for part in split.values() for case in part}
-    now = {_identity(case) for case in cases}
+    both = (itertools.chain(*split.values()), cases)
+    before, now = ({json.dumps(dict(case), sort_keys=True) for case in listed} for listed in both)
     for changed, what in ((before - now, "there no more, or changed"), (now - before, "new, or changed")):
         if changed:
             names = sorted(json.loads(case)["image"] for case in changed)
@@ -172,7 +162,3 @@ def recorded_split(path: PathLike, settings: Mapping[str, object], cases: Sequen
             "another --output_dir to keep that run, remove the file to split anew, or go back to its settings."
         )
     return split
-
-
-def _identity(case: Mapping) -> str:
-    return json.dumps(dict(case), sort_keys=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.config import KeysCollection
+from monai.config import KeysCollection, PathLike
 from monai.data import MetaTensor
 from monai.inferers import Inferer, sliding_window_inference
 from monai.transforms import MapTransform
@@ -19,7 +18,10 @@ from monai.utils import convert_to_numpy, convert_to_tensor, ensure_tuple_rep
 
 from pgl_ext.files import write_nifti
 
-__all__ = ["FeatureMapInferer", "SaveFeatureMapd"]
+__all__ = ["FEATURES_SUFFIX", "FeatureMapInferer", "SaveFeatureMapd"]
+
+FEATURES_SUFFIX = "_features.nii.gz"
+"""Ending of the files of feature maps."""
 
 # Standard deviation of a window's weights, as a part of the window.
 _SIGMA = 0.125
@@ -28,10 +30,9 @@ _SIGMA = 0.125
 class FeatureMapInferer(Inferer):
     """Sliding-window inference that leaves feature j of the stitched map on voxel ``stride * j`` of the volume.
 
-    Differs from :class:`monai.inferers.SlidingWindowInferer` in what this takes: the volume is padded to a multiple of
-    the stride at the end of each axis only, with its minimum; all windows start at multiples of the stride; and a
-    volume of at most twice a window's voxels is passed whole: faster, and without borders inside it. Windows have
-    Gaussian weights, which are small at a window's border, where the network sees zeros instead of the volume.
+    The volume is padded to a multiple of the stride at the end of each axis only, with its minimum. Windows start at
+    multiples of the stride and have Gaussian weights, as the network sees zeros instead of the volume at their borders.
+    A volume of at most twice a window's voxels is passed whole: faster, and without borders inside it.
 
     Args:
         stride: output stride of the network per axis, in voxels.
@@ -112,11 +113,9 @@ def _weights(window: Sequence[int]) -> torch.Tensor:
 class SaveFeatureMapd(MapTransform):
     """Write feature maps as compressed 4D NIfTI files ``NAME_features.nii.gz`` that overlay their scans in a viewer.
 
-    Features lie along the fourth axis. Feature j of an axis is placed on voxel ``stride * j`` of the preprocessed
-    scan: the affine is the scan's times ``diag(stride)``. NIfTI has no float16; values are rounded to it, where they
-    are in its range, and stored as float32, which halves the size of the file. The item's map gets the affine too.
-
-    Items have the preprocessed scan ``image`` (C, X, Y, Z), whose affine counts, and their ``name``.
+    Features lie along the fourth axis. Feature j of an axis is placed on voxel ``stride * j`` of the preprocessed scan,
+    the item's ``image`` (C, X, Y, Z): the affine is the scan's times ``diag(stride)``; the item's map gets it too.
+    Values are rounded to float16, where they are in its range, and stored as float32, which halves the file.
 
     Args:
         keys: keys of the feature maps (F, x, y, z).
@@ -124,7 +123,7 @@ class SaveFeatureMapd(MapTransform):
         stride: output stride of the network per axis, in voxels.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str | os.PathLike, stride: Sequence[int]) -> None:
+    def __init__(self, keys: KeysCollection, output_dir: PathLike, stride: Sequence[int]) -> None:
         super().__init__(keys)
         self.output_dir = Path(output_dir)
         self.stride = tuple(stride)
@@ -132,7 +131,7 @@ class SaveFeatureMapd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)
         affine = convert_to_numpy(out["image"].affine, dtype=np.float64) @ np.diag([*self.stride, 1.0])
-        path = self.output_dir / f"{out['name']}_features.nii.gz"
+        path = self.output_dir / f"{out['name']}{FEATURES_SUFFIX}"
         for key in self.key_iterator(out):
             features = convert_to_tensor(out[key], dtype=torch.float32, device="cpu")
             out[key] = MetaTensor(features, affine=torch.from_numpy(affine))

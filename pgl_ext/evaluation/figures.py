@@ -17,18 +17,15 @@ from pgl_ext.figures.base import GREY, name_ticks, organ_colors, save_figure, ti
 __all__ = ["draw_points", "organ_panels", "plot_scores", "save_panels"]
 
 
-def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: str | Path) -> Figure:
+def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: Path) -> Figure:
     """Box plots of the organs' scores with every case as a point.
 
-    Boxes reach from the first to the third quartile with a line at the median, whiskers to the farthest case within
-    1.5 times the box. Diamonds are means.
+    Boxes are quartiles with a line at the median, whiskers reach the farthest case within 1.5 times the box, diamonds
+    are means.
 
     Args:
         scores: by metric (``dice``, ``hd95_mm``, ...) and name of the organ the cases' values; NaN is left out.
         out_path: picture to write.
-
-    Returns:
-        The figure.
     """
     organs = list(next(iter(scores.values())))
     figure, panels = organ_panels(len(scores), (max(4.0, 1.6 + 0.62 * len(organs)), 3.3 * len(scores) + 0.6))
@@ -47,7 +44,7 @@ def organ_panels(count: int, size: tuple[float, float]) -> tuple[Figure, Sequenc
     return figure, figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
 
 
-def save_panels(figure: Figure, organs: Sequence[str], out_path: str | Path) -> None:
+def save_panels(figure: Figure, organs: Sequence[str], out_path: Path) -> None:
     """Name the organs below the last of the :func:`organ_panels` and write the picture, when all is drawn."""
     for axes in figure.axes:
         axes.set_xlim(-0.6, len(organs) - 0.4)

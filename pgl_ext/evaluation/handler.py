@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 from monai.data.utils import affine_to_spacing
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_numpy, convert_to_tensor
 
 from pgl_ext.data.prepare import check_items
-from pgl_ext.evaluation.figures import plot_scores
 from pgl_ext.evaluation.metrics import METRICS, organ_scores
-from pgl_ext.evaluation.summary import AVERAGE, case_means, summarise, summary_rows, summary_table
+from pgl_ext.evaluation.summary import AVERAGE, case_means, grouped, number_text, summarise, summary_rows, summary_table
 from pgl_ext.files import write_csv, write_nifti, write_text
 from pgl_ext.segmentation.cases import draw_case, segmented_items
 from pgl_ext.task import SegmentationTask
@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 CASE_COLUMNS = ("case", "organ", *METRICS, "reference_ml", "predicted_ml", "status")
 
 
+@dataclass(eq=False, repr=False)
 class EvaluationReport:
     """Handler of a MONAI ``SupervisedEvaluator`` that scores every case on the grid of its files, and writes a report.
 
-    Before the first case it stops where the folder holds a report already, or where cases are bad. Then it writes:
+    It stops before the first case where the folder holds a report already, or where cases are bad. It writes:
 
     - ``predictions/NAME.nii.gz``: label map on the grid of the image, with the values of the task's label files;
     - ``cases.csv``: Dice, IoU, HD and HD95 (mm) of each case and organ, see :mod:`pgl_ext.evaluation.metrics`;
@@ -55,19 +56,15 @@ class EvaluationReport:
         description: further entries for ``summary.json``, such as the model's path.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike,
-        task: SegmentationTask,
-        cases: Sequence[Mapping],
-        loading: Callable[[Mapping], Any] | None = None,
-        description: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.folder = Path(output_dir)
-        self.task = task
-        self.cases = {case["name"]: case for case in cases}
-        self.loading = loading
-        self.description = dict(description or {})
+    output_dir: PathLike
+    task: SegmentationTask
+    cases: Sequence[Mapping]
+    loading: Callable[[Mapping], Any] | None = None
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.output_dir)
+        self.by_name = {case["name"]: case for case in self.cases}
         self.rows: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -82,34 +79,31 @@ class EvaluationReport:
                 f"{self.folder.absolute()} holds the report of an earlier evaluation: give another folder with "
                 "--output_dir, or remove this one."
             )
-        if self.loading is not None and (bad := check_items(list(self.cases.values()), self.loading)):
+        if self.loading is not None and (bad := check_items(self.cases, self.loading)):
             raise BadVolumesError(bad, len(self.cases), can_skip=False)
         self.rows = []
 
     def _add_all(self, engine: Engine) -> None:
         for data in segmented_items(engine):
             (dice,) = case_means(self.add(data["name"], data["pred"], data["label"]), "dice").values()
-            logger.info("%s: mean Dice %s", data["name"], "n/a" if math.isnan(dice) else f"{dice:.4f}")
+            logger.info("%s: mean Dice %s", data["name"], number_text(dice, ".4f"))
 
     def add(self, name: str, masks: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
-        """Score one case and write its prediction.
+        """Score one case, write its prediction, and return its rows of ``cases.csv``.
 
         Args:
             name: of the case.
             masks: predicted, bool (organs, X, Y, Z), with an ``affine``.
             labels: reference (1, X, Y, Z).
-
-        Returns:
-            The case's rows of ``cases.csv``.
         """
-        affine = np.asarray(torch.as_tensor(masks.affine).cpu(), dtype=np.float64)
+        affine = convert_to_numpy(masks.affine, dtype=np.float64)
         masks, labels = (convert_to_tensor(tensor, device="cpu") for tensor in (masks, labels))
-        annotated = self.task.channels_of(self.cases[name].get("annotated", self.task.names))
+        annotated = self.by_name[name].get("annotated", self.task.names)
         rows = []
-        for organ, mask, known in zip(self.task.names, masks.numpy(), annotated, strict=True):
+        for organ, mask in zip(self.task.names, masks.numpy(), strict=True):
             # One at a time, so that the masks of a large reference never lie in memory all at once.
             reference = self.task.mask_of_labels(labels, organ)[0].numpy()
-            scores = organ_scores(mask, reference, affine_to_spacing(affine), known)
+            scores = organ_scores(mask, reference, affine_to_spacing(affine), organ in annotated)
             rows.append({"case": name, "organ": organ, **scores})
         write_nifti(self.task.labels_of_masks(masks)[0].numpy(), affine, self._prediction_path(name))
         self.rows += rows
@@ -119,6 +113,8 @@ class EvaluationReport:
         return self.folder / "predictions" / f"{name}.nii.gz"
 
     def _finish(self, engine: Engine) -> None:
+        from pgl_ext.evaluation.figures import plot_scores
+
         summary = summarise(self.rows)
         means = {f"{metric} {name}": entry[metric]["mean"] for name, entry in summary.items() for metric in METRICS}
         engine.state.metrics |= {name: mean for name, mean in means.items() if mean is not None}
@@ -131,10 +127,12 @@ class EvaluationReport:
         }
         write_text(self.folder / "summary.json", json.dumps(content, indent=4) + "\n")
         write_csv(self.folder / "summary.csv", summary_rows(summary))
+        organs = grouped(self.rows, "organ")
         scores = {
-            metric: {organ: [row[metric] for row in self.rows if row["organ"] == organ] for organ in self.task.names}
+            metric: {organ: [row[metric] for row in rows] for organ, rows in organs.items()}
             for metric in ("dice", "hd95_mm")
         }
+
         plot_scores(scores, self.folder / "boxplots.png")
         self._draw_overlays()
         # Last, since it says that the report is complete.
@@ -149,7 +147,7 @@ class EvaluationReport:
             return
         chosen = {"worst": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "best": ordered[-1]}
         for title, name in chosen.items():
-            case = self.cases[name]
+            case = self.by_name[name]
             files = {"reference": case["label"], "prediction": self._prediction_path(name)}
             maps = LoadVolumed(list(files))(files)
             heading = f"{title}: {name}, mean Dice {dice[name]:.3f}"

@@ -27,13 +27,7 @@ __all__ = ["METRICS", "STATUSES", "Metric", "organ_scores", "surface_voxels"]
 
 
 class Metric(NamedTuple):
-    """How a metric is shown, and what of it is good.
-
-    Args:
-        title: with the unit.
-        digits: after the point.
-        perfect: value of a segmentation that is its reference.
-    """
+    """How a metric is shown, title with unit and digits after the point, and the value of a perfect segmentation."""
 
     title: str
     digits: int
@@ -103,12 +97,9 @@ def organ_scores(
 
 
 def surface_voxels(mask: np.ndarray) -> np.ndarray:
-    """Indices (N, 3) of a mask's surface voxels: those with one of six neighbours outside it.
+    """Indices (N, 3) of the voxels of a mask, bool (X, Y, Z), not empty, with one of six neighbours outside it.
 
     Outside the volume there is nothing, so that voxels at its border are surface.
-
-    Args:
-        mask: bool (X, Y, Z), not empty.
     """
     # Only the bounding box, which for most organs is a small part of the volume.
     (box,) = find_objects(mask.view(np.uint8), max_label=1)

@@ -13,10 +13,12 @@ from pgl_ext.evaluation.metrics import METRICS, STATUSES
 
 __all__ = [
     "AVERAGE",
+    "Summary",
     "case_means",
     "confidence_interval",
     "finite",
     "finite_mean",
+    "grouped",
     "interval_text",
     "number_text",
     "summarise",
@@ -28,16 +30,12 @@ __all__ = [
 AVERAGE = "average"
 """Name of the row over all organs."""
 
+Summary = dict[str, dict[str, Any]]
+"""By organ, and of all, see :func:`summarise`."""
+
 
 def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % confidence interval of the mean over cases by the percentile bootstrap, the same in every run.
-
-    Args:
-        values: one per case, finite.
-
-    Returns:
-        Both ends; NaN of fewer than two cases.
-    """
+    """95 % confidence interval of the mean over cases, by the percentile bootstrap; NaN of fewer than two cases."""
     if len(values) < 2:
         return math.nan, math.nan
     if np.ptp(values) == 0:
@@ -58,28 +56,23 @@ def finite_mean(values: Iterable[float]) -> float:
 
 
 def case_means(rows: Iterable[Mapping], metric: str) -> dict[str, float]:
-    """Mean over the organs of each case, NaN where a case has no value at all.
-
-    Args:
-        rows: ``"case"`` and the metric, as in ``cases.csv``.
-        metric: name of the column.
-    """
-    cases = _grouped(rows, "case")
+    """Mean over the organs of each case, NaN where it has no value, of rows with ``"case"`` and the metric."""
+    cases = grouped(rows, "case")
     return {case: finite_mean(row[metric] for row in case_rows) for case, case_rows in cases.items()}
 
 
-def _grouped(rows: Iterable[Mapping], column: str) -> dict[str, list[Mapping]]:
+def grouped(rows: Iterable[Mapping], column: str) -> dict[str, list[Mapping]]:
+    """Rows by their value in a column."""
     groups: dict[str, list[Mapping]] = {}
     for row in rows:
         groups.setdefault(row[column], []).append(row)
     return groups
 
 
-def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
+def summarise(rows: Sequence[Mapping]) -> Summary:
     """Mean, spread and confidence interval over cases, of each organ and of their average.
 
-    The average is that of the cases' means over their organs: cases are what is drawn at random, so that they are what
-    is resampled.
+    The average is that of the cases' means over their organs, since cases are what is resampled.
 
     Args:
         rows: one per case and organ, as in ``cases.csv``.
@@ -90,7 +83,7 @@ def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
     """
     summary = {
         organ: {metric: _statistics(row[metric] for row in organ_rows) for metric in METRICS} | _counts(organ_rows)
-        for organ, organ_rows in _grouped(rows, "organ").items()
+        for organ, organ_rows in grouped(rows, "organ").items()
     }
     means = {metric: _statistics(case_means(rows, metric).values()) for metric in METRICS}
     return {**summary, AVERAGE: means | _counts(rows)}
@@ -130,7 +123,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summary_rows(summary: Summary) -> list[dict[str, Any]]:
     """What :func:`summarise` returned as rows of a CSV file, one per organ."""
     rows = []
     for organ, entry in summary.items():
@@ -144,13 +137,12 @@ def summary_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     return rows
 
 
-def summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+def summary_table(summary: Summary) -> str:
     """What :func:`summarise` returned as a table to read."""
     head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "cases", "missed", "spurious")
-    return table(head, [_table_row(name, entry) for name, entry in summary.items()])
-
-
-def _table_row(name: str, entry: Mapping[str, Any]) -> list[str]:
-    dice, *others = (number_text(entry[name]["mean"], f".{metric.digits}f") for name, metric in METRICS.items())
-    counts = (entry["dice"]["n"], entry["missed"], entry["spurious"])
-    return [name, dice, interval_text(entry["dice"]["ci95"], ".3f"), *others, *map(str, counts)]
+    rows = []
+    for organ, entry in summary.items():
+        dice, *means = (number_text(entry[name]["mean"], f".{metric.digits}f") for name, metric in METRICS.items())
+        counts = (entry["dice"]["n"], entry["missed"], entry["spurious"])
+        rows.append([organ, dice, interval_text(entry["dice"]["ci95"], ".3f"), *means, *map(str, counts)])
+    return table(head, rows)

@@ -14,7 +14,6 @@ from monai.data.utils import affine_to_spacing
 from monai.transforms import Orientationd
 from monai.utils import convert_to_tensor
 
-from pgl_ext.figures.overlays import plot_overlay, thinning
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed
 
@@ -40,6 +39,9 @@ def draw_case(
         path: picture to write.
         title: heading of the picture.
     """
+    # Not above: how pictures are drawn is no part of the code that results depend on.
+    from pgl_ext.figures.overlays import plot_overlay, thinning
+
     data = Orientationd(["image", *maps], axcodes="RAS", labels=None)({**LoadVolumed("image")(item), **maps})
     steps = thinning(data["image"].shape[1:])
     spacing = np.multiply(affine_to_spacing(data["image"].affine), [step.step for step in steps])

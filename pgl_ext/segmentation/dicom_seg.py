@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from monai.config import PathLike
 
 import pgl_ext
 from pgl_ext.figures.base import organ_colors
@@ -19,17 +19,13 @@ __all__ = ["organ_codes", "require_highdicom", "write_dicom_seg"]
 
 # Names that DICOM has under another word; letters only, lower case.
 _SYNONYMS = {
-    "parotid": "parotidgland",
-    "submandibular": "submandibulargland",
-    "adrenal": "adrenalgland",
+    **{name: f"{name}gland" for name in ("parotid", "submandibular", "adrenal")},
+    **dict.fromkeys(("tumour", "tumor", "cancer"), "neoplasm"),
     "oesophagus": "esophagus",
     "urinarybladder": "bladder",
     "vertebralcolumn": "spine",
-    "tumour": "neoplasm",
-    "tumor": "neoplasm",
-    "cancer": "neoplasm",
 }
-# What references to a source are made from, of DICOM's type 2: may be empty, but not absent.
+# What references to a source are made from: anonymising tools drop it, but DICOM wants it, if only empty (type 2).
 _WANTED = (
     "AccessionNumber", "PatientBirthDate", "PatientID", "PatientName", "PatientSex", "ReferringPhysicianName",
     "SeriesNumber", "SliceThickness", "StudyDate", "StudyID", "StudyTime",
@@ -37,7 +33,7 @@ _WANTED = (
 
 
 def require_highdicom() -> ModuleType:
-    """The package ``highdicom``: also a check before hours of computation that DICOM SEG can be written.
+    """The package ``highdicom``; also to check, before hours of computation, that DICOM SEG can be written.
 
     Raises:
         ImportError: it is not installed.
@@ -55,14 +51,14 @@ def require_highdicom() -> ModuleType:
 def write_dicom_seg(
     masks: np.ndarray,
     names: Sequence[str],
-    source_files: Sequence[str | os.PathLike],
-    path: str | os.PathLike,
+    source_files: Sequence[PathLike],
+    path: PathLike,
     series_description: str = "Segmentation",
 ) -> None:
     """Write masks of organs as one DICOM SEG object, whose frames lie on the slices of the source series.
 
-    Each frame refers to the slice it was made from and takes position and orientation from it, so that it fits
-    whichever way the series runs, oblique, or with uneven distances of its slices. Overlapping organs are kept.
+    Each frame refers to the slice it was made from and takes position and orientation from it, also in oblique series
+    and with uneven distances of the slices. Overlapping organs are kept.
 
     Args:
         masks: bool (organs, X, Y, Z): x along a slice's columns, y along its rows, z in the order of
@@ -84,11 +80,14 @@ def write_dicom_seg(
     sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in source_files]
     _check(masks, names, sources, source_files)
     for source in sources:
-        _complete(source)
+        for name in _WANTED:
+            source.setdefault(name, None)
+        # All slices must share it; it need only differ from that of other series.
+        source.FrameOfReferenceUID = source.get("FrameOfReferenceUID") or f"{source.SeriesInstanceUID}.1"[:64]
     seg = hd.seg.Segmentation(
         source_images=sources,
         pixel_array=_frames(masks),
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segmentation_type="BINARY",
         segment_descriptions=_segments(hd, names),
         series_instance_uid=hd.UID(),
         series_number=int(sources[0].SeriesNumber or 0) % 10_000 + 1000,
@@ -115,15 +114,6 @@ def _check(masks: np.ndarray, names: Sequence[str], sources: Sequence[Any], file
         )
 
 
-def _complete(source: Any) -> None:
-    """Add what anonymising tools drop although DICOM wants it, if only empty: references are made from it."""
-    for name in _WANTED:
-        source.setdefault(name, None)
-    if not source.get("FrameOfReferenceUID"):
-        # All slices must share it; it need only differ from that of other series.
-        source.FrameOfReferenceUID = f"{source.SeriesInstanceUID}.1"[:64]
-
-
 def _frames(masks: np.ndarray) -> np.ndarray:
     """(Z, Y, X) of segment numbers where organs do not overlap, a fraction of the memory, else (Z, Y, X, organs)."""
     labels = np.zeros(masks.shape[:0:-1], dtype=np.uint8 if len(masks) < 256 else np.uint16)
@@ -148,7 +138,7 @@ def _segments(hd: ModuleType, names: Sequence[str]) -> list:
             segment_label=name[:64],
             segmented_property_category=category,
             segmented_property_type=kind,
-            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm,
             anatomic_regions=[region] if region else None,
             display_color=hd.color.CIELabColor.from_rgb(*(round(255 * float(c)) for c in color)),
@@ -161,14 +151,14 @@ def _segments(hd: ModuleType, names: Sequence[str]) -> list:
 
 
 def organ_codes(name: str) -> tuple[Any, Any, Any, Any]:
-    """What an organ's name is in SNOMED CT, as far as DICOM's lists of anatomy and of abnormalities know it.
+    """SNOMED CT codes of an organ's name, from DICOM's lists of anatomy and of abnormalities.
 
     Args:
         name: such as "left adrenal gland", "RightParotid", "kidney tumour".
 
     Returns:
-        Codes of the category, of the type, of the organ that an abnormality lies in, and of the side; the last two may
-        be None. An unknown name has the type "Anatomical Structure".
+        Category, type, organ that an abnormality lies in, and side; the last two may be None. An unknown name has the
+        type "Anatomical Structure".
     """
     from pydicom.sr.codedict import codes
 
@@ -188,7 +178,7 @@ def organ_codes(name: str) -> tuple[Any, Any, Any, Any]:
 
 
 def _code(group: Any, words: Sequence[str]) -> Any:
-    """The code of a context group that some words name, in singular or plural; None if there is none."""
+    """The code of a context group that words name, in singular or plural; None if there is none."""
     keywords = {keyword.lower(): keyword for keyword in group.dir()}
     letters = "".join(words)
     for candidate in (letters, letters.removesuffix("s")):

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric
 from monai.utils import convert_to_numpy
 from torch.utils.tensorboard import SummaryWriter
 
 from pgl_ext.distributed import launched_rank_and_world_size
-from pgl_ext.figures.base import figure_to_array
-from pgl_ext.figures.overlays import plot_overlay
 from pgl_ext.handlers import MetricsLog
 from pgl_ext.segmentation.cases import segmented_items
 from pgl_ext.settings import check_positive
@@ -38,7 +37,6 @@ class ValidationDice(IgniteMetricHandler):
 
     An organ that is in the prediction alone has Dice 0; one that is in neither, or is not annotated, takes no part.
     MONAI's ``MeanDice`` would leave out the former, and count the last.
-
     The evaluator's outputs are masks ``pred`` and ``label`` (organs, X, Y, Z), see ``OrganMasksd``. Its batch may
     have ``annotated`` (organs,). Details: (cases, organs), NaN for what takes no part.
     """
@@ -71,7 +69,7 @@ class SegmentationMetricsLog(MetricsLog):
 
     def __init__(
         self,
-        output_dir: str | os.PathLike,
+        output_dir: PathLike,
         evaluator: Engine,
         patches_per_epoch: int,
         task: SegmentationTask,
@@ -88,6 +86,7 @@ class SegmentationMetricsLog(MetricsLog):
         return {_SCORE: float(evaluator.state.metrics[_SCORE]), **scores}
 
 
+@dataclass(eq=False, repr=False)
 class BestModel:
     """Writes the model that is best on validation, and stops training where it has not become better for long.
 
@@ -102,29 +101,24 @@ class BestModel:
         rank: this process; only rank 0 writes. Default: as torchrun started it.
 
     Raises:
-        ValueError: where ``patience`` is less than 1.
+        ValueError: ``patience`` is less than 1.
     """
 
-    def __init__(
-        self,
-        evaluator: Engine,
-        network: torch.nn.Module,
-        path: str | os.PathLike,
-        description: Mapping[str, Any],
-        patience: int | None = None,
-        rank: int | None = None,
-    ) -> None:
-        if patience is not None and patience < 1:
+    evaluator: Engine
+    network: torch.nn.Module
+    path: PathLike
+    description: Mapping[str, Any]
+    patience: int | None = None
+    rank: int | None = None
+
+    best_score, best_epoch, last_epoch = -math.inf, 0, 0
+
+    def __post_init__(self) -> None:
+        self.rank = launched_rank_and_world_size()[0] if self.rank is None else self.rank
+        if self.patience is not None and self.patience < 1:
             raise ValueError(
-                f'patience must be at least 1 epoch, got {patience}: set --patience "\\$None" never to stop early.'
+                f'patience must be at least 1 epoch, got {self.patience}: set --patience "\\$None" never to stop early.'
             )
-        self.evaluator = evaluator
-        self.network = network
-        self.path = Path(path)
-        self.description = dict(description)
-        self.patience = patience
-        self.rank = launched_rank_and_world_size()[0] if rank is None else rank
-        self.best_score, self.best_epoch, self.last_epoch = -math.inf, 0, 0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._stop_if_patience_is_over)
@@ -169,6 +163,7 @@ class BestModel:
             setattr(self, name, state[name])
 
 
+@dataclass(eq=False, repr=False)
 class OverlayPictures:
     """Draws reference and prediction of the last validation case, to TensorBoard and ``overlay.png``; in one process.
 
@@ -183,21 +178,17 @@ class OverlayPictures:
         ValueError: where ``interval`` is less than 1.
     """
 
-    def __init__(
-        self,
-        evaluator: Engine,
-        output_dir: str | os.PathLike,
-        task: SegmentationTask,
-        spacing: Sequence[float] | None = None,
-        interval: int = 5,
-    ) -> None:
-        self.evaluator = evaluator
-        self.folder = Path(output_dir)
-        self.task = task
-        self.spacing = (1.0, 1.0, 1.0) if spacing is None else tuple(spacing)
+    evaluator: Engine
+    output_dir: PathLike
+    task: SegmentationTask
+    spacing: Sequence[float] | None = None
+    interval: int = 5
+
+    _validations = 0
+
+    def __post_init__(self) -> None:
         remedy = "to draw only the first and the last validation, set it above their number"
-        self.interval = check_positive(interval, "picture_interval", remedy)
-        self._validations = 0
+        check_positive(self.interval, "picture_interval", remedy)
 
     def attach(self, engine: Engine) -> None:
         if launched_rank_and_world_size()[0] > 0:
@@ -206,18 +197,21 @@ class OverlayPictures:
         engine.add_event_handler(Events.COMPLETED, self._draw)
 
     def _validated(self, evaluator: Engine, engine: Engine) -> None:
-        self._validations += 1
-        if self._validations % self.interval == 1 or self.interval == 1:
+        if self._validations % self.interval == 0:
             self._draw(engine)
+        self._validations += 1
 
     def _draw(self, engine: Engine) -> None:
+        from pgl_ext.figures.base import figure_to_array
+        from pgl_ext.figures.overlays import plot_overlay
+
         state = self.evaluator.state
         if not state.output:
             return
+
         image, output = convert_to_numpy(state.batch[-1]["image"]), state.output[-1]
         masks = {"reference": convert_to_numpy(output["label"]), "prediction": convert_to_numpy(output["pred"])}
-        step = engine.state.iteration
-        path = self.folder / "overlay.png"
-        figure = plot_overlay(image[0], masks, self.task.names, self.spacing, path, f"step {step}")
-        with SummaryWriter(str(self.folder / "tensorboard")) as writer:
+        folder, spacing, step = Path(self.output_dir), self.spacing or (1.0, 1.0, 1.0), engine.state.iteration
+        figure = plot_overlay(image[0], masks, self.task.names, spacing, folder / "overlay.png", f"step {step}")
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
             writer.add_image("overlay", figure_to_array(figure), step, dataformats="HWC")

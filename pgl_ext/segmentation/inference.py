@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
+from monai.config import PathLike
 from monai.utils import convert_to_numpy
 
 from pgl_ext.data.find import find_scans
@@ -31,14 +32,11 @@ _NIFTI_OUTPUTS = ("_seg.nii.gz", "_probabilities.nii.gz", "_uncertainty.nii.gz")
 _OUTPUTS = (*_NIFTI_OUTPUTS, "_seg.dcm", "_overlay.png")
 
 
-# --- what to run on -------------------------------------------------------------------------------------------------
-
-
 def scans_to_segment(
-    output_dir: str | os.PathLike,
+    output_dir: PathLike,
     loading: Callable[[Mapping], Any],
-    dataset_dir: str | os.PathLike | None = None,
-    data_list_file_path: str | os.PathLike | None = None,
+    dataset_dir: PathLike | None = None,
+    data_list_file_path: PathLike | None = None,
     data_list_key: str = "test",
     skip_bad_files: bool = False,
     overwrite: bool = False,
@@ -65,19 +63,9 @@ def scans_to_segment(
         FileExistsError: there are outputs of these scans already.
         ImportError: a package for DICOM SEG is not installed.
     """
+    overwrite = parse_bool(overwrite, "overwrite")
     items = find_scans(dataset_dir, data_list_file_path, data_list_key, passed_over=_NIFTI_OUTPUTS)
-    _check_outputs(items, Path(output_dir), parse_bool(overwrite, "overwrite"))
-    if parse_bool(dicom_seg, "save_dicom_seg") and any(_is_dicom(item["image"]) for item in items):
-        require_highdicom()
-    return resolve_bad(check_items(items, loading), items, skip_bad_files, Path(output_dir) / "skipped_files.txt")
-
-
-def _is_dicom(path: str) -> bool:
-    return os.path.isdir(path) or is_dicom_file(path)
-
-
-def _check_outputs(items: Sequence[Mapping], output_dir: Path, overwrite: bool) -> None:
-    paths = [output_dir / f"{item['name']}{suffix}" for item in items for suffix in _OUTPUTS]
+    paths = [Path(output_dir) / f"{item['name']}{suffix}" for item in items for suffix in _OUTPUTS]
     present = [str(path) for path in paths if path.exists()]
     if present and not overwrite:
         more = f" and {len(present) - 3} more" if len(present) > 3 else ""
@@ -85,9 +73,13 @@ def _check_outputs(items: Sequence[Mapping], output_dir: Path, overwrite: bool) 
             f"{', '.join(present[:3])}{more} exist already: give another folder with --output_dir DIR, or replace them "
             "with --overwrite true."
         )
+    if parse_bool(dicom_seg, "save_dicom_seg") and any(_is_dicom(item["image"]) for item in items):
+        require_highdicom()
+    return resolve_bad(check_items(items, loading), items, skip_bad_files, Path(output_dir) / "skipped_files.txt")
 
 
-# --- outputs --------------------------------------------------------------------------------------------------------
+def _is_dicom(path: str) -> bool:
+    return os.path.isdir(path) or is_dicom_file(path)
 
 
 class SaveSegmentations:
@@ -106,7 +98,7 @@ class SaveSegmentations:
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, task: SegmentationTask, dicom_seg: bool = True, overlays: bool = True
+        self, output_dir: PathLike, task: SegmentationTask, dicom_seg: bool = True, overlays: bool = True
     ) -> None:
         self.output_dir = Path(output_dir)
         self.task = task
@@ -130,14 +122,13 @@ class SaveSegmentations:
                 ``pred_probabilities``, ``pred_uncertainty`` (channels, X, Y, Z) and ``series_uid``.
         """
         name, path = data["name"], str(data["image"].meta["filename_or_obj"])
-        seg, probabilities, uncertainty, dicom, overlay = (self.output_dir / f"{name}{suffix}" for suffix in _OUTPUTS)
-        for file in (seg, probabilities, uncertainty, dicom, overlay):
+        *nifti, dicom, overlay = outputs = [self.output_dir / f"{name}{suffix}" for suffix in _OUTPUTS]
+        for file in outputs:
             # What an earlier run wrote must not be taken for this one's.
             file.unlink(missing_ok=True)
         affine = np.asarray(data["pred"].affine, dtype=np.float64)
         header = nib.load(path).header if file_suffix(path) in NIFTI_SUFFIXES else None
-        maps = {seg: "pred", probabilities: "pred_probabilities", uncertainty: "pred_uncertainty"}
-        for file, key in maps.items():
+        for file, key in zip(nifti, ("pred", "pred_probabilities", "pred_uncertainty"), strict=True):
             if key in data:
                 values = np.moveaxis(convert_to_numpy(data[key]), 0, -1)
                 write_nifti(values[..., 0] if values.shape[-1] == 1 else values, affine, file, header)
@@ -148,7 +139,7 @@ class SaveSegmentations:
         if self.overlays:
             item = {"image": path, "series_uid": data.get("series_uid")}
             draw_case(item, {"segmentation": data["organs"]}, self.task, overlay, name)
-        logger.info("%s: segmented, %s", path, seg)
+        logger.info("%s: segmented, %s", path, nifti[0])
 
     def _add_volumes(self, name: str, masks: np.ndarray, affine: np.ndarray) -> None:
         path = self.output_dir / "volumes.csv"

@@ -14,12 +14,14 @@ from pgl_ext.task import SegmentationTask
 
 __all__ = ["FlipInferer", "VolumeInferer"]
 
+_Network = Callable[[torch.Tensor], torch.Tensor]
+
 
 class VolumeInferer(SlidingWindowInferer):
     """MONAI's sliding windows with Gaussian weights, padded as training pads its patches, for any precision.
 
-    Volumes smaller than a window are padded with their smallest value instead of 0, which after normalisation would
-    be tissue. Windows are added up in float32: half precision, as from autocast, cannot hold their smallest weights.
+    Volumes smaller than a window are padded with their minimum instead of 0, which after normalisation would be tissue.
+    Windows are added up in float32: half precision, as from autocast, cannot hold their smallest weights.
 
     Args:
         roi_size: size of the windows in voxels.
@@ -41,7 +43,7 @@ class VolumeInferer(SlidingWindowInferer):
             raise ValueError(f"overlap must be in [0, 1), got {overlap}.")
         super().__init__(roi_size, sw_batch_size, overlap, "gaussian", **kwargs)
 
-    def __call__(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: _Network) -> torch.Tensor:
         """Outputs (B, out_channels, X, Y, Z), float32, of volumes (B, C, X, Y, Z)."""
         # A MetaTensor is slow: it tracks its metadata through every operation of the network.
         inputs = convert_to_tensor(inputs)
@@ -80,7 +82,7 @@ class FlipInferer(Inferer):
         self.axes = axes
 
     @torch.no_grad()
-    def __call__(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: _Network) -> torch.Tensor:
         """Probabilities (B, out_channels, X, Y, Z), float32, of volumes (B, C, X, Y, Z)."""
         inputs = convert_to_tensor(inputs)
         probabilities = self._predict(inputs, network)
@@ -90,7 +92,7 @@ class FlipInferer(Inferer):
                 probabilities += self._predict(inputs.flip(flip), network).flip(flip)
         return probabilities.div_(2 ** len(dims))
 
-    def _predict(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _predict(self, inputs: torch.Tensor, network: _Network) -> torch.Tensor:
         outputs = self.inferer(inputs, network).float()
         # In place and in slices: all classes of a whole scan are gigabytes, which need not be held twice.
         for slab in outputs.split(16, dim=2):

@@ -18,8 +18,7 @@ __all__ = ["DiceCrossEntropyLoss", "SegmentationLoss"]
 class DiceCrossEntropyLoss(nn.Module):
     """Dice loss plus cross-entropy: binary in each channel of a multi-label task, else over the classes.
 
-    MONAI's ``DiceCELoss`` takes the cross-entropy over classes wherever there are several channels, also with
-    ``sigmoid=True``, as if organs could not overlap.
+    MONAI's ``DiceCELoss`` takes the cross-entropy over classes of several channels also with ``sigmoid=True``.
 
     Args:
         multi_label: whether each channel is a binary decision of its own; else the first one is the background, which

@@ -53,7 +53,10 @@ _LISTED = 10
 _REFERENCE = "reference_ml"
 _SAME = 1.01
 
-Scores = dict[str, dict[tuple[str, str], float]]
+_Key = tuple[str, str]
+"""A case and an organ."""
+
+Scores = dict[str, dict[_Key, float]]
 """By metric, and by case and organ."""
 
 _ByOrgan = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -92,7 +95,7 @@ def read_scores(folder: str | os.PathLike, metrics: Iterable[str] = _COMPARED) -
     return {metric: {_key(row): _number(row[metric]) for row in rows} for metric in metrics}
 
 
-def _key(row: Mapping[str, str]) -> tuple[str, str]:
+def _key(row: Mapping[str, str]) -> _Key:
     return row["case"], row["organ"]
 
 
@@ -100,7 +103,7 @@ def _number(cell: str) -> float:
     return float(cell or "nan")
 
 
-def common_keys(evaluated: Mapping[str, Iterable[tuple[str, str]]], common: bool = False) -> list[tuple[str, str]]:
+def common_keys(evaluated: Mapping[str, Iterable[_Key]], common: bool = False) -> list[_Key]:
     """Cases and organs that all evaluations have, in the order of the first.
 
     Args:
@@ -112,7 +115,7 @@ def common_keys(evaluated: Mapping[str, Iterable[tuple[str, str]]], common: bool
     """
     first, *others = evaluated.values()
     shared = [key for key in first if all(key in other for other in others)]
-    every = sorted({key for keys in evaluated.values() for key in keys})
+    every = sorted(set().union(*evaluated.values()))
     if len(shared) < len(every) and not common:
         lacking = {name: [key for key in every if key not in keys] for name, keys in evaluated.items()}
         lines = [f"  {name} lacks {_listed(keys)}" for name, keys in lacking.items() if keys]
@@ -126,9 +129,9 @@ def common_keys(evaluated: Mapping[str, Iterable[tuple[str, str]]], common: bool
     return shared
 
 
-def _annotated_keys(keys: Iterable[tuple[str, str]], folders: Iterable[str]) -> list[tuple[str, str]]:
+def _annotated_keys(keys: Iterable[_Key], folders: Iterable[str]) -> list[_Key]:
     """The cases and organs that are annotated in all evaluations, where these have the same reference."""
-    volumes: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    volumes: dict[_Key, list[float]] = {key: [] for key in keys}
     for folder in folders:
         for row in read_csv(Path(folder) / "cases.csv"):
             if _key(row) in volumes and _REFERENCE in row:
@@ -145,7 +148,7 @@ def _annotated_keys(keys: Iterable[tuple[str, str]], folders: Iterable[str]) -> 
     return list(annotated)
 
 
-def _listed(keys: Sequence[tuple[str, str]]) -> str:
+def _listed(keys: Sequence[_Key]) -> str:
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
     return ", ".join(f"{case} ({organ})" for case, organ in keys[:_LISTED]) + more
 
@@ -153,14 +156,15 @@ def _listed(keys: Sequence[tuple[str, str]]) -> str:
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-def by_organ(scores: Mapping[tuple[str, str], float], keys: Iterable[tuple[str, str]]) -> dict[str, list[float]]:
-    """Per organ the values of the cases, in the order of the keys, NaN where a case has none."""
-    cases, organs = (list(dict.fromkeys(column)) for column in zip(*keys, strict=True))
-    return {organ: [scores.get((case, organ), math.nan) for case in cases] for organ in organs}
+def by_organ(scores: Mapping[_Key, float], keys: Iterable[_Key]) -> dict[str, list[float]]:
+    """Per organ the values of the cases, in the order of the keys, NaN where it is not among a case's keys."""
+    wanted = {key: scores[key] for key in keys}
+    cases, organs = (list(dict.fromkeys(column)) for column in zip(*wanted, strict=True))
+    return {organ: [wanted.get((case, organ), math.nan) for case in cases] for organ in organs}
 
 
 def paired_scores(
-    first: Sequence[Scores], second: Sequence[Scores], keys: Iterable[tuple[str, str]]
+    first: Sequence[Scores], second: Sequence[Scores], keys: Iterable[_Key]
 ) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """The scores of two runs side by side.
 
@@ -173,21 +177,18 @@ def paired_scores(
         By metric and organ, and as ``"average"`` over the organs, the values of the cases in both runs. NaN where no
         repetition of either run has a value; where some do, one without has the perfect score, as the module says.
     """
-    keys = list(keys)
-    return {metric: _pairs(first, second, metric, keys) for metric in first[0]}
-
-
-def _pairs(
-    first: Sequence[Scores], second: Sequence[Scores], metric: str, keys: Sequence[tuple[str, str]]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per organ, and on average over the organs, the cases' values in both runs."""
-    runs = [[by_organ({key: scores[metric][key] for key in keys}, keys) for scores in run] for run in (first, second)]
-    # (repetitions, organs, cases)
-    arrays = [np.array([list(scores.values()) for scores in run]) for run in runs]
-    scored = np.isfinite(np.concatenate(arrays)).any(0)
-    a, b = (np.where(scored & np.isnan(values), METRICS[metric].perfect, values).mean(0) for values in arrays)
-    average = tuple(np.array([finite_mean(case) for case in values.T]) for values in (a, b))
-    return {**dict(zip(runs[0][0], zip(a, b, strict=True), strict=True)), AVERAGE: average}
+    keys, pairs = list(keys), {}
+    for metric, scores in first[0].items():
+        names = [*by_organ(scores, keys), AVERAGE]
+        # (repetitions, organs, cases)
+        runs = [np.array([list(by_organ(part[metric], keys).values()) for part in run]) for run in (first, second)]
+        scored = np.isfinite(np.concatenate(runs)).any(0)
+        sides = []
+        for values in runs:
+            organs = np.where(scored & np.isnan(values), METRICS[metric].perfect, values).mean(0)
+            sides.append([*organs, np.array([finite_mean(case) for case in organs.T])])
+        pairs[metric] = dict(zip(names, zip(*sides, strict=True), strict=True))
+    return pairs
 
 
 def paired_statistics(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
@@ -322,9 +323,6 @@ def plot_differences(differences: _ByOrgan, intervals: _ByOrgan, out_path: str |
         intervals: by metric, run and organ the mean and both ends of its confidence interval; NaN is not drawn.
         out_path: picture to write.
         reference: name of the run that the others are compared with.
-
-    Returns:
-        The figure.
     """
     runs = next(iter(differences.values()))
     organs = list(next(iter(runs.values())))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
+from monai.config import PathLike
 
 from pgl_ext.weights.files import DECODER_PREFIXES, ENCODER_PREFIX, load_state, save_weights
 from pgl_ext.weights.records import EncoderRecord
@@ -16,7 +16,7 @@ __all__ = ["export_decoder", "export_encoder"]
 _LAYOUTS = {"pgl": ENCODER_PREFIX, "monai_resnet": "", "flexible_unet": ENCODER_PREFIX}
 
 
-def export_encoder(checkpoint: str | os.PathLike, out: str | os.PathLike, layout: str = "pgl") -> Path:
+def export_encoder(checkpoint: PathLike, out: PathLike, layout: str = "pgl") -> Path:
     """Write the encoder of a training checkpoint, or of an encoder file, to a file of its own.
 
     Args:
@@ -44,7 +44,7 @@ def export_encoder(checkpoint: str | os.PathLike, out: str | os.PathLike, layout
     return Path(out)
 
 
-def export_decoder(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Path:
+def export_decoder(checkpoint: PathLike, out: PathLike) -> Path:
     """Write the decoder of a checkpoint of a method that pre-trains one, or of a decoder file, to a file of its own.
 
     Args, returns and errors are those of :func:`export_encoder`.
@@ -55,7 +55,7 @@ def export_decoder(checkpoint: str | os.PathLike, out: str | os.PathLike) -> Pat
 
 
 def _part(
-    source: str | os.PathLike, prefixes: str | tuple[str, ...], name: str
+    source: PathLike, prefixes: str | tuple[str, ...], name: str
 ) -> tuple[dict[str, torch.Tensor], EncoderRecord]:
     """The tensors of a checkpoint or weights file whose keys begin with a prefix, and the record."""
     content = load_state(source)

@@ -28,19 +28,15 @@ class _Run:
 
     Args:
         name: of the run.
-        training: its output folder, with the evaluation in ``evaluation`` below.
+        folder: its output folder, with that of the evaluation in ``evaluation`` below.
         model: what is recorded beside the model.
         summary: of the evaluation.
     """
 
     name: str
-    training: Path
+    folder: Path
     model: dict[str, Any]
     summary: dict[str, Any]
-
-    @property
-    def evaluation(self) -> Path:
-        return self.training / "evaluation"
 
     @property
     def start(self) -> str:
@@ -92,7 +88,6 @@ def write_report(
         title=title,
         note=note,
         runs=evaluated,
-        rows=list(first.scores),
         best=lambda row, metric: _best(evaluated, row, metric),
         pretraining=None if pretraining is None else Path(pretraining),
         encoder=read_json(encoder) if pretraining is not None and encoder.is_file() else {},

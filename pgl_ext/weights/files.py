@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from monai.config import PathLike
@@ -80,7 +79,7 @@ def _safetensors() -> ModuleType:
     return safetensors.torch
 
 
-def load_state(path: PathLike) -> dict[str, Any]:
+def load_state(path: PathLike) -> dict:
     """Read a PyTorch file, tensors and plain values only, or a ``.safetensors`` file; tensors are on the CPU.
 
     Raises:

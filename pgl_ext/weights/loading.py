@@ -51,11 +51,11 @@ class LoadReport:
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
-        parts = [f"{len(self.loaded)} of {total} tensors loaded"]
+        texts = [f"{len(self.loaded)} of {total} tensors loaded"]
         for name in ("missing", "unexpected", "mismatched"):
             if keys := getattr(self, name):
-                parts.append(f"{name} ({len(keys)}): {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}")
-        return "; ".join(parts)
+                texts.append(f"{name} ({len(keys)}): {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}")
+        return "; ".join(texts)
 
 
 def compare_states(state: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> LoadReport:
@@ -118,7 +118,7 @@ def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
 
     Args:
         network: a network with ``.aspp`` and ``.decoder``.
-        path: the file.
+        path: a decoder file (keys ``aspp.*``, ``decoder.*``).
 
     Returns:
         the report; what is missing or mismatched keeps its values.
@@ -147,13 +147,9 @@ def load_model(
     """Load a file of weights into the network it belongs to, all of its tensors.
 
     Args:
-        network: the network.
-        path: model file, or encoder file where only the encoder is loaded.
-        device: where the network goes.
-        encoder_only: see :func:`load_encoder`.
-
-    Returns:
-        the same network, in evaluation mode.
+        network: moved to the device, and returned in evaluation mode.
+        path: model file, or encoder file where only the encoder is loaded, see :func:`load_encoder`.
+        device, encoder_only: what the network is moved to, and what is loaded.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -173,7 +169,7 @@ def load_model(
     return network.to(device).eval()
 
 
-def _load(path: PathLike, kind: str, remedy: str) -> dict[str, Any]:
+def _load(path: PathLike, kind: str, remedy: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind} {Path(path).absolute()} does not exist: give {remedy}.")
     return load_state(path)
@@ -192,10 +188,7 @@ def _without_shortcut_bias(state: dict[str, torch.Tensor], target: Mapping[str, 
 
 
 def load_pretrained(
-    network: nn.Module,
-    encoder: PathLike | None = None,
-    decoder: PathLike | None = None,
-    input: Mapping[str, Any] | None = None,
+    network: nn.Module, encoder: PathLike | None = None, decoder: PathLike | None = None, input: Mapping | None = None
 ) -> nn.Module:
     """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
 
@@ -211,8 +204,7 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does; the message lists missing,
-            unexpected and mismatched tensors.
+        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does.
     """
     if encoder is None:
         logger.info("no pretrained_encoder: random initialisation")
@@ -255,10 +247,8 @@ def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: An
 def build_encoder(path: PathLike | None = None, load: bool = True, **overrides: Any) -> nn.Module:
     """Build the encoder that an encoder file belongs to, and load the file.
 
-    The architecture is the one recorded in the JSON beside the file; where there is none, the default ResNet-50.
-
     Args:
-        path: encoder file; None: the default architecture with random weights.
+        path: encoder file, with the architecture in the JSON beside it; None, or without JSON: the default ResNet-50.
         load: whether to load the weights too. Without, the file need not exist.
         overrides: arguments of the encoder that replace the recorded ones.
 

@@ -102,12 +102,12 @@ class _Record:
 
     input: InputRecord
     steps: int = 0
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping = field(default_factory=dict)
     version: str = __version__
-    others: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls: type[_R], content: Mapping[str, Any], source: Any) -> _R:
+    def from_json(cls: type[_R], content: Mapping, source: Any) -> _R:
         """Make a record of what a JSON file or a checkpoint holds.
 
         Args:
@@ -139,7 +139,7 @@ class _Record:
         source, content = _read(path)
         return cls.from_json(content, source)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict:
         """All entries as plain values."""
         content = asdict(self)
         others = content.pop("others")
@@ -158,7 +158,7 @@ class EncoderRecord(_Record):
         channels: of each feature map, finest first.
     """
 
-    architecture: Mapping[str, Any]
+    architecture: Mapping
     method: str | None = None
     pairs: int | None = None
     stride: Sequence[int] | None = None
@@ -190,8 +190,8 @@ class ModelRecord(_Record):
         val_mean_dice: of that validation.
     """
 
-    task: Mapping[str, Any]
-    network: Mapping[str, Any]
+    task: Mapping
+    network: Mapping
     annotated_key: str | None = None
     pretrained_encoder: str | None = None
     pretrained_decoder: str | None = None
@@ -244,7 +244,7 @@ class ModelRecord(_Record):
         )
 
 
-def _read(weights: PathLike) -> tuple[Path, dict[str, Any]]:
+def _read(weights: PathLike) -> tuple[Path, dict]:
     """The JSON file beside a file of weights, and what it holds."""
     name, path = Path(weights).name, Path(weights).with_suffix(".json")
     if not path.is_file():
@@ -258,7 +258,7 @@ def _in_channels(architecture: Any) -> Any:
     return arguments.get("in_channels", 1) if isinstance(arguments, Mapping) else 1
 
 
-def _of_known_kinds(cls: type, content: Mapping[str, Any], source: Any) -> Mapping[str, Any]:
+def _of_known_kinds(cls: type, content: Mapping, source: Any) -> Mapping:
     """The content, after making sure that each entry is what the fields of a record say that it is."""
     for name, kind in get_type_hints(cls).items():
         if name in content and not _is_a(content[name], kind):
@@ -273,15 +273,13 @@ def _is_a(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind such as ``Sequence[float] | None``; true and false are no numbers."""
     outer, inner = get_origin(kind), get_args(kind)
     if outer is Sequence:
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_a(v, inner[0]) for v in value)
-    if outer is Mapping:
-        return isinstance(value, Mapping)
+        return isinstance(value, (list, tuple)) and all(_is_a(entry, inner[0]) for entry in value)
     if inner:
-        return any(_is_a(value, part) for part in inner)
+        return any(_is_a(value, option) for option in inner)
     return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
-def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
+def _upgraded(content: Mapping) -> dict:
     """Entries of records that were written before architectures had families and inputs an entry of their own."""
     content = dict(content)
     for name in ("architecture", "network"):

@@ -58,9 +58,9 @@ def test_inference_has_the_keys_that_the_model_zoo_asks_for():
 
 
 def test_inference_prepares_volumes_as_training_does():
-    inference = json.loads(INFERENCE.read_text())["preprocessing"]["transforms"]
-    training = json.loads((BUNDLE / "configs" / "train.json").read_text())["volume_preprocessing"]["transforms"]
-    assert [step for step in inference if step["_target_"] != "CopyItemsd"] == training
+    inference = json.loads(INFERENCE.read_text())["preprocessing"]
+    assert inference == json.loads((BUNDLE / "configs" / "train.json").read_text())["volume_preprocessing"]
+    assert inference["_target_"] == "pgl_ext.transforms.preprocessing"
 
 
 def test_nothing_of_a_custom_package_is_imported_at_initialization():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import nibabel as nib
@@ -12,7 +11,6 @@ import SimpleITK
 import torch
 from made_files import oblique, oblique_affine, save_dicom_series
 from monai.bundle import ConfigParser
-from monai.networks.utils import get_state_dict
 from programs import SEGMENTATION_CONFIGS, run
 
 from pgl_ext.errors import root_cause
@@ -20,6 +18,7 @@ from pgl_ext.networks import SegmentationNet
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.phantom import generate_case
 from pgl_ext.transforms.checks import BadVolumesError
+from pgl_ext.weights import InputRecord, ModelRecord, save_weights
 
 CONFIG = SEGMENTATION_CONFIGS / "inference.json"
 TASK = SegmentationTask({"liver": [1], "left kidney": [2], "spleen": [4]})
@@ -48,19 +47,13 @@ def model(network, tmp_path) -> Path:
     return save_model(network, tmp_path / "models" / "model.pt")
 
 
-def save_model(network: SegmentationNet, path: Path, **entries) -> Path:
-    path.parent.mkdir(parents=True)
-    torch.save(get_state_dict(network), path)
-    description = {
-        "task": TASK.description(),
-        "network": network.architecture,
-        "normalization": {"clip_hu": [-1024, 325]},
-        "orientation": "RAS",
-        "spacing": None,
-        "patch_size": SHAPE,
-        **entries,
-    }
-    path.with_suffix(".json").write_text(json.dumps(description))
+def save_model(network: SegmentationNet, path: Path, **inputs) -> Path:
+    record = ModelRecord(
+        task=TASK.description(),
+        network=network.architecture,
+        input=InputRecord(**{"hu_window": [-1024, 325], "patch_size": SHAPE, **inputs}),
+    )
+    save_weights(network.state_dict(), path, record)
     return path
 
 
@@ -177,8 +170,8 @@ def test_network_is_built_without_any_file(tmp_path):
     """As the Model Zoo's checks do."""
     parser = ConfigParser()
     parser.read_config(str(CONFIG))
-    parser.update({"model_path": str(tmp_path / "absent.pt")})
-    assert parser.get_parsed_content("network_def").architecture["out_channels"] == 14
+    parser.update({"model_path": str(tmp_path / "absent.pt"), "bundle_root": str(CONFIG.parents[1])})
+    assert parser.get_parsed_content("network_def").architecture["arguments"]["out_channels"] == 14
     assert parser.get_parsed_content("task").out_channels == 14
 
 

@@ -16,7 +16,7 @@ from programs import ROOT, SCHEMA
 from pgl_ext.networks import SegmentationNet
 from pgl_ext.segmentation.losses import DiceCrossEntropyLoss
 from pgl_ext.task import SegmentationTask
-from pgl_ext.weights import recorded_model, save_weights
+from pgl_ext.weights import InputRecord, ModelRecord, save_weights
 
 BUNDLE = ROOT / "bundles" / "pgl_segmentation"
 METADATA = BUNDLE / "configs" / "metadata.json"
@@ -40,14 +40,9 @@ def model_file(tmp_path) -> Path:
     """A tiny trained model, as fine-tuning writes it."""
     task = SegmentationTask({"liver": [1], "spleen": [2]})
     network = SegmentationNet(1, 3, encoder=TINY_ENCODER, aspp_channels=8, decoder_channels=(8, 6, 4))
-    description = {
-        "task": task.description(),
-        "network": network.architecture,
-        "normalization": {"clip_hu": [-1024, 325]},
-        "spacing": None,
-        "patch_size": [16, 16, 8],
-    }
-    save_weights(network.state_dict(), tmp_path / "models" / "model.pt", description)
+    inputs = InputRecord(hu_window=[-1024, 325], patch_size=[16, 16, 8])
+    record = ModelRecord(task=task.description(), network=network.architecture, input=inputs)
+    save_weights(network.state_dict(), tmp_path / "models" / "model.pt", record)
     return tmp_path / "models" / "model.pt"
 
 
@@ -83,18 +78,17 @@ class TestMetadata:
         verify_metadata(meta_file=str(METADATA), filepath=str(shutil.copy(SCHEMA, tmp_path)))
 
     def test_describes_the_default_task(self):
-        """Of the configs, of models without a JSON, and of the metadata: the same."""
+        """Of the configs, of models without a record, and of the metadata: the same."""
         train = parsed(TRAIN)
         output = self.metadata["network_data_format"]["outputs"]["pred"]
-        recorded = recorded_model("nowhere/model.pt")
-        task = SegmentationTask(**recorded["task"])
+        record = ModelRecord.load_or_default("nowhere/model.pt", METADATA)
+        task = SegmentationTask(**record.task)
         assert train.get_parsed_content("task").description() == task.description()
         assert list(output["channel_def"].values()) == ["background", *task.names]
-        assert output["num_channels"] == task.out_channels == recorded["network"]["out_channels"]
-        for name in ("hu_window", "spacing", "patch_size"):
-            assert train.get_parsed_content(name) == recorded[name]
+        assert output["num_channels"] == task.out_channels == record.network["arguments"]["out_channels"]
+        assert InputRecord(**train.get_parsed_content("description#input")) == record.input
         for tensor in (output, self.metadata["network_data_format"]["inputs"]["image"]):
-            assert tensor["spatial_shape"] == recorded["patch_size"]
+            assert tensor["spatial_shape"] == record.input.patch_size
 
 
 class TestNetworkDefinition:
@@ -110,19 +104,31 @@ class TestNetworkDefinition:
         (tmp_path / "metadata.json").write_text(json.dumps(metadata))
         with caplog.at_level(logging.INFO):
             verify_net_in_out(
-                "network_def", meta_file=str(tmp_path / "metadata.json"), config_file=str(config), device="cpu"
+                "network_def",
+                meta_file=str(tmp_path / "metadata.json"),
+                config_file=str(config),
+                device="cpu",
+                bundle_root=str(BUNDLE),
             )
         assert "verified with no error" in caplog.text
 
     @pytest.mark.slow
     def test_monai_accepts_it_with_the_patch_of_the_metadata(self, caplog):
         with caplog.at_level(logging.INFO):
-            verify_net_in_out("network_def", meta_file=str(METADATA), config_file=str(INFERENCE), device="cpu")
+            verify_net_in_out(
+                "network_def",
+                meta_file=str(METADATA),
+                config_file=str(INFERENCE),
+                device="cpu",
+                bundle_root=str(BUNDLE),
+            )
         assert "verified with no error" in caplog.text
 
     def test_train_and_inference_build_the_same(self):
         with torch.device("meta"):
-            networks = [parsed(path).get_parsed_content("network_def") for path in (TRAIN, INFERENCE)]
+            networks = [
+                parsed(path, bundle_root=str(BUNDLE)).get_parsed_content("network_def") for path in (TRAIN, INFERENCE)
+            ]
         shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in networks]
         assert shapes[0] == shapes[1]
         assert sum(p.numel() for p in networks[0].parameters()) == 48_536_270
@@ -182,9 +188,7 @@ class TestWorkflow:
             *("bundle_root", "dataset_dir", "output_dir", "device", "network_def", "network", "val_interval"),
             *("initialize", "run", "training"),
         }
-        assert set(train["train"]) >= {
-            *("trainer", "dataset", "inferer", "handlers", "preprocessing", "postprocessing", "key_metric")
-        }
+        assert set(train["train"]) >= {"trainer", "dataset", "inferer", "handlers", "preprocessing"}
 
     def test_nothing_of_a_custom_package_is_imported_at_initialization(self):
         """MONAI evaluates ``imports`` and ``initialize`` before a bundle's own folder can be imported from."""
@@ -192,20 +196,22 @@ class TestWorkflow:
             config = json.loads(path.read_text())
             assert "pgl_ext" not in json.dumps([config.get("imports"), config.get("initialize")]), path.name
 
-    def test_inference_prepares_images_as_training_does(self):
-        def steps(transforms: list) -> list[dict]:
-            """Of images alone. In MONAI Label, items hold more than volumes, which resampling has to leave alone."""
-            found = [dict(step) for step in transforms if isinstance(step, dict)]
-            for step in found:
-                step["_target_"] = step["_target_"].replace("pgl_ext.transforms.VolumeSpacingd", "Spacingd")
-                step["keys"] = "image" if "image" in step["keys"] else step["keys"]
-                step["mode"] = step["mode"][0] if isinstance(step.get("mode"), list) else step.get("mode")
-            return found
-
-        inference = json.loads(INFERENCE.read_text())
-        training = json.loads(TRAIN.read_text())["case_preprocessing"]["transforms"]
-        expected = [step for step in steps(training) if not step["_target_"].endswith(("CheckLabeld", "ConcatItemsd"))]
-        assert steps(inference["loading"]["transforms"]) + steps(inference["preprocessing"]["transforms"]) == expected
+    def test_images_are_prepared_as_in_training_everywhere(self):
+        blocks = {
+            "train.json": "case_preprocessing",
+            "inference.json": "preprocessing",
+            "evaluate.json": "preprocessing",
+            "probe.yaml": "evaluation#preprocessing",
+        }
+        for name, place in blocks.items():
+            block = parsed(BUNDLE / "configs" / name)[place]
+            for entry in ("keys", "task", "labels_on_file_grid", "extra"):  # of label maps, and what is kept
+                block.pop(entry, None)
+            assert block == {
+                "_target_": "pgl_ext.transforms.preprocessing",
+                "spacing": "@spacing",
+                "hu_window": "@hu_window",
+            }
 
 
 class TestHandlers:

@@ -25,16 +25,24 @@ from programs import (
     wait_for,
 )
 
+from pgl_ext.errors import root_cause
 from pgl_ext.networks import ResNetEncoder
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.phantom import write_dataset
-from pgl_ext.weights import build_network, load_model, recorded_model, save_encoder
+from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, build_network, load_model, save_encoder
 
 pytestmark = pytest.mark.slow
 
 ENCODER = {"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.125}
 # Dropout draws from the global random states, which a resumed run must find as they were.
 SETTINGS = {"dropout": 0.2, "freeze_encoder_epochs": 1, "max_epochs": 3, "checkpoint_interval": 1}
+
+
+def write_encoder(path: Path, arguments: dict) -> None:
+    encoder = ResNetEncoder(**arguments)
+    save_encoder(
+        encoder, path, EncoderRecord(architecture=encoder.architecture, input=InputRecord(hu_window=[-1000, 1000]))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def cases(tmp_path_factory) -> Path:
 def encoder_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("encoder") / "pgl_encoder.pt"
     torch.manual_seed(1)
-    save_encoder(ResNetEncoder(**ENCODER), path, {"normalization": {"clip_hu": [-1000, 1000]}, "spacing": None})
+    write_encoder(path, ENCODER)
     return path
 
 
@@ -173,10 +181,9 @@ class TestRun:
         assert described["val_mean_dice"] == pytest.approx(max(scores), abs=1e-5)
         assert described["epoch"] == 1 + int(np.argmax(scores))
         assert described["steps"] == 3 * described["epoch"]
-        recorded = recorded_model(out / "models" / "model.pt")
-        assert SegmentationTask(**recorded["task"]).names[:2] == ("lungs", "ribs")
-        assert recorded["hu_window"] == [-1024, 325]
-        assert recorded["patch_size"] == TINY_SEGMENTATION["patch_size"]
+        record = ModelRecord.load(out / "models" / "model.pt")
+        assert SegmentationTask(**record.task).names[:2] == ("lungs", "ribs")
+        assert record.input == InputRecord(hu_window=[-1024, 325], patch_size=TINY_SEGMENTATION["patch_size"])
         network = load_model(build_network(out / "models" / "model.pt"), out / "models" / "model.pt")
         assert network(torch.rand(1, 1, 32, 32, 16)).shape == (1, 9, 32, 32, 16)
 
@@ -255,7 +262,7 @@ def test_organs_that_are_not_annotated_take_no_part(cases, here, tmp_path):
     (validated,) = [row for row in rows if row["val_mean_dice"]]
     assert validated["val_dice_lungs"]
     assert not validated["val_dice_spleen"]
-    assert build_network(tmp_path / "out" / "models" / "model.pt").architecture["out_channels"] == 3
+    assert build_network(tmp_path / "out" / "models" / "model.pt").architecture["arguments"]["out_channels"] == 3
 
 
 def test_two_processes(settings, tmp_path):
@@ -267,7 +274,7 @@ def test_two_processes(settings, tmp_path):
     overrides = {"config_file": files, "validation_fraction": 0.5, "encoder_lr_factor": 0.5, "micro_batch_size": 1}
     overrides = {**TINY_SEGMENTATION, **settings(tmp_path / "out", **overrides)}
     (tmp_path / "arguments.json").write_text(json.dumps(overrides))
-    worker = Path(__file__).with_name("distributed_worker.py")
+    worker = Path(__file__).parents[1] / "distributed_worker.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = run([*torchrun, str(worker), str(tmp_path / "arguments.json")], cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
@@ -287,6 +294,19 @@ def test_two_processes(settings, tmp_path):
     assert ranks[0]["best_model"]["best_score"] == pytest.approx(max(scores.values()), abs=1e-5)
     assert len({path.name.split(".")[-2] for path in (tmp_path / "out" / "tensorboard").iterdir()}) == 1
     load_model(build_network(tmp_path / "out/models/model.pt"), tmp_path / "out/models/model.pt")
+
+
+@pytest.mark.parametrize("memory_limit_gib", [0, 1])
+@pytest.mark.parametrize("part", ["train", "validate"])
+def test_an_error_of_a_transform_stops_the_run(settings, here, caplog, tmp_path, part, memory_limit_gib):
+    """A bug, which no case is skipped for, wherever it is read from."""
+    fault = {"_target_": "Lambdad", "keys": "image", "func": "$lambda image: image + []"}
+    steps = {"_target_": "Compose", "transforms": [f"@{part}#preprocessing", fault]}
+    faulty = {f"{part}#dataset#transform": steps, f"{part}#dataset#memory_limit_gib": memory_limit_gib}
+    with pytest.raises(RuntimeError) as caught:
+        here(**settings(tmp_path / "out", **faulty))
+    assert isinstance(root_cause(caught.value), TypeError)
+    assert "skipped" not in caplog.text
 
 
 class TestBadCases:
@@ -331,7 +351,7 @@ class TestBadCases:
 class TestBadEncoderFiles:
     def test_another_architecture(self, settings, refusal, tmp_path):
         path = tmp_path / "wide.pt"
-        save_encoder(ResNetEncoder(**{**ENCODER, "widen_factor": 0.25}), path, {})
+        write_encoder(path, {**ENCODER, "widen_factor": 0.25})
         said = refusal(**settings(tmp_path / "out", pretrained_encoder=str(path)))
         assert "mismatched" in said
         assert "conv1.weight: (16, 1, 7, 7, 7), (8, 1, 7, 7, 7)" in said

@@ -154,7 +154,7 @@ def test_two_processes(volumes, tmp_path):
     # Steps of 3 and 2 pairs, of which the processes have 2 and 1, or 1 each.
     settings = {**TINY, **overrides, "batch_size": 3, "micro_batch_size": 1}
     (tmp_path / "arguments.json").write_text(json.dumps(settings))
-    worker = Path(__file__).with_name("distributed_worker.py")
+    worker = Path(__file__).parents[1] / "distributed_worker.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = run([*torchrun, str(worker), str(tmp_path / "arguments.json")], cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
@@ -216,6 +216,21 @@ def test_bad_input_is_listed_at_once_and_can_be_skipped(volumes, tmp_path):
     accepted = run([*arguments, "--skip_bad_files", "true"], cwd=tmp_path)
     assert accepted.returncode == 0, accepted.stdout[-3000:]
     assert len((tmp_path / "out" / "skipped_files.txt").read_text().splitlines()) == len(names)
+
+
+@pytest.mark.parametrize("memory_limit_gib", [0, 1])
+@pytest.mark.parametrize("part", ["train", "validate"])
+def test_an_error_of_a_transform_stops_the_run(volumes, tmp_path, part, memory_limit_gib):
+    """A bug, which no scan is skipped for, wherever it is read from."""
+    fault = {"_target_": "Lambdad", "keys": "views", "func": "$lambda views: views + []"}
+    steps = {"_target_": "Compose", "transforms": [f"@{part}#preprocessing", fault]}
+    settings = {f"{part}#dataset#transform": steps, f"{part}#dataset#memory_limit_gib": memory_limit_gib}
+    arguments = training_arguments(dataset_dir=volumes, output_dir=tmp_path / "out", max_epochs=1, **settings)
+    stopped = run(arguments, cwd=tmp_path)
+    assert stopped.returncode == 1
+    assert "TypeError: unsupported operand type(s) for +" in stopped.stdout
+    assert "skipped" not in stopped.stdout
+    assert not checkpoints(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ class TestVolumeDataset:
     ):
         free = 8.5 * cache.nbytes(volumes[0])
         monkeypatch.setattr(module, "available_memory", lambda: free)
-        dataset = VolumeDataset(volumes, cache, transform(), processes=processes)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        dataset = VolumeDataset(volumes, cache, transform())
         opened = []
         original = cache.open
         monkeypatch.setattr(cache, "open", lambda item: opened.append(item["image"]) or original(item))

@@ -10,7 +10,7 @@ import pytest
 from made_files import touch, write_list
 from monai.transforms import Compose, ConcatItemsd, Lambdad
 
-from pgl_ext.data import prepare as module
+from pgl_ext import distributed
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import labelled_items
 from pgl_ext.data.dataset import VolumeDataset
@@ -219,13 +219,13 @@ class TestPrepareCases:
         def gather(gathered: list, mine: dict) -> None:
             gathered[:] = bad
 
-        monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(module.dist, "all_gather_object", gather)
+        monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
         results = []
         for rank in (1, 0):
             path = tmp_path / f"split{rank}.json"
-            monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed.dist, "get_rank", lambda rank=rank: rank)
             results.append(prepare_cases(caches[rank], TASK, str(folder), skip_bad_files=True, split_path=str(path)))
             assert path.exists() == (rank == 0)
             files = len(list(caches[rank].cache_dir.iterdir()))

@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 from programs import CONFIGS, run
 
-from pgl_ext.evaluation.feature_maps import FEATURES_SUFFIX, FeatureMapInferer, SaveFeatureMapd
+from pgl_ext.evaluation.feature_maps import FeatureMapInferer, SaveFeatureMapd
 from pgl_ext.geometry import upsample_features
 from pgl_ext.networks.dense import DenseFeatures
 from pgl_ext.tools.phantom import generate_case
@@ -186,7 +186,7 @@ def test_bundle_runs_from_another_folder(scans, encoder_file, tmp_path):
     out = tmp_path / "out"
     done = run(arguments(dataset_dir=scans, output_dir=out, pretrained_encoder=encoder_file), tmp_path)
     assert done.returncode == 0, done.stdout
-    assert {path.name for path in out.iterdir()} == {f"case_{seed}{FEATURES_SUFFIX}" for seed in (1, 2)}
+    assert {path.name for path in out.iterdir()} == {f"case_{seed}_features.nii.gz" for seed in (1, 2)}
     # The window recorded beside the weights is used, the volume is in RAS order, and its features are the encoder's.
     prepare = Compose([LoadVolumed("image"), Orientationd("image", axcodes="RAS", labels=None)])
     image = prepare({"image": str(scans / "case_1.nii.gz")})["image"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
+from made_weights import encoder_record
 from monai.bundle import ConfigParser
 from programs import CONFIGS, assert_same_weights, checkpoints, run, start, tail, training_arguments, wait_for
 from torch import nn
@@ -317,7 +318,7 @@ def test_batch_norm_stores_the_statistics_of_global_views(make_method):
 def test_decoder_fits_the_segmentation_network_but_for_its_skips(make_method, make_encoder, tmp_path):
     method = make_method()
     network = SegmentationNet(1, 3, make_encoder(1), aspp_channels=16, decoder_channels=CHANNELS)
-    save_decoder(method, tmp_path / "decoder.pt", {})
+    save_decoder(method, tmp_path / "decoder.pt", encoder_record(method.encoder))
     report = load_decoder(network, tmp_path / "decoder.pt")
     assert {key.split(".")[3] for key in report.missing} == {"project"}
     assert not report.unexpected
@@ -335,10 +336,11 @@ def test_learns_a_phantom(make_encoder):
     samples = [transform({"image": volume}) for _ in range(4)]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("views", "affines", "local_views")}
     method = PCRLv2(make_encoder(), aspp_channels=16, decoder_channels=(16, 16, 8))
-    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
+    # At twice this rate rounding, which differs between machines, decides where training ends up.
+    optimizer = torch.optim.Adam(method.parameters(), lr=5e-3)
     torch.manual_seed(0)
     history = []
-    for _ in range(30):
+    for _ in range(45):
         output = method(batch)
         optimizer.zero_grad()
         output["loss"].backward()

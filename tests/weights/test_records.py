@@ -15,13 +15,13 @@ from monai.bundle import ConfigParser
 from pgl_ext import __version__
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.export import export_encoder
 from pgl_ext.weights import (
     EncoderRecord,
     InputRecord,
     ModelRecord,
     build_encoder,
     build_network,
-    export_encoder,
     load_pretrained,
     load_state,
     save_encoder,

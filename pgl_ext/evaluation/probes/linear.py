@@ -94,24 +94,21 @@ def fit_linear(
         [parameters], max_iter=_MAX_STEPS, tolerance_change=1e-6, line_search_fn="strong_wolfe"
     )
 
+    def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+        if multi_label:
+            losses = F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none")
+            # There is nothing to learn about an organ that is annotated nowhere.
+            return (losses.sum(0) / weights.sum(0).clamp_min(1e-12)).sum()
+        losses = weights[:, 0] * F.cross_entropy(logits, targets, reduction="none")
+        return losses.sum() / weights[:, 0].sum()
+
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
         logits = torch.addmm(parameters[-1], standardised, parameters[:-1])
-        loss = _cross_entropy(logits, targets, weights, multi_label) + 0.5 * l2 * parameters[:-1].square().sum()
+        loss = cross_entropy(logits) + 0.5 * l2 * parameters[:-1].square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(objective)
     return LinearClassifier(statistics.mean, scale, parameters.detach()[:-1], parameters.detach()[-1])
-
-
-def _cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, multi_label: bool
-) -> torch.Tensor:
-    if multi_label:
-        losses = F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none")
-        # There is nothing to learn about an organ that is annotated nowhere.
-        return (losses.sum(0) / weights.sum(0).clamp_min(1e-12)).sum()
-    losses = weights[:, 0] * F.cross_entropy(logits, targets, reduction="none")
-    return losses.sum() / weights[:, 0].sum()

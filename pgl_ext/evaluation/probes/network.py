@@ -1,8 +1,8 @@
 """A probe as a segmentation network: a frozen encoder, a linear classifier of its features, thresholds by organ size.
 
-Where the threshold lies decides most of a weak classifier's Dice, and it cannot be learned from a few cases: features
-shift from case to case, and logits with them. So the threshold is set in every volume such that an organ gets as many
-voxels as it has in the labelled cases on average. The Dice then says how well the features rank the voxels of a volume.
+A few cases do not tell where a threshold should lie: features shift from case to case, and logits with them. So it is
+set in every volume such that an organ gets as many voxels as it has in the labelled cases on average. The Dice then
+says how well the features rank the voxels of a volume.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ class ProbeNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
         """Logits (B, out_channels, X, Y, Z) of volumes (B, C, X, Y, Z)."""
-        return torch.stack([self._logits(volume[None]) for volume in volumes])
-
-    def _logits(self, volume: torch.Tensor) -> torch.Tensor:
-        maps, strides = _maps_and_strides(self.encoder, volume, self.levels)
-        (logits,) = self.classifier.logits_of_volume(maps, strides, volume.shape[2:])
-        return decide(logits, self.task, self.sizes)
+        decided = []
+        for volume in convert_to_tensor(volumes).split(1):
+            maps, strides = _maps_and_strides(self.encoder, volume, self.levels)
+            (logits,) = self.classifier.logits_of_volume(maps, strides, volume.shape[2:])
+            decided.append(decide(logits, self.task, self.sizes))
+        return torch.stack(decided)
 
 
 def organ_log_odds(logits: torch.Tensor, task: SegmentationTask) -> torch.Tensor:
     """Logarithm of p / (1 - p) for the probability p of each organ, (organs, ...) of logits (out_channels, ...)."""
     if task.multi_label:
         return logits
-    others = [torch.cat([logits[:channel], logits[channel + 1 :]]).logsumexp(0) for channel in range(len(logits))]
-    return (logits - torch.stack(others))[1:]
+    others = [torch.cat([logits[:channel], logits[channel + 1 :]]).logsumexp(0) for channel in range(1, len(logits))]
+    return logits[1:] - torch.stack(others)
 
 
 def decide(logits: torch.Tensor, task: SegmentationTask, sizes: Sequence[int]) -> torch.Tensor:
@@ -102,10 +102,9 @@ def fit_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ProbeNetwork:
-    """Fit logistic regression on a frozen encoder's features at some voxels of labelled cases.
+    """Fit logistic regression on a frozen encoder's features at voxels of labelled cases.
 
-    Voxels are drawn evenly from the cases, balanced over organs and background. Batch norm uses the encoder's
-    statistics.
+    Voxels are drawn evenly from the cases, balanced over organs and background. Batch norm uses stored statistics.
 
     Args:
         encoder: maps (B, C, X, Y, Z) to its feature maps; has ``strides``. Moved, set to evaluation mode and frozen in
@@ -121,8 +120,8 @@ def fit_probe(
         device: where to compute.
 
     Raises:
-        ValueError: there are no cases, an argument is not one of those named here, or an organ is not annotated and the
-            task is not multi-label.
+        ValueError: there are no cases, an argument is out of its range, or an organ is not annotated and the task is
+            not multi-label.
     """
     description = {"l2": l2, "voxels_per_organ": voxels_per_organ, "background_voxels": background_voxels}
     _check(**description, cases=len(cases))

@@ -57,10 +57,10 @@ def sample_voxels(
     chosen, counts, weights = [], [], []
     for stratum, is_organ in enumerate(has_organ):
         places = torch.nonzero(strata == stratum)[:, 0]
-        number = min(len(places), per_organ if is_organ else background)
-        chosen.append(places[torch.randperm(len(places), generator=generator)[:number]])
-        counts.append(torch.full((number,), len(places) / number))
-        weights.append(torch.full((number, 1), 1 / number))
+        drawn = places[torch.randperm(len(places), generator=generator)[: per_organ if is_organ else background]]
+        chosen.append(drawn)
+        counts.append(torch.full((len(drawn),), len(places) / len(drawn)))
+        weights.append(torch.full((len(drawn), 1), 1 / len(drawn)))
     places = torch.cat(chosen)
     targets = task.targets(labels.flatten()[places].view(1, -1, 1, 1)).flatten(1).T
     # Each voxel stands for as many of its stratum as were not drawn, and itself.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.figures.base import GREY, name_ticks, organ_colors, save_figure, tidy
 from pgl_ext.figures.curves import MetricsFile
 from pgl_ext.tools.study.results import Results
-from pgl_ext.tools.study.runs import Run, labels_text
+from pgl_ext.tools.study.runs import labels_text
 
 __all__ = ["draw_figures", "method_colors", "plot_estimates", "plot_learning_curves"]
 
@@ -75,17 +77,12 @@ def _learning_curves(results: Results) -> dict[str, dict[str, list[Curve]]]:
     """By share of labels and method the validations of each fine-tuning that had some."""
     curves: dict[str, dict[str, list[Curve]]] = {}
     for run in sorted(results.scores, key=lambda run: run.labels):
-        curve = _validations(run)
-        if len(curve[0]):
-            curves.setdefault(labels_text(run.labels), {}).setdefault(run.method, []).append(curve)
+        # Where nothing was logged, that is no reason to go without tables.
+        with contextlib.suppress(OSError, ValueError):
+            curve = MetricsFile(run.folder / "metrics.csv")("val_mean_dice")
+            if len(curve[0]):
+                curves.setdefault(labels_text(run.labels), {}).setdefault(run.method, []).append(curve)
     return curves
-
-
-def _validations(run: Run) -> Curve:
-    try:
-        return MetricsFile(run.folder / "metrics.csv")("val_mean_dice")
-    except (OSError, ValueError):  # nothing was logged: that is no reason to go without tables
-        return np.array([]), np.array([])
 
 
 def method_colors(methods: Sequence[str], reference: str) -> dict[str, object]:
@@ -165,9 +162,8 @@ def plot_learning_curves(
 
 def _mean(curves: Sequence[Curve]) -> Curve:
     """The mean at the steps that all have, since one may have stopped early."""
-    at_step = [dict(zip(steps, values, strict=True)) for steps, values in curves]
-    shared = np.array(sorted(set.intersection(*map(set, at_step))))
-    return shared, np.array([np.mean([values[step] for values in at_step]) for step in shared])
+    shared = reduce(np.intersect1d, [steps for steps, _ in curves])
+    return shared, np.mean([values[np.isin(steps, shared)] for steps, values in curves], axis=0)
 
 
 def _saved(figure: Figure, out_path: Path) -> Figure:
@@ -175,7 +171,7 @@ def _saved(figure: Figure, out_path: Path) -> Figure:
     for axes in figure.axes:
         tidy(axes)
         # A method may be in some panels only.
-        handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        handles |= {handle.get_label(): handle for handle in axes.get_legend_handles_labels()[0]}
     # Above the panels, where no line or bar runs.
     place = "outside upper center"
     figure.legend(handles.values(), handles.keys(), loc=place, ncols=3, frameon=False, fontsize="small")

@@ -82,7 +82,11 @@ class Study:
         self.ablations: list[str] = content["ablations"]
         self.labels = labels_to_compare(content)
         self.seeds = [int(seed) for seed in content["seeds"]]
-        _check_folders(self.methods)
+        folders = {_folder_name(name) for name in self.methods}
+        if len(folders) < len(self.methods):
+            raise ValueError(
+                f"some of the methods {self.methods} would share a folder, of {sorted(folders)}: rename them."
+            )
         bundles = Path(os.path.abspath(bundles or _BUNDLES))
         self._pretraining = _pretraining_commands(content, self._pretraining_folder, bundles)
         self._fine_tuning, self._evaluation = _segmentation_commands(content, self.labels, self.folder, bundles)
@@ -169,21 +173,14 @@ def _folder_name(method: str, rate: float | None = None) -> str:
 # --- entries of the study file --------------------------------------------------------------------------------------
 
 
-def _check_folders(methods: Sequence[str]) -> None:
-    folders = {_folder_name(name) for name in methods}
-    if len(folders) < len(methods):
-        raise ValueError(f"some of the methods {methods} would share a folder, of {sorted(folders)}: rename them.")
-
-
 def _command(entry: Mapping[str, Any], place: str, section: str, folder: Path) -> Command:
     """The command that a part of the study file describes."""
-    refused = [name for name in entry["settings"] if name in _SET_BY_STUDY]
+    settings = entry["settings"]
+    refused = [name for name in settings if name in _SET_BY_STUDY]
     if refused:
         raise ValueError(f"{place} sets {refused}, which the study sets itself: remove them.")
-    paths = {name: _absolute(entry["settings"][name]) for name in _LIST_SETTINGS[:2] if name in entry["settings"]}
-    return Command(
-        section, (*(_config_path(name, folder) for name in entry["configs"]), {**entry["settings"], **paths})
-    )
+    paths = {name: _absolute(settings[name]) for name in _LIST_SETTINGS[:2] if name in settings}
+    return Command(section, (*(_config_path(name, folder) for name in entry["configs"]), {**settings, **paths}))
 
 
 def _absolute(path: str | Sequence[str] | None) -> str | list[str] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgl_ext.evaluation.metrics import METRICS
-from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.evaluation.summary import AVERAGE, number_text
 from pgl_ext.files import write_csv, write_text
 from pgl_ext.tools.report import render_page
 from pgl_ext.tools.study.results import REPORTED, Results
@@ -32,9 +32,8 @@ _SIGNIFICANT = 0.05
 def verdicts(results: Results) -> list[str]:
     """For each share of labels, in a sentence, which methods differ from the reference and which cannot be told apart.
 
-    A method is better or worse where, of its average Dice, ``p_holm`` is below 0.05 and the interval leaves out 0, as
-    ranks and mean may differ in sign. That is about these networks; where the sign is not the same in every seed, the
-    sentence says so, since others of the same methods may differ otherwise.
+    That is about these networks, as :data:`NOTES` says; where the sign is not the same in every seed, the sentence says
+    so, since others of the same methods may differ otherwise.
     """
     sentences = []
     for labels in results.study.labels:
@@ -74,17 +73,17 @@ class Block(NamedTuple):
 
 def paper_tables(results: Results) -> list[Block]:
     """The tables of the paper: for each share of labels and metric methods by organs, and how the average differs."""
-    costs = results.costs()
-    unit = [next(unit for _, unit in costs.values())] if costs else []
+    costs, unit = results.costs()
     blocks = []
     for (labels, metric), methods in results.tables.items():
         name, digits, _ = METRICS[metric]
         organs = results.organs[:-1]
         difference = [f"minus {results.study.reference}", "95 % interval", "p", "p (Holm)"]
-        block = Block(f"{name}, {labels_text(labels)}", ["method", AVERAGE, *difference, *organs, *unit], [])
+        cost_head = [unit] if unit else []
+        block = Block(f"{name}, {labels_text(labels)}", ["method", AVERAGE, *difference, *organs, *cost_head], [])
         for method, rows in methods.items():
             average, *scores = (_score(rows[organ], digits) for organ in (AVERAGE, *organs))
-            cost = [f"{costs[method][0]:.3g}" if method in costs else ""] if unit else []
+            cost = [f"{costs[method]:.3g}" if method in costs else ""] if unit else []
             block.rows.append([method, average, *_difference(rows[AVERAGE], digits), *scores, *cost])
         blocks.append(block)
     return blocks
@@ -97,7 +96,7 @@ def _difference(row: Mapping[str, Any], digits: int) -> list[str]:
 
 def _score(row: Mapping[str, Any], digits: int) -> str:
     spread = f" ± {row['sd']:.{digits}f}" if math.isfinite(row["sd"]) else ""
-    return (_number(row["mean"], digits) or "n/a") + spread
+    return number_text(row["mean"], f".{digits}f") + spread
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
@@ -119,9 +118,9 @@ def write_tables(results: Results, tried: Sequence[Mapping[str, Any]] = ()) -> N
         results: of the finished runs.
         tried: learning rates, with the validation's Dice and which was chosen.
     """
-    study, costs = results.study, results.costs()
+    study, (costs, _) = results.study, results.costs()
     share = "labelled_cases" if isinstance(study.labels[0], int) else "label_fraction"
-    comparison = [row | {"pretraining_cost": costs.get(row["method"], (None,))[0]} for row in results.rows]
+    comparison = [row | {"pretraining_cost": costs.get(row["method"])} for row in results.rows]
     tables = {
         "study.csv": _score_rows(results),
         "runs.csv": [_run_row(run, noted, results) for run, noted in results.finished],

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pgl_ext.evaluation.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
-from pgl_ext.evaluation.summary import AVERAGE, finite_mean
+from pgl_ext.evaluation.summary import AVERAGE, finite, finite_mean, grouped
+from pgl_ext.tools.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Run
 
@@ -35,7 +35,7 @@ class Results:
         organs: of all evaluations, and their average.
         tables: by share of labels and metric, then by method and organ, a row with ``mean`` over the test cases, its
             mean and standard deviation (``sd``, of a sample) over seeds; for methods other than the reference what
-            :func:`pgl_ext.evaluation.compare.paired_statistics` finds of the cases' scores, each averaged over the
+            :func:`pgl_ext.tools.compare.paired_statistics` finds of the cases' scores, each averaged over the
             seeds that both have; in how many of these the difference has the sign of the mean one
             (``agreeing_seeds``); and for the average over organs ``p_holm``, adjusted for the number of methods that
             are compared with the reference at that share of labels.
@@ -69,13 +69,11 @@ class Results:
         """In words, which runs the tables lack."""
         return f"Not finished, and missing here: {'; '.join(map(str, self.missing))}." if self.missing else ""
 
-    def costs(self) -> dict[str, tuple[float, str]]:
-        """Mean cost of each method's pre-training over its seeds, with the unit."""
-        costs: dict[str, list[tuple[float, str]]] = {}
-        for run, noted in self.finished:
-            if run.is_pretraining:
-                costs.setdefault(run.method, []).append((noted["cost"], noted["unit"]))
-        return {method: (float(np.mean([cost for cost, _ in pairs])), pairs[0][1]) for method, pairs in costs.items()}
+    def costs(self) -> tuple[dict[str, float], str | None]:
+        """Mean cost of each method's pre-training over its seeds, and its unit; None where there was none."""
+        noted = [{**noted, "method": run.method} for run, noted in self.finished if run.is_pretraining]
+        costs = {name: finite_mean(row["cost"] for row in rows) for name, rows in grouped(noted, "method").items()}
+        return costs, noted[0]["unit"] if noted else None
 
     def _table(self, labels: float, metric: str) -> dict[str, dict[str, dict[str, Any]]]:
         tables = {method: self._organ_rows(labels, metric, method) for method in self.study.methods}
@@ -86,7 +84,10 @@ class Results:
         return tables
 
     def _organ_rows(self, labels: float, metric: str, method: str) -> dict[str, dict[str, Any]]:
-        runs, reference = (self._by_seed(labels, name) for name in (method, self.study.reference))
+        runs, reference = (
+            {run.seed: run for run in self.scores if (run.labels, run.method) == (labels, name)}
+            for name in (method, self.study.reference)
+        )
         shared = [] if method == self.study.reference else [seed for seed in runs if seed in reference]
         both = ([self.scores[by_seed[seed]] for seed in shared] for by_seed in (reference, runs))
         pairs = paired_scores(*both, self._keys)[metric] if shared else {}
@@ -95,7 +96,7 @@ class Results:
             means, before = (
                 {s: self.means[run][metric][organ] for s, run in part.items()} for part in (runs, reference)
             )
-            values = [mean for mean in means.values() if math.isfinite(mean)]
+            values = finite(means.values())
             statistics = paired_statistics(*pairs.get(organ, ([], [])))
             signs = [np.sign(means[seed] - before[seed]) for seed in shared]
             rows[organ] = {
@@ -113,9 +114,6 @@ class Results:
                 "p_holm": math.nan,
             }
         return rows
-
-    def _by_seed(self, labels: float, method: str) -> dict[int, Run]:
-        return {run.seed: run for run in self.scores if (run.labels, run.method) == (labels, method)}
 
 
 def holm(p: Sequence[float]) -> list[float]:

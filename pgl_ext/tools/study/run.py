@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any
 
@@ -47,15 +48,11 @@ def run_study(
     """
     study = Study(file, out, bundles, overrides)
     # By default it would end this process alone, and leave the commands running.
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return _run(study, default_jobs() if jobs is None else jobs, dry_run)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _stop(*_: Any) -> None:
-    raise SystemExit(143)
 
 
 def _run(study: Study, jobs: int, dry_run: bool) -> str:
@@ -64,7 +61,7 @@ def _run(study: Study, jobs: int, dry_run: bool) -> str:
     runs = {run.name: run for run in (*selection, *study.runs(rates))}.values()
     fingerprints = checked_fingerprints(runs)
     if dry_run:
-        return _plan_text(study, runs, jobs)
+        return _plan_text(study, runs, jobs, rates)
     failures: dict[str, str] = {}
     try:
         if selection:
@@ -121,15 +118,13 @@ def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[di
     return rates, rows
 
 
-def _plan_text(study: Study, runs: Collection[Run], jobs: int) -> str:
-    lines = []
-    for run in runs:
-        state = tqdm.format_interval(run.result()["seconds"]) if run.is_finished else "to do"
-        lines.append(f"  {state:>8}  {run.name}")
+def _plan_text(study: Study, runs: Collection[Run], jobs: int, rates: Container[str]) -> str:
+    states = [tqdm.format_interval(run.result()["seconds"]) if run.is_finished else "to do" for run in runs]
+    lines = [f"  {state:>8}  {run.name}" for state, run in zip(states, runs, strict=True)]
     finished = sum(run.is_finished for run in runs)
     left = time_left(runs, jobs) or "not known before a pre-training and a fine-tuning are finished"
     lines.append(f"{finished} of {len(runs)} runs finished; time left with {jobs} at a time: {left}")
-    undecided = [method for method in study.selection() if method not in choose_rates(study)[0]]
+    undecided = [method for method in study.selection() if method not in rates]
     if undecided:
         lines.append(f"Further runs follow once the learning rates of {', '.join(undecided)} are chosen.")
     return "\n".join(lines)

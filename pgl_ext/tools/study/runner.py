@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,17 +51,6 @@ class _RunError(Exception):
     """Why a run failed."""
 
 
-@dataclass
-class _Process:
-    """A run that is being carried out, and its present process."""
-
-    run: Run
-    slot: int
-    lock: int
-    commands: Iterator[subprocess.Popen]
-    current: subprocess.Popen | None = None
-
-
 class Runner:
     """Carries out the runs that are not finished.
 
@@ -87,7 +75,8 @@ class Runner:
         # A share of the cores that this process may use, which on a cluster are not all.
         self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // jobs))
         self._waiting = [run for run in self.runs if not run.is_finished]
-        self._running: list[_Process] = []
+        self._running: dict[int, Iterator[bool]] = {}  # by slot
+        self._processes: list[subprocess.Popen] = []
         self._told: set[str] = set()
 
     def run(self) -> dict[str, str]:
@@ -101,14 +90,15 @@ class Runner:
                 for run in list(self._waiting):
                     self._start_if_ready(run)
                 time.sleep(_PAUSE)
-                for process in list(self._running):
-                    self._advance(process)
+                for slot, progress in list(self._running.items()):
+                    if not next(progress, False):
+                        del self._running[slot]
         finally:
             self._stop()
         return self.failures
 
     def _start_if_ready(self, run: Run) -> None:
-        free = set(range(self.jobs)) - {process.slot for process in self._running}
+        free = set(range(self.jobs)) - self._running.keys()
         if run.pretraining is not None and run.pretraining.name in self.failures:
             self._waiting.remove(run)
             self._fail(run, "its pre-training failed")
@@ -116,24 +106,22 @@ class Runner:
             lock = run.lock()
             if lock is not None:
                 self._waiting.remove(run)
-                self._running.append(_Process(run, min(free), lock, self._commands(run, min(free), lock)))
+                self._running[min(free)] = self._progress(run, min(free), lock)
             elif run.name not in self._told:
                 self._told.add(run.name)
                 self._say(f"waiting for {run}: a process that another study started is at it")
 
-    def _advance(self, process: _Process) -> None:
+    def _progress(self, run: Run, slot: int, lock: int) -> Iterator[bool]:
+        """Carry out a run, giving True each time that it is still running."""
         try:
-            process.current = next(process.commands, None)
-            if process.current is not None:
-                return
-            self._report(process.run)
+            yield from self._commands(run, slot, lock)
+            self._report(run)
         except _RunError as error:
-            self._fail(process.run, str(error))
-        self._running.remove(process)
-        os.close(process.lock)
+            self._fail(run, str(error))
+        finally:
+            os.close(lock)
 
-    def _commands(self, run: Run, slot: int, lock: int) -> Iterator[subprocess.Popen]:
-        """Carry out one command after another, giving the process each time that it is still running."""
+    def _commands(self, run: Run, slot: int, lock: int) -> Iterator[bool]:
         if run.is_finished:  # by another study, while this one waited for it
             return
         self._say(f"{run}: log in {run.log}")
@@ -144,7 +132,7 @@ class Runner:
         run.start(self.fingerprints[run.name], cores)
         for command in run.commands:
             if not run.has_done(command):
-                yield from self._processes(run, command, slot, lock)
+                yield from self._command(run, command, slot, lock)
                 # The next command, hours later, reads code and settings anew.
                 self._check_version(run)
         try:
@@ -159,7 +147,7 @@ class Runner:
             if changes:
                 raise _RunError(f"while the study was running, there was a change: {changes}")
 
-    def _processes(self, run: Run, command: Command, slot: int, lock: int) -> Iterator[subprocess.Popen]:
+    def _command(self, run: Run, command: Command, slot: int, lock: int) -> Iterator[bool]:
         line = bundle_command(run, command)
         # The bundles share memory and data-loading processes among the trainings of a machine.
         environment = {**os.environ, "LOCAL_WORLD_SIZE": str(self.jobs), "OMP_NUM_THREADS": str(self._threads)}
@@ -178,8 +166,9 @@ class Runner:
                 # Ctrl-C is for the study alone, which then stops its commands with a signal that saves a checkpoint.
                 start_new_session=True,
             )
+        self._processes.append(process)
         while process.poll() is None:
-            yield process
+            yield True
         if process.returncode:
             raise _RunError(f"{command.section} ended with status {process.returncode}: {_last_error(run.log)}")
 
@@ -198,12 +187,12 @@ class Runner:
         print(f"[{sum(run.is_finished for run in self.runs)}/{len(self.runs)}] {text}", flush=True)
 
     def _stop(self) -> None:
-        processes = [process.current for process in self._running if process.current is not None]
-        if any(process.poll() is None for process in processes):
+        running = [process for process in self._processes if process.poll() is None]
+        if running:
             self._say("stopping, after a checkpoint of what is running")
-        for process in processes:
+        for process in running:
             process.terminate()
-        for process in processes:
+        for process in running:
             process.wait()
 
 
@@ -219,6 +208,6 @@ def _last_error(log: Path) -> str:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_END))
         text = file.read().decode(errors="replace").rpartition("\n$ ")[2]
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")[1:]]
-    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line] or ["no output"]
-    return said[-1]
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1]

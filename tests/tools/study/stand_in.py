@@ -45,7 +45,9 @@ def train(folder: Path, seed: int, resume: bool) -> None:
     write(folder / "models" / "pgl_encoder.pt", str(value))
     encoder = {"architecture": {"family": "resnet", "arguments": {}}, "input": {}, "steps": step, "pairs": 16 * step}
     write(folder / "models" / "pgl_encoder.json", json.dumps(encoder))
-    model = {"task": {}, "network": encoder["architecture"], "input": {}, "val_mean_dice": value}
+    task = {"organs": {"liver": [1]}}
+    input_record = {"patch_size": [32, 32, 16]}
+    model = {"task": task, "network": encoder["architecture"], "input": input_record, "val_mean_dice": value}
     write(folder / "models" / "model.json", json.dumps(model))
 
 
