@@ -41,7 +41,7 @@ def axis_scale_and_offset(affines: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     scale = torch.diagonal(linear, dim1=-2, dim2=-1)
     off_diagonal = linear - torch.diag_embed(scale)
     bad = (off_diagonal.abs().amax((-2, -1)) > 1e-5) | (scale.abs().amin(-1) < 1e-8)
-    if bool(bad.any()):
+    if bad.any():
         raise ValueError(
             "the aligner needs axis-aligned affines (crop, scale, flip: diagonal plus translation), but got "
             f"{affines[bad].view(-1, 4, 4)[0].tolist()}. Views must not be rotated or sheared: remove such transforms "
@@ -69,7 +69,7 @@ def overlap_extent(affines: torch.Tensor, view_size: Sequence[int]) -> tuple[tor
     lower = torch.minimum(first, last).amax(dim=1)
     upper = torch.maximum(first, last).amin(dim=1)
     empty = (upper <= lower).any(dim=-1)
-    if bool(empty.any()):
+    if empty.any():
         sample = int(empty.nonzero()[0])
         raise ValueError(
             f"the views of sample {sample} do not overlap: lower edge {lower[sample].tolist()}, upper edge "

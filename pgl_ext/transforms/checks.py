@@ -176,7 +176,7 @@ class CheckLabeld(MapTransform):
         """What is wrong with voxels that have none of the task's values."""
         fractions = unknown[unknown != np.rint(unknown)]  # NaN among them
         if fractions.size:
-            nan = int(np.isnan(fractions).sum())
+            nan = np.isnan(fractions).sum()
             return (
                 f"has {nan} NaN voxels and {fractions.size - nan} whose value is not a whole number, such as "
                 f"{fractions[0]:g}: it is no label map, or was resampled with interpolation. Give the label map, "

@@ -144,8 +144,9 @@ def _resampled_slabs(
 
 def _matching_axes(to_scores: np.ndarray, shape: tuple[int, ...]) -> list[int] | None:
     """Which axis of the scores each axis of the file runs along; None where the grids are rotated or sheared."""
-    axes = np.abs(to_scores[:3, :3]).argmax(axis=0).tolist()
-    drift = np.abs(to_scores[:3, :3]) * (np.array(shape) - 1)
+    voxels = np.abs(to_scores[:3, :3])
+    axes = voxels.argmax(axis=0).tolist()
+    drift = voxels * (np.array(shape) - 1)
     drift[axes, range(3)] = 0
     return axes if sorted(axes) == [0, 1, 2] and drift.sum(axis=1).max() < _TOLERANCE else None
 
