@@ -176,7 +176,14 @@ class VolumeCache:
             workers = 0
         # Not fork: the calling process may hold CUDA, and has threads.
         context = "spawn" if workers else None
-        loader = DataLoader(items, None, num_workers=workers, collate_fn=self._try, multiprocessing_context=context)
+        loader = DataLoader(
+            items,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=self._try,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # The loader draws from it: results do not depend on what was cached before.
+        )
         try:
             for name, error in loader:
                 if error is not None and not isinstance(error, _ABOUT_THE_FILE):

@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from monai.transforms import Compose, ConcatItemsd, Lambdad, NormalizeIntensityd, RandFlipd
 
 from pgl_ext import transforms
@@ -507,6 +508,14 @@ def test_worker_processes_give_the_same_as_none(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_preparing_leaves_the_random_state_as_it_was(tmp_path, num_workers):
+    """A training gives the same whether its volumes were cached before or not."""
+    before = torch.get_rng_state()
+    VolumeCache(tmp_path / "cache", preprocessing(), num_workers=num_workers).prepare([save(tmp_path / "a.nii")])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_error_of_a_worker_process_stops(tmp_path):
     fault = Lambdad("image", functools.partial(operator.add, "text"))
     cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image"), fault), num_workers=1)
