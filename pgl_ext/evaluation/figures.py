@@ -21,11 +21,7 @@ def plot_scores(scores: Mapping[str, Mapping[str, Sequence[float]]], out_path: P
     """Box plots of the organs' scores with every case as a point.
 
     Boxes are quartiles with a line at the median, whiskers reach the farthest case within 1.5 times the box, diamonds
-    are means.
-
-    Args:
-        scores: by metric (``dice``, ``hd95_mm``, ...) and name of the organ the cases' values; NaN is left out.
-        out_path: picture to write.
+    are means. Scores are by metric (``dice``, ``hd95_mm``, ...) and organ; NaN is left out.
     """
     organs = list(next(iter(scores.values())))
     figure, panels = organ_panels(len(scores), (max(4.0, 1.6 + 0.62 * len(organs)), 3.3 * len(scores) + 0.6))

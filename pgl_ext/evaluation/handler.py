@@ -91,10 +91,7 @@ class EvaluationReport:
     def add(self, name: str, masks: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
         """Score one case, write its prediction, and return its rows of ``cases.csv``.
 
-        Args:
-            name: of the case.
-            masks: predicted, bool (organs, X, Y, Z), with an ``affine``.
-            labels: reference (1, X, Y, Z).
+        Predicted are masks, bool (organs, X, Y, Z), with an ``affine``; the reference is a label map (1, X, Y, Z).
         """
         affine = convert_to_numpy(masks.affine, dtype=np.float64)
         masks, labels = (convert_to_tensor(tensor, device="cpu") for tensor in (masks, labels))

@@ -74,9 +74,6 @@ def summarise(rows: Sequence[Mapping]) -> Summary:
 
     The average is that of the cases' means over their organs, since cases are what is resampled.
 
-    Args:
-        rows: one per case and organ, as in ``cases.csv``.
-
     Returns:
         By organ, and for ``"average"`` at the end: per metric ``mean``, ``std`` (of a sample), ``n`` and ``ci95`` (both
         ends), None where there are too few cases; and how often each status occurs.

@@ -47,9 +47,7 @@ def scans_to_segment(
     Args:
         output_dir: where the segmentations will be written.
         loading: transforms that load and check one item, to find bad scans before anything is computed.
-        dataset_dir: see :func:`~pgl_ext.data.find.find_scans`, like the next two.
-        data_list_file_path: JSON data list.
-        data_list_key: which list of the file to take.
+        dataset_dir, data_list_file_path, data_list_key: see :func:`~pgl_ext.data.find.find_scans`.
         skip_bad_files: leave out scans that cannot be read instead of raising.
         overwrite: whether outputs of an earlier run may be replaced.
         dicom_seg: whether DICOM SEG will be written for DICOM series.
@@ -116,10 +114,9 @@ class SaveSegmentations:
     def save(self, data: Mapping[str, Any]) -> None:
         """Write the files of one scan.
 
-        Args:
-            data: ``name``; ``image``, the preprocessed scan, whose meta names its file; ``pred``, the label map
-                (1, X, Y, Z), and ``organs``, the masks (organs, X, Y, Z), on the grid of the file; and optionally
-                ``pred_probabilities``, ``pred_uncertainty`` (channels, X, Y, Z) and ``series_uid``.
+        Its data are ``name``; ``image``, the preprocessed scan, whose meta names its file; on the grid of the file
+        ``pred``, the label map (1, X, Y, Z), and ``organs``, the masks (organs, X, Y, Z); and optionally
+        ``pred_probabilities``, ``pred_uncertainty`` (channels, X, Y, Z) and ``series_uid``.
         """
         name, path = data["name"], str(data["image"].meta["filename_or_obj"])
         *nifti, dicom, overlay = outputs = [self.output_dir / f"{name}{suffix}" for suffix in _OUTPUTS]

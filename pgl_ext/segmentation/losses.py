@@ -65,12 +65,10 @@ class SegmentationLoss(nn.Module):
         self.loss = DiceCrossEntropyLoss(task.multi_label, batch=True) if loss is None else loss
 
     def forward(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss, a scalar.
+        """The loss, a scalar, of logits (B, out_channels, X, Y, Z).
 
         Args:
-            logits: (B, out_channels, X, Y, Z).
-            batch: ``label`` (B, 1, X, Y, Z) with the files' values; and optionally ``annotated`` (B, organs), whether
-                the organ was annotated in the sample.
+            batch: ``label`` (B, 1, X, Y, Z) with the files' values, optionally ``annotated`` (B, organs), bool.
 
         Raises:
             ValueError: an organ was not annotated and the task is not multi-label.

@@ -48,12 +48,9 @@ class LinearClassifier(NamedTuple):
     def logits_of_volume(
         self, maps: Sequence[torch.Tensor], strides: Sequence[Sequence[int]], size: Sequence[int]
     ) -> torch.Tensor:
-        """Logits (1, out_channels, X, Y, Z) of a volume, interpolated linearly between the places of the maps.
+        """Logits (1, out_channels, X, Y, Z) of a volume of a size (X, Y, Z) in voxels.
 
-        Args:
-            maps: (1, C, x, y, z) each.
-            strides: of each map, in voxels per axis.
-            size: (X, Y, Z) in voxels.
+        The maps (1, C, x, y, z), with strides in voxels per axis, are interpolated linearly between their places.
         """
         parameters = (values[..., None, None, None] for values in (self.mean, self.scale, self.weight))
         channels = [m.shape[1] for m in maps]

@@ -71,16 +71,10 @@ def organ_log_odds(logits: torch.Tensor, task: SegmentationTask) -> torch.Tensor
 
 
 def decide(logits: torch.Tensor, task: SegmentationTask, sizes: Sequence[int]) -> torch.Tensor:
-    """Shift the logits of a volume such that each organ by itself has a certain number of voxels.
+    """Shift the logits (out_channels, X, Y, Z) of a volume such that each organ by itself has a size in voxels.
 
-    Args:
-        logits: (out_channels, X, Y, Z).
-        task: the organs.
-        sizes: voxels of each organ.
-
-    Returns:
-        Logits (out_channels, X, Y, Z): the organs' log odds above their thresholds, for a multi-class task after those
-        of the background, which are 0. An organ is smaller only where another one claims its voxels more strongly.
+    They become the organs' log odds above their thresholds, for a multi-class task after those of the background, which
+    are 0. An organ is smaller only where another one claims its voxels more strongly.
     """
     excess = []
     for odds, size in zip(organ_log_odds(logits, task), sizes, strict=True):

@@ -83,12 +83,9 @@ def _strata(labels: torch.Tensor, task: SegmentationTask, annotated: torch.Tenso
 
 
 def features_at(features: torch.Tensor, stride: Sequence[int], voxels: torch.Tensor) -> torch.Tensor:
-    """Features (N, C) of voxels, interpolated linearly: feature j lies on voxel stride * j, the last one also beyond.
+    """Features (N, C) of a map (1, C, x, y, z) at voxels, indices (N, 3), interpolated linearly.
 
-    Args:
-        features: feature map (1, C, x, y, z).
-        stride: of the map, in voxels per axis.
-        voxels: indices (N, 3).
+    Feature j lies on voxel stride * j of an axis; beyond the last one its value is repeated.
     """
     last = torch.tensor(features.shape[2:], device=voxels.device) - 1
     places = voxels / torch.tensor(stride, device=voxels.device)
