@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.utils import ensure_tuple_rep
 from torch import nn
 
 from pgl_ext.geometry import (
@@ -35,6 +36,8 @@ class PriorGuidedAligner(nn.Module):
             where the features of convolutions with odd kernels and padding k // 2 are centred. ``"paper"``: (v + 0.5) /
             s - 0.5, the half-pixel rule of plain RoIAlign, off by s - 1 view voxels where one of two views is flipped.
         sampling_ratio: sample points per cell and axis.
+        centre: voxel that feature 0 is centred on, per axis or for all, where that is not 0; with it ``"exact"`` is (v -
+            centre) / s. See ``networks.base.FeatureNetwork``.
 
     Example:
         >>> aligner = PriorGuidedAligner()
@@ -44,7 +47,11 @@ class PriorGuidedAligner(nn.Module):
     """
 
     def __init__(
-        self, output_size: Sequence[int] | None = None, alignment: str = "exact", sampling_ratio: int = 2
+        self,
+        output_size: Sequence[int] | None = None,
+        alignment: str = "exact",
+        sampling_ratio: int = 2,
+        centre: Sequence[float] | float = 0,
     ) -> None:
         super().__init__()
         if alignment not in _ALIGNMENTS:
@@ -52,6 +59,7 @@ class PriorGuidedAligner(nn.Module):
         self.output_size = output_size
         self.alignment = alignment
         self.sampling_ratio = check_positive(sampling_ratio, "sampling_ratio", "the paper's aligner takes 2")
+        self.centre = ensure_tuple_rep(centre, 3)
 
     def forward(self, features: torch.Tensor, affines: torch.Tensor, view_size: Sequence[int]) -> torch.Tensor:
         """Align features (B, V, C, x, y, z) to (B, V, C, *output_size).
@@ -86,9 +94,10 @@ class PriorGuidedAligner(nn.Module):
         strides = derive_stride(view_size, feature_size)
         output_size = self.output_size or feature_size
         weights = []
-        for axis, (cells, size, stride) in enumerate(zip(output_size, feature_size, strides, strict=True)):
+        sizes = zip(output_size, feature_size, strides, self.centre, strict=True)
+        for axis, (cells, size, stride, centre) in enumerate(sizes):
             source = cell_samples(lower[:, None, axis], upper[:, None, axis], cells, self.sampling_ratio)
             view = (source - offset[..., axis, None, None]) / scale[..., axis, None, None]
-            position = view / stride if self.alignment == "exact" else (view + 0.5) / stride - 0.5
+            position = (view - centre) / stride if self.alignment == "exact" else (view + 0.5) / stride - 0.5
             weights.append(linear_interpolation_matrix(position, size))
         return weights

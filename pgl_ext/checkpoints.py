@@ -85,7 +85,7 @@ class CheckpointHandler:
 
     Args:
         folder: folder of the checkpoints.
-        network: the method or segmentation network itself, not its distributed wrapper; has ``encoder``.
+        network: the method or segmentation network itself, not its distributed wrapper.
         objects: further objects with ``state_dict`` and ``load_state_dict``, by name.
         sampler: the training data's ``EpochBatchSampler``.
         encoder_path: encoder file written with every checkpoint; None: none.
@@ -94,7 +94,7 @@ class CheckpointHandler:
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
         resume: go on from the newest intact checkpoint.
-        decoder_path: decoder file of a network with ``aspp`` and ``decoder``, like ``encoder_path``.
+        decoder_path: decoder file of a method that pre-trains a decoder, like ``encoder_path``.
         overwrite: remove another run's checkpoints.
 
     Raises:
@@ -194,17 +194,17 @@ class CheckpointHandler:
         }
         path = self.folder.write(content, step)
         if self.encoder_path is not None:
-            save_encoder(self.network.encoder, self.encoder_path, record)
-        if self.decoder_path is not None and {"aspp", "decoder"} <= dict(self.network.named_children()).keys():
+            save_encoder(self.network.encoder.feature_network, self.encoder_path, record)
+        if self.decoder_path is not None and self.network.decoder_state():
             save_decoder(self.network, self.decoder_path, record)
         logger.info("saved %s", path)
 
     def _record(self, engine: Engine) -> EncoderRecord:
-        encoder = self.network.encoder
+        encoder = getattr(self.network, "encoder", self.network).feature_network
         content = {
             "architecture": encoder.architecture,
-            "stride": list(encoder.stride),
-            "channels": list(encoder.channels),
+            "stride": list(encoder.level_strides[-1]),
+            "channels": list(encoder.level_channels),
             "method": type(self.network).__name__,
             "steps": engine.state.iteration,
             "input": {},
@@ -242,8 +242,8 @@ class CheckpointHandler:
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.load_state_dict(content["lr_scheduler"])
         engine.scaler.load_state_dict(content["scaler"])
-        for name, item in self.objects.items():
-            item.load_state_dict(content["objects"][name])
+        for name, state in content["objects"].items():
+            self.objects[name].load_state_dict(state)
         engine.read_errors = content["read_errors"]
         engine.load_state_dict({**content, "iteration": content["step"]})
         random_states, processes = content["random"], rank_and_world_size()[1]

@@ -16,6 +16,7 @@ from ignite.metrics import Average
 from monai.engines import SupervisedEvaluator, SupervisedTrainer, Trainer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pgl_ext.aligner import PriorGuidedAligner
 from pgl_ext.distributed import rank_and_world_size
 from pgl_ext.retrieval import correspondence_retrieval
 from pgl_ext.settings import check_positive, parse_bool
@@ -53,6 +54,7 @@ class StepTrainer(SupervisedTrainer):
         amp: mixed precision.
         amp_dtype: ``"bfloat16"``, or ``"float16"`` with loss scaling.
         seed: of ``batch_transform``.
+        max_grad_norm: gradients of a larger norm, over all parameters, are scaled down to it; None: never.
         max_non_finite: stop after this many consecutive steps with a loss or gradients that are not finite. Each is
             skipped, and leaves weights and buffers, such as batch-norm statistics, as they were before it.
         kwargs: further arguments of ``monai.engines.SupervisedTrainer``, such as ``inferer`` and ``train_handlers``.
@@ -75,6 +77,7 @@ class StepTrainer(SupervisedTrainer):
         amp: bool = False,
         amp_dtype: str = "bfloat16",
         seed: int = 0,
+        max_grad_norm: float | None = None,
         max_non_finite: int = 10,
         **kwargs: Any,
     ) -> None:
@@ -85,6 +88,7 @@ class StepTrainer(SupervisedTrainer):
         self.micro_batch_size = micro_batch_size
         self.amp_dtype = _amp_dtype(amp, amp_dtype)
         self.seed = seed
+        self.max_grad_norm = max_grad_norm
         self.max_non_finite = max_non_finite
         self.read_errors = 0
         self.stop_requested = False  # by a signal to this process
@@ -207,6 +211,9 @@ class StepTrainer(SupervisedTrainer):
     def _step(self) -> bool:
         """Change the weights, unless loss scaling finds that gradients overflowed; whether they have changed."""
         scale = self.scaler.get_scale()
+        if self.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # The scale falls exactly where the step was skipped.
@@ -278,8 +285,9 @@ class PretrainEvaluator(SupervisedEvaluator):
         self.network.eval()
         with torch.no_grad(), torch.autocast(self.state.device.type, self.amp_dtype, self.amp):
             logged = {key: float(value) for key, value in self.inferer(batch, self.network).items()}
-            features = self.network.encoder(views.flatten(0, 1))[-1].unflatten(0, views.shape[:2])
-        top1 = correspondence_retrieval(features, batch["affines"], tuple(views.shape[3:]))
+            features = self.network.encoder.features(views.flatten(0, 1))[-1].unflatten(0, views.shape[:2])
+        aligner = PriorGuidedAligner(centre=self.network.encoder.centres[-1])
+        top1 = correspondence_retrieval(features, batch["affines"], tuple(views.shape[3:]), aligner)
         retrieval = {"retrieval_top1": float(top1.mean()), "retrieval_chance": 1 / math.prod(features.shape[3:])}
         return [{**logged, **retrieval, "pairs": len(views)}]
 

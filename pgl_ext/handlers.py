@@ -76,9 +76,11 @@ class TargetEMA:
     @torch.no_grad()
     def __call__(self, engine: Engine) -> None:
         tau = self.momentum
-        for online, target in self.method.momentum_pairs():
-            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
-            # In the loop: a method without a target has no tau to show.
+        pairs = list(self.method.momentum_pairs())
+        online, target = ([p for pair in pairs for p in pair[side].parameters()] for side in (0, 1))
+        # A method without a target has no tau to show.
+        if target:
+            torch._foreach_lerp_(target, online, 1 - tau)
             engine.state.metrics["tau"] = tau
         self.step += 1
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["LocalConsistencyLoss", "NTXentLoss", "VoxelContrastLoss"]
+__all__ = ["LocalConsistencyLoss", "MaskedRestorationLoss", "NTXentLoss", "VoxelContrastLoss"]
 
 
 class LocalConsistencyLoss(nn.Module):
@@ -29,6 +29,28 @@ class LocalConsistencyLoss(nn.Module):
             prediction = F.normalize(prediction.float(), dim=1, eps=1e-6)
             target = F.normalize(target.detach().float(), dim=1, eps=1e-6)
             return (prediction - target).square().sum(dim=1).mean()
+
+
+class MaskedRestorationLoss(nn.Module):
+    """Mean squared error of the voxels that were hidden, averaged over samples, each of which counts alike.
+
+    Computed in float32; a sample in which nothing was hidden has 0.
+
+    Example:
+        >>> loss = MaskedRestorationLoss()
+        >>> hidden = torch.zeros(1, 1, 4, 4, 4, dtype=torch.bool)
+        >>> hidden[..., 0] = True
+        >>> float(loss(torch.zeros(1, 1, 4, 4, 4), hidden.float() * 3, hidden))
+        9.0
+    """
+
+    def forward(self, restored: torch.Tensor, original: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Scalar loss of (B, C, X, Y, Z), with a mask (B, 1, X, Y, Z); a ValueError where the shapes differ."""
+        _check_same_shape("restored and original views", restored, original)
+        with torch.autocast(restored.device.type, enabled=False):
+            errors = (restored.float() - original.float()).square() * hidden
+            voxels = hidden.flatten(1).sum(dim=1).clamp(min=1) * original.shape[1]
+            return (errors.flatten(1).sum(dim=1) / voxels).mean()
 
 
 class NTXentLoss(nn.Module):

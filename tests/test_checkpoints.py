@@ -512,13 +512,14 @@ class TestDecoderFile:
 
     def test_comes_with_each_checkpoint_of_a_method_that_has_a_decoder(self, start, make_encoder):
         run = start(stop_at=2)
-        # PGL with a decoder of which nothing is trained: what counts are its children.
         network = SegmentationNet(1, 1, make_encoder(), aspp_channels=8, decoder_channels=(8, 6, 4))
-        run.method.aspp, run.method.decoder = network.aspp, network.decoder
+        run.method.decoder_state = network.decoder_state
         self.saved(run)
         state = torch.load(run.handler.decoder_path, weights_only=True)
-        own = {key: value for key, value in run.method.state_dict().items() if key.startswith(("aspp.", "decoder."))}
-        assert_same(state, own)
+        expected = {key: value for key, value in network.state_dict().items() if key.startswith(("aspp.", "decoder."))}
+        head = [expected.pop(f"decoder.head.{name}") for name in ("weight", "bias")]
+        assert_same(state, expected)
+        assert len(head) == 2
         encoder_path = run.handler.encoder_path
         assert EncoderRecord.load(run.handler.decoder_path) == EncoderRecord.load(encoder_path)
         assert EncoderRecord.load(encoder_path).steps == 2

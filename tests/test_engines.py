@@ -17,22 +17,25 @@ from pgl_ext.data.dataset import EpochBatchSampler
 from pgl_ext.engines import PretrainEvaluator, PretrainTrainer, SegmentationTrainer, TrainerEvents
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import Method
+from pgl_ext.networks.base import FeatureNetwork
 from pgl_ext.retrieval import correspondence_retrieval
 
 
-class ToyEncoder(nn.Conv3d):
+class ToyEncoder(FeatureNetwork, nn.Conv3d):
     """One convolution: without batch norm, each sample's gradient is its own."""
 
-    architecture = {"family": "toy", "arguments": {}}  # noqa: RUF012
-    stride = (2, 2, 2)
-    channels = (3,)
+    family, arguments, encoder_parts = "toy", {}, ()
+    level_strides, level_channels, centres = ((2, 2, 2),), (3,), ((0, 0, 0),)
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         super().__init__(1, 3, kernel_size=3, stride=2, padding=1)
 
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [nn.Conv3d.forward(self, x)]
+
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [super().forward(x)]
+        return self.features(x)
 
 
 class ToyMethod(Method):

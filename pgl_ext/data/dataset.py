@@ -210,10 +210,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         num_volumes: volumes in the data set.
         batch_size: largest number of samples per optimiser step, over all processes.
         max_epochs: epochs to run through.
-        patches_per_volume: samples per volume and epoch.
+        patches_per_volume: samples per volume and epoch; None: as many as ``steps_per_epoch`` needs.
         seed: of the order.
         rank: this process; default: as torchrun started it, like ``world_size``.
         world_size: number of processes.
+        steps_per_epoch: of full batches, however many volumes there are, in which each is drawn as often as any other,
+            give or take one; counts where ``patches_per_volume`` is None.
 
     Raises:
         ValueError: a number is less than 1, or there are fewer samples per step than processes.
@@ -224,20 +226,22 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         num_volumes: int,
         batch_size: int,
         max_epochs: int,
-        patches_per_volume: int = 1,
+        patches_per_volume: int | None = 1,
         seed: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
+        steps_per_epoch: int = 250,
     ) -> None:
         launched = launched_rank_and_world_size()
         self.rank = launched[0] if rank is None else rank
         self.world_size = launched[1] if world_size is None else world_size
-        if min(num_volumes, batch_size, max_epochs, patches_per_volume) < 1:
+        length = steps_per_epoch if patches_per_volume is None else patches_per_volume
+        if min(num_volumes, batch_size, max_epochs, length) < 1:
             raise ValueError(
-                "num_volumes, batch_size, max_epochs and patches_per_volume must be at least 1, got "
-                f"{num_volumes}, {batch_size}, {max_epochs} and {patches_per_volume}."
+                "num_volumes, batch_size, max_epochs and patches_per_volume, or steps_per_epoch, must be at least 1, "
+                f"got {num_volumes}, {batch_size}, {max_epochs} and {length}."
             )
-        self.draws = num_volumes * patches_per_volume
+        self.draws = length * (batch_size if patches_per_volume is None else num_volumes)
         self.steps = math.ceil(self.draws / batch_size)
         if self.draws // self.steps < self.world_size:
             raise ValueError(

@@ -78,7 +78,7 @@ def prepare_cases(
     data_list_key: str = "training",
     annotated_key: str | None = None,
     test_cases: int = 0,
-    validation_fraction: float = 0.2,
+    validation_fraction: float | None = 0.2,
     label_fraction: float = 1.0,
     labelled_cases: int | None = None,
     seed: int = 0,

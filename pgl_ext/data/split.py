@@ -49,7 +49,7 @@ def split_volumes(items: Iterable[Mapping], validation_fraction: float, seed: in
 def split_cases(
     cases: Iterable[Mapping],
     test_cases: int = 0,
-    validation_fraction: float = 0.2,
+    validation_fraction: float | None = 0.2,
     label_fraction: float = 1.0,
     labelled_cases: int | None = None,
     seed: int = 0,
@@ -64,7 +64,8 @@ def split_cases(
         cases: all cases.
         test_cases: how many to hold out for testing.
         validation_fraction: share of the labelled cases to validate on, in [0, 1); above 0 at least one, with at least
-            one left for training; a single case serves as both.
+            one left for training; a single case serves as both. None: 0.2 of ten or more, and of fewer none, so that
+            all are trained on.
         label_fraction: share of the cases not held out that are taken as labelled, in (0, 1]; at least 2 cases where
             there are as many.
         labelled_cases: their exact number, instead of ``label_fraction``.
@@ -80,6 +81,8 @@ def split_cases(
     count = _labelled_count(len(ordered), test_cases, label_fraction, labelled_cases)
     drawn = [ordered[index] for index in np.random.RandomState(seed).permutation(len(ordered))]
     test, labelled, unused = drawn[:test_cases], drawn[test_cases:][:count], drawn[test_cases + count :]
+    if validation_fraction is None:
+        validation_fraction = 0.2 if count >= 10 else 0.0
     held_out = [_validation_count(n, validation_fraction) for n in range(count + 1)]
     # A case goes to validation where the rounded number of validation cases rises: smaller splits lie in larger ones.
     training = [case for n, case in enumerate(labelled) if held_out[n] == held_out[n + 1]]

@@ -9,19 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Method", "check_two_views", "feature_std"]
+from pgl_ext.networks.base import FeatureNetwork
+
+__all__ = ["Method", "check_two_views", "feature_std", "hide"]
 
 
 class Method(nn.Module):
     """A self-supervised method: an ``nn.Module`` that turns a batch into a loss.
 
     Attributes:
-        encoder: the encoder that is pre-trained, and exported when training ends.
+        encoder: the network whose encoder is pre-trained, and written when training ends.
         feature_channels: channels of the features whose ``feature_std`` is logged.
         logged: names of further scalars of ``forward``, which the log has columns for.
     """
 
-    encoder: nn.Module
+    encoder: FeatureNetwork
     feature_channels: int
     logged: tuple[str, ...] = ()
 
@@ -35,6 +37,10 @@ class Method(nn.Module):
             ``loss``, a scalar with gradient, ``feature_std`` and those of ``logged``, scalars without.
         """
         raise NotImplementedError
+
+    def decoder_state(self) -> dict[str, torch.Tensor]:
+        """Tensors of the decoder that is pre-trained, named as in the segmentation network; none without one."""
+        return {}
 
     @property
     def healthy_std(self) -> float:
@@ -52,6 +58,24 @@ def check_two_views(method: Method, views: torch.Tensor) -> None:
         raise ValueError(
             f"{type(method).__name__} compares two views: expected views (B, 2, C, X, Y, Z), got {tuple(views.shape)}."
         )
+
+
+def hide(method: Method, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of a batch, the same with their hidden voxels set to 0, and where those are.
+
+    Returns:
+        Two tensors (B V, C, X, Y, Z), and a mask (B V, 1, X, Y, Z).
+
+    Raises:
+        ValueError: the batch has no mask.
+    """
+    if "mask" not in batch:
+        raise ValueError(
+            f"{type(method).__name__} restores what the entry 'mask' hides, but the batch has {sorted(batch)}: let "
+            "RandBlockMaskd follow the views in train#preprocessing, as in methods/mae.yaml."
+        )
+    views, hidden = batch["views"].flatten(0, 1), batch["mask"].flatten(0, 1)
+    return views, views.masked_fill(hidden, 0), hidden
 
 
 def feature_std(features: torch.Tensor) -> torch.Tensor:

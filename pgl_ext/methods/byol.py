@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from pgl_ext.methods.online_target import OnlineTargetMethod
+from pgl_ext.networks.base import FeatureNetwork
 from pgl_ext.networks.heads import MLPHead
 
 __all__ = ["BYOL"]
@@ -18,14 +19,14 @@ class BYOL(OnlineTargetMethod):
     views (section 5.2).
 
     Args:
-        encoder: returns a feature pyramid, finest first, and has ``channels``.
+        encoder: the network whose encoder is pre-trained.
         hidden_channels: channels inside projector and predictor.
         out_channels: channels of the features that are compared.
     """
 
-    def __init__(self, encoder: nn.Module, hidden_channels: int = 4096, out_channels: int = 256) -> None:
+    def __init__(self, encoder: FeatureNetwork, hidden_channels: int = 4096, out_channels: int = 256) -> None:
         projector = nn.Sequential(
-            nn.AdaptiveAvgPool3d(1), nn.Flatten(), MLPHead(encoder.channels[-1], hidden_channels, out_channels)
+            nn.AdaptiveAvgPool3d(1), nn.Flatten(), MLPHead(encoder.level_channels[-1], hidden_channels, out_channels)
         )
         predictor = MLPHead(out_channels, hidden_channels, out_channels)
         super().__init__(encoder, projector, predictor, out_channels)

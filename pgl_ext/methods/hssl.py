@@ -13,6 +13,7 @@ from pgl_ext.aligner import PriorGuidedAligner
 from pgl_ext.losses import NTXentLoss, VoxelContrastLoss
 from pgl_ext.methods.base import Method, check_two_views, feature_std
 from pgl_ext.networks.heads import MLPHead
+from pgl_ext.networks.resnet import ResNetEncoder
 from pgl_ext.networks.segmentation import SegmentationNet
 
 __all__ = ["HSSL"]
@@ -38,7 +39,7 @@ class HSSL(Method, SegmentationNet):
     The decoder's output has as many channels as its finest level.
 
     Args:
-        encoder: returns a feature pyramid, finest first, and has ``channels`` and ``strides``.
+        encoder: of the paper's family; voxels are contrasted in the map before the last convolution and resize.
         tasks: number of source data sets.
         groups: number of groups of them.
         hidden_channels: channels inside the projector.
@@ -56,7 +57,7 @@ class HSSL(Method, SegmentationNet):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: ResNetEncoder,
         tasks: int,
         groups: int,
         hidden_channels: int = 4096,
@@ -69,6 +70,11 @@ class HSSL(Method, SegmentationNet):
         alignment: str = "exact",
         output_size: Sequence[int] | None = None,
     ) -> None:
+        if not isinstance(encoder, ResNetEncoder):
+            raise ValueError(
+                f"HSSL-style pre-training needs the paper's network, got {type(encoder).__name__}: leave the overlay "
+                "networks/*.yaml out, or choose another method."
+            )
         super().__init__(
             encoder.conv1.in_channels,
             decoder_channels[-1],
@@ -76,9 +82,9 @@ class HSSL(Method, SegmentationNet):
             aspp_channels=aspp_channels,
             decoder_channels=decoder_channels,
         )
-        self.projector = MLPHead(encoder.channels[-1], hidden_channels, out_channels)
-        self.task_classifier = nn.Linear(encoder.channels[-1], tasks)
-        self.group_classifier = nn.Linear(encoder.channels[-1], groups)
+        self.projector = MLPHead(encoder.level_channels[-1], hidden_channels, out_channels)
+        self.task_classifier = nn.Linear(encoder.level_channels[-1], tasks)
+        self.group_classifier = nn.Linear(encoder.level_channels[-1], groups)
         self.weights = dict(zip(self.logged, (1.0, task_weight, group_weight, 1.0), strict=True))
         self.image_contrast = NTXentLoss(temperature)
         self.voxel_contrast = VoxelContrastLoss(temperature)
@@ -114,7 +120,7 @@ class HSSL(Method, SegmentationNet):
                 "HSSL contrasts pairs of views with each other, but a micro-batch has a single pair: choose "
                 "--batch_size and --micro_batch_size such that every micro-batch of every process has at least 2."
             )
-        stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
+        stem, stage1, stage2, _, deepest = self.encoder.features(views.flatten(0, 1))
         pooled = deepest.mean(dim=(2, 3, 4))
         projected = self.projector(pooled)
         voxels = self.decoder(self.aspp(deepest), [stage2, stage1, stem]).unflatten(0, (-1, 2))
@@ -128,6 +134,9 @@ class HSSL(Method, SegmentationNet):
         loss = sum(self.weights[name] * part for name, part in parts.items())
         logged = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **logged, "feature_std": feature_std(projected)}
+
+    def decoder_state(self) -> dict[str, torch.Tensor]:
+        return SegmentationNet.decoder_state(self)
 
 
 def _classification_loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

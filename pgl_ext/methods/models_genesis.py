@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pgl_ext.methods.base import Method, feature_std
-from pgl_ext.networks.segmentation import SegmentationNet
+from pgl_ext.networks.base import SegmentationNetwork
 from pgl_ext.transforms.deformations import rescale_to_unit
 
 __all__ = ["ModelsGenesis"]
 
 
-class ModelsGenesis(Method, SegmentationNet):
+class ModelsGenesis(Method):
     """Restoration of the views from their deformed copies by the segmentation network, encoder and decoder alike.
 
     L = mean over patches, channels and voxels of (sigmoid(f(deformed)) - original)^2, in [0, 1]: f is the segmentation
@@ -23,17 +23,14 @@ class ModelsGenesis(Method, SegmentationNet):
     and largest value. The views of a pair are two patches, whose overlap is not used.
 
     Args:
-        encoder: returns a feature pyramid, finest first, and has ``channels`` and ``strides``.
-        aspp_channels: channels of the pyramid pooling.
-        decoder_channels: channels of the decoder's three levels, coarse to fine.
+        network: the segmentation network, with as many channels of output as of input.
     """
 
-    def __init__(
-        self, encoder: nn.Module, aspp_channels: int = 256, decoder_channels: Sequence[int] = (256, 128, 32)
-    ) -> None:
-        channels = encoder.conv1.in_channels
-        super().__init__(channels, channels, encoder, aspp_channels=aspp_channels, decoder_channels=decoder_channels)
-        self.feature_channels = encoder.channels[-1]
+    def __init__(self, network: SegmentationNetwork) -> None:
+        super().__init__()
+        self.encoder = network
+        self.feature_channels = network.level_channels[-1]
+        self.register_load_state_dict_pre_hook(_within_network)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """``loss`` and deepest ``feature_std`` of a batch of ``views`` and ``deformed``, both (B, V, C, X, Y, Z)."""
@@ -44,6 +41,16 @@ class ModelsGenesis(Method, SegmentationNet):
             )
         original, _, _ = rescale_to_unit(batch["views"].flatten(0, 1))
         deformed = batch["deformed"].flatten(0, 1)
-        features = self.encoder(deformed)
-        restored = self.decode(features, deformed.shape[2:]).float().sigmoid()
+        features, logits = self.encoder.features_and_logits(deformed)
+        restored = logits.float().sigmoid()
         return {"loss": F.mse_loss(restored, original), "feature_std": feature_std(features[-1])}
+
+    def decoder_state(self) -> dict[str, torch.Tensor]:
+        return self.encoder.decoder_state()
+
+
+def _within_network(method: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
+    """Rename the tensors of checkpoints of 1.x, in which the method was the paper's network itself."""
+    if any(key.startswith("aspp.") for key in state):
+        for key in list(state):
+            state[f"encoder.{key}"] = state.pop(key)

@@ -10,6 +10,7 @@ from torch import nn
 
 from pgl_ext.losses import LocalConsistencyLoss
 from pgl_ext.methods.base import Method, check_two_views, feature_std
+from pgl_ext.networks.base import FeatureNetwork
 
 __all__ = ["OnlineTargetMethod"]
 
@@ -22,18 +23,23 @@ class OnlineTargetMethod(Method):
     batch-norm statistics.
 
     Args:
-        encoder: returns a feature pyramid, finest first.
+        encoder: the network whose encoder is pre-trained; a decoder of it stays as it is.
         projector: maps the deepest features to those that are compared, (B, feature_channels, ...).
         predictor: maps those onto the target's, in the online path alone.
         feature_channels: channels of the features that are compared.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module, feature_channels: int) -> None:
+    def __init__(
+        self, encoder: FeatureNetwork, projector: nn.Module, predictor: nn.Module, feature_channels: int
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
+        # Without gradients, so that several processes do not wait for those of the decoder.
+        self.encoder = encoder.requires_grad_(False)
+        for part in encoder.encoder_modules():
+            part.requires_grad_(True)
         self.projector = projector
         self.predictor = predictor
-        self.target_encoder = deepcopy(encoder).requires_grad_(False)
+        self.target_encoder = encoder.encoder_copy().requires_grad_(False)
         self.target_projector = deepcopy(projector).requires_grad_(False)
         self.loss = LocalConsistencyLoss()
         self.feature_channels = feature_channels
@@ -56,14 +62,18 @@ class OnlineTargetMethod(Method):
         """
         views = batch["views"]
         check_two_views(self, views)
-        flat = views.flatten(0, 1)
-        projected = self.projector(self.encoder(flat)[-1])
-        prediction = self.predictor(self.match(projected, batch))
-        with torch.no_grad():
-            target = self.match(self.target_projector(self.target_encoder(flat)[-1]), batch)
-        loss = self.loss(prediction[0::2], target[1::2]) + self.loss(prediction[1::2], target[0::2])
+        loss, projected = self.consistency(self.encoder.features(views.flatten(0, 1))[-1], batch)
         return {"loss": loss, "feature_std": feature_std(projected)}
 
+    def consistency(self, features: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The symmetric loss, and the online projections, of the deepest online features (2 B, C, x, y, z)."""
+        projected = self.projector(features)
+        prediction = self.predictor(self.match(projected, batch))
+        with torch.no_grad():
+            whole = self.target_encoder.features(batch["views"].flatten(0, 1))[-1]
+            target = self.match(self.target_projector(whole), batch)
+        return self.loss(prediction[0::2], target[1::2]) + self.loss(prediction[1::2], target[0::2]), projected
+
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        yield self.encoder, self.target_encoder
+        yield from zip(self.encoder.encoder_modules(), self.target_encoder.encoder_modules(), strict=True)
         yield self.projector, self.target_projector

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pgl_ext.methods.base import Method, check_two_views, feature_std
+from pgl_ext.networks.base import FeatureNetwork
 from pgl_ext.networks.heads import MLPHead
 from pgl_ext.networks.resnet import initialise_convolutions
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
@@ -49,7 +51,7 @@ class PCRLv2(Method):
     level that no sample draws is 0, and LARS would take a whole step along the decay of its weights.
 
     Args:
-        encoder: returns a feature pyramid, finest first, and has ``channels``.
+        encoder: the network whose encoder is pre-trained.
         aspp_channels: channels of the pyramid pooling.
         decoder_channels: channels of the decoder's three levels, coarse to fine.
 
@@ -60,15 +62,25 @@ class PCRLv2(Method):
     logged = ("restoration_loss", "global_loss", "middle_loss", "local_loss", "beta")
 
     def __init__(
-        self, encoder: nn.Module, aspp_channels: int = 256, decoder_channels: Sequence[int] = (256, 128, 32)
+        self, encoder: FeatureNetwork, aspp_channels: int = 256, decoder_channels: Sequence[int] = (256, 128, 32)
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.aspp = ASPP(encoder.channels[-1], aspp_channels)
+        # The coarsest levels that double the resolution, one for each of the decoder's.
+        finer = [i for i, (a, b) in enumerate(pairwise(encoder.level_strides)) if a != b][::-1]
+        if len(finer) < len(decoder_channels):
+            raise ValueError(
+                f"decoder_channels {tuple(decoder_channels)} asks for {len(decoder_channels)} levels, but the network "
+                f"has {len(finer)} finer ones than its deepest: give fewer."
+            )
+        self.finer_levels = finer[: len(decoder_channels)]
+        self.encoder = encoder.requires_grad_(False)
+        for part in encoder.encoder_modules():
+            part.requires_grad_(True)
+        self.aspp = ASPP(encoder.level_channels[-1], aspp_channels)
         self.decoder = PlainDecoder(aspp_channels, decoder_channels)
         self.projections = nn.ModuleList(nn.BatchNorm1d(c) for c in decoder_channels)
         self.predictors = nn.ModuleList(MLPHead(c, 2 * c, c) for c in decoder_channels)
-        self.restorations = nn.ModuleList(nn.Conv3d(c, encoder.conv1.in_channels, 1) for c in decoder_channels)
+        self.restorations = nn.ModuleList(nn.Conv3d(c, encoder.arguments["in_channels"], 1) for c in decoder_channels)
         self.register_buffer("progress", torch.zeros(()))
         self.feature_channels = decoder_channels[-1]
         for module in (self.aspp, self.decoder, self.restorations):
@@ -124,10 +136,13 @@ class PCRLv2(Method):
         finest, _ = embedded[-1]
         return {"loss": loss, **logged, "beta": beta, "feature_std": feature_std(finest.flatten(0, 1))}
 
+    def decoder_state(self) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in self.state_dict().items() if key.startswith(("aspp.", "decoder."))}
+
     def _encode(self, views: torch.Tensor) -> tuple[list[torch.Tensor], list[_Embedding]]:
         """Maps (B V, channels, ...) and embeddings of views (B, V, C, X, Y, Z), level by level, coarse to fine."""
-        stem, stage1, stage2, _, deepest = self.encoder(views.flatten(0, 1))
-        maps = self.decoder(self.aspp(deepest), [level.shape[2:] for level in (stage2, stage1, stem)])
+        features = self.encoder.features(views.flatten(0, 1))
+        maps = self.decoder(self.aspp(features[-1]), [features[level].shape[2:] for level in self.finer_levels])
         embedded = []
         # Half precision would not tell nearly parallel vectors apart; the heads are tiny.
         with torch.autocast(views.device.type, enabled=False):

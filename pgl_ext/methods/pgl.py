@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from pgl_ext.aligner import PriorGuidedAligner
 from pgl_ext.methods.online_target import OnlineTargetMethod
+from pgl_ext.networks.base import FeatureNetwork
 from pgl_ext.networks.heads import ConvHead
 
 __all__ = ["PGL"]
@@ -24,7 +24,7 @@ class PGL(OnlineTargetMethod):
     is ``scale_range=(1, 1)`` with ``min_overlap=1`` (see ``transforms.RandOverlappingViewsd``), w/o F&CS is both.
 
     Args:
-        encoder: returns a feature pyramid, finest first, and has ``channels``.
+        encoder: the network whose encoder is pre-trained.
         hidden_channels: channels inside projector and predictor.
         out_channels: channels of the features that are compared.
         alignment: ``"exact"`` or ``"paper"``, see ``PriorGuidedAligner``.
@@ -34,17 +34,17 @@ class PGL(OnlineTargetMethod):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: FeatureNetwork,
         hidden_channels: int = 4096,
         out_channels: int = 256,
         alignment: str = "exact",
         output_size: Sequence[int] | None = None,
         sampling_ratio: int = 2,
     ) -> None:
-        projector = ConvHead(encoder.channels[-1], hidden_channels, out_channels)
+        projector = ConvHead(encoder.level_channels[-1], hidden_channels, out_channels)
         predictor = ConvHead(out_channels, hidden_channels, out_channels)
         super().__init__(encoder, projector, predictor, out_channels)
-        self.aligner = PriorGuidedAligner(output_size, alignment, sampling_ratio)
+        self.aligner = PriorGuidedAligner(output_size, alignment, sampling_ratio, encoder.centres[-1])
 
     def match(self, projected: torch.Tensor, batch: dict) -> torch.Tensor:
         """Align the views' features (2 B, C, x, y, z) through ``affines`` (B, 2, 4, 4)."""

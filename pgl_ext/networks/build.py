@@ -12,17 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
+from pgl_ext.networks.dynunet import DynUNet
 from pgl_ext.networks.resnet import ResNetEncoder
 from pgl_ext.networks.segmentation import SegmentationNet
+from pgl_ext.networks.segresnet import SegResNet
 from pgl_ext.settings import parse_bool
 
 __all__ = ["ENCODERS", "NETWORKS", "build", "prepare_network"]
 
-ENCODERS: dict[str, type[nn.Module]] = {"resnet": ResNetEncoder}
-"""Classes of encoders by family."""
+NETWORKS: dict[str, type[SegmentationNetwork]] = {
+    network.family: network for network in (SegmentationNet, DynUNet, SegResNet)
+}
+"""Classes of segmentation networks by family."""
 
-NETWORKS: dict[str, type[nn.Module]] = {"resnet": SegmentationNet}
-"""Classes of segmentation networks by the family of their encoder."""
+ENCODERS: dict[str, type[FeatureNetwork]] = {**NETWORKS, "resnet": ResNetEncoder}
+"""What records of encoders describe, by family: the paper's encoder by itself, and the other networks."""
 
 
 def build(
@@ -79,6 +84,9 @@ def prepare_network(
         network.to(memory_format=torch.channels_last_3d)
     if parse_bool(compile, "compile"):
         for child in network.children():
+            for name in ("features", "features_and_logits"):
+                if hasattr(child, name):
+                    setattr(child, name, torch.compile(getattr(child, name)))
             if list(child.parameters()):
                 child.compile()
     return network

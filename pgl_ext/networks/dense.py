@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pgl_ext.networks.base import FeatureNetwork
+
 __all__ = ["DenseFeatures"]
 
 
 class DenseFeatures(nn.Module):
     """The deepest feature map of an encoder.
 
-    Feature j lies on input voxel ``stride * j``, per axis. The module can be scripted.
+    Feature j lies on input voxel ``stride * j + centre``, per axis. The module can be scripted.
 
     Args:
-        encoder: maps (B, C, X, Y, Z) to its feature maps, finest first; has ``stride``, in voxels per axis.
+        encoder: the network whose deepest map is wanted.
 
     Example:
         >>> network = DenseFeatures(ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.25))
@@ -22,11 +24,11 @@ class DenseFeatures(nn.Module):
         torch.Size([1, 128, 4, 3, 2])
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: FeatureNetwork) -> None:
         super().__init__()
         self.encoder = encoder
-        self.stride = tuple(encoder.stride)
+        self.stride, self.centre = tuple(encoder.level_strides[-1]), tuple(encoder.centres[-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map volumes (B, C, X, Y, Z) to features (B, F, ceil(X / s_x), ceil(Y / s_y), ceil(Z / s_z))."""
-        return self.encoder(x)[-1]
+        return self.encoder.features(x)[-1]

@@ -8,10 +8,12 @@ import torch
 from monai.networks.nets.resnet import ResNet, get_inplanes
 from monai.utils import ensure_tuple_rep
 
+from pgl_ext.networks.base import FeatureNetwork
+
 __all__ = ["ResNetEncoder", "initialise_convolutions"]
 
 
-class ResNetEncoder(ResNet):
+class ResNetEncoder(FeatureNetwork, ResNet):
     """3D ResNet that returns its feature maps, finest first, with MONAI ResNet's parameter names.
 
     The default is the PGL paper's 3D ResNet-50 (blocks 3-4-6-3, 46,155,072 parameters). Its state dict loads with
@@ -29,16 +31,17 @@ class ResNetEncoder(ResNet):
 
     Attributes:
         stride: output stride of the deepest feature map, per axis, in voxels.
-        strides: the same for each level of the pyramid.
         channels: channels of each level of the pyramid (stem, stage 1, ..., stage 4).
-        arguments: what builds this encoder again, as plain values.
-        architecture: family and arguments, for a record.
 
     Example:
         >>> encoder = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.25)
         >>> [tuple(f.shape[1:]) for f in encoder(torch.rand(1, 1, 32, 32, 16))]
         [(16, 16, 16, 16), (16, 8, 8, 8), (32, 4, 4, 4), (64, 2, 2, 2), (128, 2, 2, 2)]
     """
+
+    family = "resnet"
+    # Files of encoders name tensors as the segmentation network does.
+    key_prefix = "encoder."
 
     def __init__(
         self,
@@ -82,15 +85,21 @@ class ResNetEncoder(ResNet):
             "stem_stride": list(stem_stride),
             "last_stage_stride": last_stage_stride,
         }
-        self.architecture = {"family": "resnet", "arguments": self.arguments}
         width = [int(planes * widen_factor) for planes in get_inplanes()]
         expansion = self.layer1[0].expansion
         factors = (1, 2, 4, 8, 8 * last_stage_stride)
         self.channels = (width[0], *(planes * expansion for planes in width))
-        self.strides = tuple(tuple(s * f for s in stem_stride) for f in factors)
-        self.stride = self.strides[-1]
+        self.level_channels = self.channels
+        self.level_strides = tuple(tuple(s * f for s in stem_stride) for f in factors)
+        self.centres = ((0.0, 0.0, 0.0),) * 5
+        self.stride = self.level_strides[-1]
+        self.encoder_parts = [name for name, _ in self.named_children()]
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """See :meth:`features`."""
+        return self.features(x)
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of the stem and stages 1 to 4, finest first, of (B, in_channels, X, Y, Z) of any size."""
         stem = self.act(self.bn1(self.conv1(x)))
         stage1 = self.layer1(self.maxpool(stem))
@@ -98,16 +107,6 @@ class ResNetEncoder(ResNet):
         stage3 = self.layer3(stage2)
         stage4 = self.layer4(stage3)
         return [stem, stage1, stage2, stage3, stage4]
-
-    @torch.jit.unused
-    def check_view_size(self, view_size: Sequence[int]) -> None:
-        """Raise a ValueError where the output stride does not divide ``view_size`` (voxels)."""
-        if len(view_size) != 3 or any(p < s or p % s for p, s in zip(view_size, self.stride, strict=True)):
-            nearest = tuple(max(1, round(p / s)) * s for p, s in zip(view_size, self.stride, strict=False))
-            raise ValueError(
-                f"view_size {tuple(view_size)} is not a multiple of the encoder's output stride {self.stride}. "
-                f'Choose a multiple on each axis, for example --view_size "{list(nearest)}".'
-            )
 
 
 def initialise_convolutions(module: torch.nn.Module) -> None:

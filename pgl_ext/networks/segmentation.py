@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork, crop_to
 from pgl_ext.networks.resnet import ResNetEncoder, initialise_convolutions
 
 __all__ = ["ASPP", "Decoder", "PlainDecoder", "SegmentationNet"]
 
 
-class SegmentationNet(nn.Module):
+class SegmentationNet(SegmentationNetwork):
     """Encoder, ASPP and a light decoder with three skips (PGL paper, section 3.4), for inputs of any size.
 
     With the default encoder and 14 classes it has 48,536,270 parameters, 2,381,198 of them in ASPP and decoder, as in
@@ -30,10 +31,6 @@ class SegmentationNet(nn.Module):
         aspp_channels: channels of the pyramid pooling.
         decoder_channels: channels of the decoder's three levels, coarse to fine.
 
-    Attributes:
-        arguments: what builds this network again, as plain values.
-        architecture: family and arguments, for a record.
-
     Raises:
         ValueError: the encoder takes another number of channels than ``in_channels``, or its levels do not follow each
             other by factors of two.
@@ -44,11 +41,16 @@ class SegmentationNet(nn.Module):
         torch.Size([1, 3, 33, 50, 21])
     """
 
+    family = "resnet"
+    encoder_parts = ("encoder",)
+    decoder_parts = ("aspp", "decoder")
+    head_parts = ("decoder.head",)
+
     def __init__(
         self,
         in_channels: int = 1,
         out_channels: int = 14,
-        encoder: nn.Module | Mapping[str, Any] | None = None,
+        encoder: ResNetEncoder | Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         aspp_channels: int = 256,
         decoder_channels: Sequence[int] = (256, 128, 32),
@@ -58,7 +60,9 @@ class SegmentationNet(nn.Module):
             encoder = ResNetEncoder(**{"in_channels": in_channels, **(encoder or {})})
         _check_encoder(encoder, in_channels)
         self.encoder = encoder
-        stem, stage1, stage2, _, deepest = encoder.channels
+        self.level_channels, self.level_strides = encoder.level_channels, encoder.level_strides
+        self.centres = encoder.centres
+        stem, stage1, stage2, _, deepest = encoder.level_channels
         self.aspp = ASPP(deepest, aspp_channels)
         self.dropout = nn.Dropout3d(dropout)
         self.decoder = Decoder(aspp_channels, (stage2, stage1, stem), decoder_channels, out_channels, dropout)
@@ -70,27 +74,27 @@ class SegmentationNet(nn.Module):
             "aspp_channels": aspp_channels,
             "decoder_channels": list(decoder_channels),
         }
-        self.architecture = {"family": "resnet", "arguments": self.arguments}
-        self.stem_stride = [float(s) for s in encoder.strides[0]]
+        self.stem_stride = [float(s) for s in encoder.level_strides[0]]
         initialise_convolutions(self.aspp)
         initialise_convolutions(self.decoder)
 
-    @torch.jit.unused
-    def parameter_groups(self, lr: float, encoder_lr_factor: float = 1.0) -> list[dict[str, Any]]:
-        """Parameters for an optimiser: the encoder's with a learning rate of their own, then all others."""
-        others = [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")]
-        return [{"params": [*self.encoder.parameters()], "lr": lr * encoder_lr_factor}, {"params": others, "lr": lr}]
+    @property
+    def feature_network(self) -> FeatureNetwork:
+        return self.encoder
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, out_channels, X, Y, Z) of inputs (B, in_channels, X, Y, Z) of any size."""
-        return self.decode(self.encoder(x), x.shape[2:])
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return self.encoder.features(x)
+
+    def features_and_logits(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        features = self.features(x)
+        return features, self.decode(features, x.shape[2:])
 
     def decode(self, features: list[torch.Tensor], size: list[int]) -> torch.Tensor:
         """Logits (B, out_channels, *size) of the encoder's feature maps, finest first, for its input's size."""
         deepest = self.dropout(self.aspp(features[4]))
         logits = self.decoder(deepest, [features[2], features[1], features[0]])
         # To the size itself would stretch the map where the stride does not divide it.
-        return _crop(F.interpolate(logits, scale_factor=self.stem_stride, mode="trilinear"), size)
+        return crop_to(F.interpolate(logits, scale_factor=self.stem_stride, mode="trilinear"), size)
 
 
 class ASPP(nn.Module):
@@ -185,15 +189,10 @@ class _DecoderLevel(nn.Module):
         self.refine = nn.Sequential(_separable_conv(out_channels), _separable_conv(out_channels))
 
     def forward(self, x: torch.Tensor, size: list[int], skip: torch.Tensor | None = None) -> torch.Tensor:
-        x = _crop(self.up(x), size)
+        x = crop_to(self.up(x), size)
         if self.project is not None and skip is not None:
             x = x + self.project(skip)
         return x + self.refine(x)
-
-
-def _crop(x: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Cut what an odd size, rounded up on the way down, is too large on the way up."""
-    return x[:, :, : size[0], : size[1], : size[2]]
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -216,7 +215,7 @@ def _check_encoder(encoder: nn.Module, in_channels: int) -> None:
             f"the encoder takes {encoder.conv1.in_channels} channels, but in_channels is {in_channels}: give both the "
             "same number."
         )
-    stem, stage1, stage2, _, deepest = encoder.strides
+    stem, stage1, stage2, _, deepest = encoder.level_strides
     levels = (deepest, stage2, stage1, stem)
     if any(coarse != tuple(2 * n for n in fine) for coarse, fine in itertools.pairwise(levels)):
         raise ValueError(

@@ -99,6 +99,7 @@ class BestModel:
         description: for the record beside it: ``task``, ``network``, ``input`` and others, see :class:`ModelRecord`.
         patience: epochs without a better score after which training stops; None: never.
         rank: this process; only rank 0 writes. Default: as torchrun started it.
+        kept_steps: optimiser steps after which the model is kept beside it too, as ``model_step_400.pt``.
 
     Raises:
         ValueError: ``patience`` is less than 1.
@@ -110,6 +111,7 @@ class BestModel:
     description: Mapping[str, Any]
     patience: int | None = None
     rank: int | None = None
+    kept_steps: Sequence[int] = ()
 
     best_score, best_epoch, last_epoch = -math.inf, 0, 0
 
@@ -124,6 +126,12 @@ class BestModel:
         engine.add_event_handler(Events.STARTED, self._stop_if_patience_is_over)
         self.evaluator.add_event_handler(Events.COMPLETED, self._validated, engine)
         engine.add_event_handler(Events.COMPLETED, self._finish)
+        for step in self.kept_steps:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=step), self._keep)
+
+    def _keep(self, engine: Engine) -> None:
+        path = Path(self.path)
+        self._save(engine, path.with_name(f"{path.stem}_step_{engine.state.iteration}{path.suffix}"))
 
     def _validated(self, evaluator: Engine, engine: Engine) -> None:
         score = float(evaluator.state.metrics[_SCORE])
@@ -133,12 +141,14 @@ class BestModel:
             self._save(engine)
         self._stop_if_patience_is_over(engine)
 
-    def _save(self, engine: Engine) -> None:
+    def _save(self, engine: Engine, path: PathLike | None = None) -> None:
         if self.rank > 0:
             return
         score = {_SCORE: self.best_score} if self.best_epoch else {}
         content = {**self.description, "steps": engine.state.iteration, "epoch": engine.state.epoch, **score}
-        save_weights(self.network.state_dict(), self.path, ModelRecord.from_json(content, "the config's description"))
+        save_weights(
+            self.network.state_dict(), path or self.path, ModelRecord.from_json(content, "the config's description")
+        )
 
     def _stop_if_patience_is_over(self, engine: Engine) -> None:
         if self.patience is not None and self.last_epoch - self.best_epoch >= self.patience:
@@ -152,7 +162,7 @@ class BestModel:
         if self.best_epoch:
             logger.info("best model, %s %.4f of epoch %d: %s", _SCORE, self.best_score, self.best_epoch, self.path)
         elif engine.state.iteration >= engine.state.max_epochs * engine.state.epoch_length:
-            logger.warning("there was no validation to find the best model by: %s is the last one", self.path)
+            logger.info("there was no validation to find the best model by: %s is the last one", self.path)
             self._save(engine)
 
     def state_dict(self) -> dict[str, float | int]:

@@ -67,12 +67,18 @@ class SegmentationLoss(nn.Module):
     def forward(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss, a scalar, of logits (B, out_channels, X, Y, Z).
 
+        Of deep supervision, (B, K, out_channels, X, Y, Z), it is the mean with weights 1, 1/2, 1/4, ...
+
         Args:
             batch: ``label`` (B, 1, X, Y, Z) with the files' values, optionally ``annotated`` (B, organs), bool.
 
         Raises:
             ValueError: an organ was not annotated and the task is not multi-label.
         """
+        if logits.ndim == 6:
+            weights = [0.5**level for level in range(logits.shape[1])]
+            levels = zip(weights, logits.unbind(dim=1), strict=True)
+            return sum(weight * self(level, batch) for weight, level in levels) / sum(weights)
         target = self.task.targets(batch["label"])
         annotated = batch.get("annotated")
         if annotated is None or bool(annotated.all()):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from monai.config import PathLike
 
-from pgl_ext.weights.files import DECODER_PREFIXES, ENCODER_PREFIX, load_state, save_weights
+from pgl_ext.networks.build import ENCODERS, NETWORKS, build
+from pgl_ext.weights.files import load_state, save_weights
 from pgl_ext.weights.records import EncoderRecord
 
 __all__ = ["export_decoder", "export_encoder"]
 
-# What the keys of an exported encoder begin with.
-_LAYOUTS = {"pgl": ENCODER_PREFIX, "monai_resnet": "", "flexible_unet": ENCODER_PREFIX}
+_LAYOUTS = ("pgl", "monai_resnet", "flexible_unet")
+# What precedes a network's names of tensors in the checkpoints of methods, the longest first.
+_WITHIN = ("encoder.encoder.", "encoder.", "")
 
 
 def export_encoder(checkpoint: PathLike, out: PathLike, layout: str = "pgl") -> Path:
@@ -22,10 +25,10 @@ def export_encoder(checkpoint: PathLike, out: PathLike, layout: str = "pgl") -> 
     Args:
         checkpoint: a file written during pre-training, or an encoder file with its JSON beside it.
         out: file to write, ending in ``.pt`` or ``.safetensors``; its JSON is written beside it.
-        layout: ``"pgl"`` for keys ``encoder.*``; ``"monai_resnet"`` for the keys of MONAI's ResNet, which loads with
-            ``strict=True`` into ``monai.networks.nets.resnet50(feed_forward=False, ...)`` for the default encoder;
-            ``"flexible_unet"`` for the keys of ``monai.networks.nets.FlexibleUNet(backbone="resnet50")``, which calls
-            its encoder what we do.
+        layout: ``"pgl"`` for the names that encoder files have, which for a network of a library are the library's.
+            For ResNets: ``"monai_resnet"`` for the keys of MONAI's, which loads with ``strict=True`` into
+            ``monai.networks.nets.resnet50(feed_forward=False, ...)`` for the default encoder; ``"flexible_unet"`` for
+            those of ``monai.networks.nets.FlexibleUNet(backbone="resnet50")``, which calls its encoder what we do.
 
     Returns:
         the path written.
@@ -36,11 +39,14 @@ def export_encoder(checkpoint: PathLike, out: PathLike, layout: str = "pgl") -> 
         ValueError: where it is damaged or holds no encoder, or the layout is unknown.
     """
     if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {tuple(_LAYOUTS)}, got {layout!r}.")
-    state, record = _part(checkpoint, ENCODER_PREFIX, "encoder")
-    save_weights(
-        {key.removeprefix(ENCODER_PREFIX): value for key, value in state.items()}, out, record, _LAYOUTS[layout]
-    )
+        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
+    state, record = _read(checkpoint)
+    encoder = build(ENCODERS, record.architecture, checkpoint)
+    if layout != "pgl" and encoder.family != "resnet":
+        raise ValueError(f"{checkpoint} holds a {encoder.family}, whose names have one layout: leave --layout out.")
+    part = _part(state, encoder.encoder_keys(), checkpoint, "encoder")
+    prefix = "" if layout == "monai_resnet" else encoder.key_prefix
+    save_weights({prefix + key: value for key, value in part.items()}, out, record)
     return Path(out)
 
 
@@ -49,23 +55,28 @@ def export_decoder(checkpoint: PathLike, out: PathLike) -> Path:
 
     Args, returns and errors are those of :func:`export_encoder`.
     """
-    state, record = _part(checkpoint, DECODER_PREFIXES, "decoder")
-    save_weights(state, out, record)
+    state, record = _read(checkpoint)
+    network = NETWORKS[record.architecture["family"]]
+    parts, head = (tuple(f"{name}." for name in names) for names in (network.decoder_parts, network.head_parts))
+    names = [key.removeprefix("encoder.") for key in state]
+    names = [name for name in names if name.startswith(parts) and not name.startswith(head)]
+    save_weights(_part(state, names, checkpoint, "decoder"), out, record)
     return Path(out)
 
 
-def _part(
-    source: PathLike, prefixes: str | tuple[str, ...], name: str
-) -> tuple[dict[str, torch.Tensor], EncoderRecord]:
-    """The tensors of a checkpoint or weights file whose keys begin with a prefix, and the record."""
+def _read(source: PathLike) -> tuple[dict[str, torch.Tensor], EncoderRecord]:
+    """The tensors of a checkpoint, or of an encoder or decoder file, and the record."""
     content = load_state(source)
-    checkpoint = "network" in content
-    network = content["network"] if checkpoint else content
-    state = {key: value for key, value in network.items() if key.startswith(prefixes)}
-    if not state:
-        raise ValueError(
-            f"{source} holds no {name} (keys: {sorted(network)[:8]}): give a training checkpoint, or the {name} file "
-            "of one."
-        )
-    record = EncoderRecord.from_json(content.get("description"), source) if checkpoint else EncoderRecord.load(source)
-    return state, record
+    if "network" in content:
+        return content["network"], EncoderRecord.from_json(content.get("description"), source)
+    return content, EncoderRecord.load(source)
+
+
+def _part(state: dict[str, torch.Tensor], keys: Sequence[str], source: PathLike, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of some names, which checkpoints of methods precede with where the network is."""
+    for prefix in _WITHIN:
+        if keys and all(prefix + key in state for key in keys):
+            return {key: state[prefix + key] for key in keys}
+    raise ValueError(
+        f"{source} holds no {name} (keys: {sorted(state)[:8]}): give a training checkpoint, or the {name} file of one."
+    )

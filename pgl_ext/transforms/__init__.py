@@ -10,6 +10,7 @@ from pgl_ext.transforms.intensity import (
     RandBatchPatchSwap,
 )
 from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.transforms.masking import RandBlockMaskd
 from pgl_ext.transforms.masks import NameToIndexd, SplitCased
 from pgl_ext.transforms.patches import RandOrganPatchd
 from pgl_ext.transforms.views import RandGlobalLocalViewsd, RandOverlappingViewsd
@@ -25,6 +26,7 @@ __all__ = [
     "RandBatchNoise",
     "RandBatchPatchSwap",
     "RandBezierIntensity",
+    "RandBlockMaskd",
     "RandDeformedCopyd",
     "RandGlobalLocalViewsd",
     "RandLocalShuffle",

@@ -1,7 +1,7 @@
 """Files of weights: plain state dicts, with a record as JSON beside them.
 
-Encoder files have keys ``encoder.*``, decoder files ``aspp.*`` and ``decoder.*``. Files ending in ``.safetensors`` are
-in that format, with the record in their metadata too; all others are PyTorch's.
+Tensors are named as in the segmentation network: ``encoder.*`` of the paper's, and its library's names of any other.
+Files ending in ``.safetensors`` are in that format, with the record in their metadata too; all others are PyTorch's.
 """
 
 from __future__ import annotations
@@ -14,55 +14,41 @@ from types import ModuleType
 
 import torch
 from monai.config import PathLike
-from torch import nn
 
 from pgl_ext.files import write_atomically, write_text
+from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.weights.records import EncoderRecord, ModelRecord
 
-__all__ = [
-    "DECODER_PREFIXES",
-    "ENCODER_PREFIX",
-    "decoder_state",
-    "load_state",
-    "save_decoder",
-    "save_encoder",
-    "save_weights",
-]
+__all__ = ["load_state", "save_decoder", "save_encoder", "save_weights"]
 
-ENCODER_PREFIX = "encoder."
-DECODER_PREFIXES = ("aspp.", "decoder.")
 _SAFETENSORS = ".safetensors"
 
 
-def save_encoder(encoder: nn.Module, path: PathLike, record: EncoderRecord) -> None:
-    """Write an encoder file (keys ``encoder.*``, tensors on the CPU) with its record beside it."""
-    save_weights(encoder.state_dict(), path, record, ENCODER_PREFIX)
+def save_encoder(network: FeatureNetwork, path: PathLike, record: EncoderRecord) -> None:
+    """Write the encoder of a network, tensors on the CPU, with its record beside it."""
+    state = network.state_dict()
+    save_weights({network.key_prefix + key: state[key] for key in network.encoder_keys()}, path, record)
 
 
-def save_decoder(network: nn.Module, path: PathLike, record: EncoderRecord) -> None:
-    """Write the pyramid pooling and decoder of a network (keys ``aspp.*``, ``decoder.*``) with the encoder's record."""
-    save_weights(decoder_state(network), path, record)
+def save_decoder(network: SegmentationNetwork, path: PathLike, record: EncoderRecord) -> None:
+    """Write the decoder that a method pre-trains, or that a network has, without its head, with the encoder's record."""
+    save_weights(network.decoder_state(), path, record)
 
 
-def decoder_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a network's pyramid pooling and decoder."""
-    return {key: value for key, value in network.state_dict().items() if key.startswith(DECODER_PREFIXES)}
-
-
-def save_weights(
-    state: Mapping[str, torch.Tensor], path: PathLike, record: EncoderRecord | ModelRecord, prefix: str = ""
-) -> None:
-    """Write a state dict, its keys after a prefix, and its record as JSON beside it.
+def save_weights(state: Mapping[str, torch.Tensor], path: PathLike, record: EncoderRecord | ModelRecord) -> None:
+    """Write a state dict, and its record as JSON beside it.
 
     Raises:
         ImportError: ``safetensors`` is needed and not installed.
     """
     path = Path(path)
-    state = {prefix + key: value.detach().cpu().contiguous() for key, value in state.items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     text = json.dumps(record.to_json(), indent=4) + "\n"
     if path.suffix == _SAFETENSORS:
         # "format" is what readers of the format look for first.
-        content = _safetensors().save(state, metadata={"format": "pt", "description": text})
+        # Tensors that have several names are written under each.
+        copies = {key: value.clone() for key, value in state.items()}
+        content = _safetensors().save(copies, metadata={"format": "pt", "description": text})
         write_atomically(lambda file: file.write(content), path)
     else:
         write_atomically(lambda file: torch.save(state, file), path)

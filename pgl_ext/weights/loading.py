@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from monai.config import PathLike
 from torch import nn
 
+from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
-from pgl_ext.weights.files import ENCODER_PREFIX, decoder_state, load_state
+from pgl_ext.weights.files import load_state
 from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_HEAD_PREFIX = "decoder.head."
 
 
 @dataclass
@@ -79,11 +78,11 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
 
     Args:
         network: a network with ``.encoder``, or an encoder.
-        path: an encoder file (keys ``encoder.*``), or the state dict of a ResNet of MONAI, also wrapped as
+        path: an encoder file, or the state dict of the network's class in its library, also wrapped as
             ``{"state_dict": {"module.*": ...}}`` (MedicalNet).
 
     Returns:
-        the report; what does not belong to an encoder, such as a classifier, is listed as unexpected.
+        the report; what does not belong to an encoder, such as a decoder, is listed as unexpected.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -94,31 +93,31 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     state = _load(path, "Encoder file", "the one that pre-training wrote, with --pretrained_encoder FILE")
     state = state.get("state_dict") or state
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    encoder_state = {k.removeprefix(ENCODER_PREFIX): v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
-    target = encoder.state_dict()
-    state = _without_shortcut_bias(encoder_state or state, target)
+    prefix = encoder.key_prefix
+    prefixed = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    target = _named_once(encoder, encoder.encoder_keys())
+    state = _without_shortcut_bias(_first_names(encoder, prefixed or state), target)
     report = compare_states(state, target)
-    # A classifier is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
-    stages = {name for name, _ in encoder.named_children()}
-    larger = any(key.split(".")[0] in stages for key in report.unexpected)
+    # A decoder is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
+    larger = any(key.split(".")[0] in encoder.encoder_parts for key in report.unexpected)
     if report.missing or report.mismatched or larger:
         raise ValueError(
             f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
             f"{Path(path).with_suffix('.json').name}, or choose the file that belongs to it."
         )
-    encoder.load_state_dict({key: state[key] for key in target})
+    encoder.load_state_dict({key: state[key] for key in target}, strict=False)
     return report
 
 
-def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
-    """Load whatever fits of a decoder file into a network's pyramid pooling and decoder.
+def load_decoder(network: SegmentationNetwork, path: PathLike) -> LoadReport:
+    """Load whatever fits of a decoder file into a network's decoder.
 
     The last convolution, which was trained for another task's classes, is never loaded. A decoder of another layout,
     such as one without skips, fits in part.
 
     Args:
-        network: a network with ``.aspp`` and ``.decoder``.
-        path: a decoder file (keys ``aspp.*``, ``decoder.*``).
+        network: the segmentation network.
+        path: a decoder file.
 
     Returns:
         the report; what is missing or mismatched keeps its values.
@@ -129,13 +128,13 @@ def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
     """
     state = _load(path, "Decoder file", "the one that pre-training wrote, with --pretrained_decoder FILE")
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    target = {key: value for key, value in decoder_state(network).items() if not key.startswith(_HEAD_PREFIX)}
-    report = compare_states(state, target)
+    target = _named_once(network, network.decoder_keys())
+    report = compare_states(_first_names(network, state), target)
     # Counts of batches are single numbers, which fit everywhere.
     if all(key.endswith("num_batches_tracked") for key in report.loaded):
         raise ValueError(
             f"nothing of {path} fits the decoder: {report}. Give the pgl_decoder.pt of a method that pre-trains a "
-            "decoder, and build the decoder with the same widths (aspp_channels, decoder_channels)."
+            "decoder, and build the network with the same widths (of the paper's: aspp_channels, decoder_channels)."
         )
     network.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     return report
@@ -169,6 +168,18 @@ def load_model(
     return network.to(device).eval()
 
 
+def _named_once(network: FeatureNetwork, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Tensors of some names, without the further names that a tensor has."""
+    state, aliases = network.state_dict(), network.aliases()
+    return {key: state[key] for key in keys if key not in aliases}
+
+
+def _first_names(network: FeatureNetwork, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict whose tensors have the first of the names that the network has for them."""
+    aliases = network.aliases()
+    return {aliases.get(key, key): value for key, value in state.items()}
+
+
 def _load(path: PathLike, kind: str, remedy: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind} {Path(path).absolute()} does not exist: give {remedy}.")
@@ -193,7 +204,7 @@ def load_pretrained(
     """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
 
     Args:
-        network: has ``.encoder``, and ``.aspp`` and ``.decoder`` where a decoder is loaded.
+        network: the segmentation network.
         encoder: see :func:`load_encoder`; None: random initialisation.
         decoder: see :func:`load_decoder`; None: random initialisation.
         input: how volumes are prepared here, arguments of :class:`~pgl_ext.weights.InputRecord`.
@@ -231,14 +242,14 @@ def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
 def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: Any) -> None:
     """Report what is loaded: with ``strict=False``, as MONAI Label loads, PyTorch says nothing of what is not."""
     report = compare_states(state, network.state_dict())
-    lacking = [key for key in report.missing if key.startswith(ENCODER_PREFIX)]
+    encoder_keys = set(network.encoder_keys())
+    lacking = [key for key in report.missing if key in encoder_keys]
     if lacking:
         raise ValueError(
             f"the weights do not fit the network, {len(lacking)} tensors of its encoder are not among them: {report}. "
-            "Give an encoder file of pre-training (keys 'encoder.*'), or a model file of fine-tuning."
+            "Give an encoder file of pre-training, or a model file of fine-tuning."
         )
-    encoder = sum(key.startswith(ENCODER_PREFIX) for key in report.loaded)
-    logger.info("loading weights, all %d tensors of the encoder: %s", encoder, report)
+    logger.info("loading weights, all %d tensors of the encoder: %s", len(encoder_keys), report)
 
 
 # --- networks of files ----------------------------------------------------------------------------------------------

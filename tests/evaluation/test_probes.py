@@ -256,9 +256,9 @@ FEW = {"voxels_per_organ": 300, "background_voxels": 600}
 class Intensities(nn.Module):
     """The volume, its square, and a coarse map of it: an encoder whose features tell organs by intensity."""
 
-    strides = ((1, 1, 1), (1, 1, 1), (2, 2, 2))
+    level_strides = ((1, 1, 1), (1, 1, 1), (2, 2, 2))
 
-    def forward(self, volumes: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, volumes: torch.Tensor) -> list[torch.Tensor]:
         return [volumes, volumes.square(), volumes[..., ::2, ::2, ::2]]
 
 

@@ -94,7 +94,7 @@ class Moved(nn.Module):
         self.encoder = encoder
         self.axes = axes
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         features = self.encoder(x)
         deepest = features[-1].clone()
         deepest[1::2] = deepest[1::2].flip(self.axes)
@@ -125,10 +125,8 @@ def test_gradient_reaches_the_online_network_alone(make_byol, make_batch):
 
 def test_target_follows_encoder_and_projector(make_byol):
     method = make_byol()
-    assert list(method.momentum_pairs()) == [
-        (method.encoder, method.target_encoder),
-        (method.projector, method.target_projector),
-    ]
+    followed = {id(p) for online, _ in method.momentum_pairs() for p in online.parameters()}
+    assert followed == {id(p) for module in (method.encoder, method.projector) for p in module.parameters()}
     trained = {id(p) for p in method.parameters() if p.requires_grad}
     assert trained == {id(p) for p in online_parameters(method)}
 

@@ -75,8 +75,15 @@ class TestTarget:
             assert online is not target
             state = target.state_dict()
             assert all(torch.equal(value, state[key]) for key, value in online.state_dict().items())
-        pairs = [(online, target) for online, target in method.momentum_pairs()]
-        assert pairs == [(method.encoder, method.target_encoder), (method.projector, method.target_projector)]
+        online, target = (
+            [p for module in modules for p in module.parameters()]
+            for modules in zip(*method.momentum_pairs(), strict=True)
+        )
+        for parameters, encoder, projector in (
+            (online, method.encoder, method.projector),
+            (target, method.target_encoder, method.target_projector),
+        ):
+            assert list(map(id, parameters)) == list(map(id, [*encoder.parameters(), *projector.parameters()]))
 
     def test_trained_parameters_are_the_online_ones(self, make_pgl):
         method = make_pgl()

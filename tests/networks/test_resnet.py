@@ -59,12 +59,12 @@ def full_encoder() -> ResNetEncoder:
 @pytest.mark.parametrize(("arguments", "size", "channels", "sizes", "stride"), CASES)
 def test_pyramid(arguments, size, channels, sizes, stride):
     encoder = ResNetEncoder(**arguments).eval()
-    assert encoder.stride == encoder.strides[-1] == stride
+    assert encoder.stride == encoder.level_strides[-1] == stride
     assert encoder.channels == channels
     with torch.no_grad():
         features = encoder(torch.rand(1, arguments.get("in_channels", 1), *size))
     assert [tuple(f.shape) for f in features] == [(1, c, *s) for c, s in zip(channels, sizes, strict=True)]
-    for level_stride, level_size in zip(encoder.strides, sizes, strict=True):
+    for level_stride, level_size in zip(encoder.level_strides, sizes, strict=True):
         assert level_size == tuple(-(-n // s) for n, s in zip(size, level_stride, strict=True))
 
 

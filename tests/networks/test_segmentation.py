@@ -115,7 +115,7 @@ def test_output_depends_on_every_level_of_the_encoder():
         for level in (0, 1, 2, 4):
             changed = list(features)
             changed[level] = torch.zeros_like(changed[level])
-            network.encoder.forward = lambda _, changed=changed: changed
+            network.encoder.features = lambda _, changed=changed: changed
             assert not torch.allclose(network(x), reference), level
 
 
@@ -292,6 +292,6 @@ class TestPlainDecoder:
 
 def test_levels_of_the_default_encoder_are_factors_of_two():
     with torch.device("meta"):
-        strides = ResNetEncoder().strides
+        strides = ResNetEncoder().level_strides
     levels = (strides[0], strides[1], strides[2], strides[4])
     assert all(tuple(2 * f for f in fine) == coarse for fine, coarse in itertools.pairwise(levels))

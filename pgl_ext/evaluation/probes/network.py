@@ -101,8 +101,7 @@ def fit_probe(
     Voxels are drawn evenly from the cases, balanced over organs and background. Batch norm uses stored statistics.
 
     Args:
-        encoder: maps (B, C, X, Y, Z) to its feature maps; has ``strides``. Moved, set to evaluation mode and frozen in
-            place.
+        encoder: the network whose features are probed. Moved, set to evaluation mode and frozen in place.
         cases: preprocessed labelled cases with ``image`` (C, X, Y, Z), ``label`` (1, X, Y, Z) with the files' values,
             and optionally ``annotated`` (organs,).
         task: the organs.
@@ -119,7 +118,7 @@ def fit_probe(
     """
     description = {"l2": l2, "voxels_per_organ": voxels_per_organ, "background_voxels": background_voxels}
     _check(**description, cases=len(cases))
-    levels = _checked_levels(levels, len(encoder.strides))
+    levels = _checked_levels(levels, len(encoder.level_strides))
     encoder = encoder.to(device).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     per_organ, background = (math.ceil(total / len(cases)) for total in (voxels_per_organ, background_voxels))
@@ -150,8 +149,8 @@ def _maps_and_strides(
     encoder: nn.Module, volume: torch.Tensor, levels: Sequence[int]
 ) -> tuple[list[torch.Tensor], list[Sequence[int]]]:
     """Feature maps (1, F, x, y, z), float32, of a volume (1, C, X, Y, Z), and their strides in voxels per axis."""
-    maps = encoder(convert_to_tensor(volume))
-    return [maps[level].float() for level in levels], [encoder.strides[level] for level in levels]
+    maps = encoder.features(convert_to_tensor(volume))
+    return [maps[level].float() for level in levels], [encoder.level_strides[level] for level in levels]
 
 
 def _checked_levels(levels: Sequence[int] | int | None, count: int) -> list[int]:
