@@ -17,8 +17,9 @@ import torch
 from pgl_ext.code_digest import code_digests, digest
 from pgl_ext.data.datalist import load_datalist
 from pgl_ext.errors import few
-from pgl_ext.tools.study.configs import changed, flat
+from pgl_ext.tools.study.configs import changed
 from pgl_ext.tools.study.runs import Run
+from pgl_ext.weights.records import flat_entries
 
 __all__ = ["checked_fingerprints", "differences", "fingerprint"]
 
@@ -63,7 +64,7 @@ def _inputs(run: Run) -> dict[str, dict[str, Any]]:
     settings, data = {}, {}
     for command in run.commands:
         config = command.config().get()
-        for name, value in flat(config).items():
+        for name, value in flat_entries(config, lists=True).items():
             if name.split("#")[0] not in _NO_EFFECT_SETTINGS and "_desc_" not in name:
                 settings[f"{command.section} {name}"] = value
         settings[f"{command.section} with decoder"] = config.get("pretrained_decoder") is not None
