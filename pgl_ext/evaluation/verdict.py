@@ -123,11 +123,11 @@ def verdict(rows: Mapping[str, Mapping[str, float]], reference: str, higher_is_b
     """
     parts: dict[str, list[str]] = {}
     for method, row in rows.items():
-        numbers = number_text(row["difference"], "+.3f")
+        numbers = number_text(row["difference"], sign="+")
         if row["seeds"] < LEAST_SEEDS:
             words = "of too few seeds (three at least) to be called different from"
         else:
-            numbers += f", {interval_text((row['ci95_low'], row['ci95_high']), '+.3f')}"
+            numbers += f", {interval_text((row['ci95_low'], row['ci95_high']), sign='+')}"
             words = "not distinguishable from"
             if row["p_holm"] < _SIGNIFICANT:
                 words = "better than" if (row["difference"] > 0) == higher_is_better else "worse than"

@@ -328,7 +328,7 @@ def comparison_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         head = [title, reference, run, "difference", *interval, "cases"]
         table = Table(f"{title}, {run} minus {reference}", head, [])
         for row in part:
-            means = [number_text(row[name], f".{digits}f") for name in ("mean_a", "mean_b")]
+            means = [number_text(row[name], digits) for name in ("mean_a", "mean_b")]
             differences = difference_texts(row, digits)[: len(interval) + 1]
             table.rows.append([row["organ"], *means, *differences, f"{row['n']:.0f}"])
         tables.append(table)

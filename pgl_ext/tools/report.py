@@ -114,7 +114,7 @@ def render_page(template: str, out: str | os.PathLike, **content: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(picture=_picture, score=_score, interval=_interval)
+    environment.filters.update(picture=_picture, score=number_text, interval=interval_text)
     page = environment.get_template(template).render(version=__version__, today=date.today().isoformat(), **content)
     write_text(Path(out), page)
     return Path(out)
@@ -149,11 +149,3 @@ def _picture(path: Path) -> str | None:
     if not path.is_file():
         return None
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _score(value: float | None, digits: int = 3) -> str:
-    return number_text(value, f".{digits}f")
-
-
-def _interval(ends: list[float] | None, digits: int = 3) -> str:
-    return interval_text(ends, f".{digits}f") if ends else ""

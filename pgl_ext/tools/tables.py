@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +35,9 @@ class Table(NamedTuple):
 
 def difference_texts(row: Mapping[str, Any], digits: int) -> list[str]:
     """Difference, its 95 % interval, p and Holm's p of a row of :func:`pgl_ext.tools.compare.comparison_rows`."""
-    interval = interval_text((row["ci95_low"], row["ci95_high"]), f"+.{digits}f")
-    p = [number_text(row[name], ".3g") for name in ("p", "p_holm")]
-    return [number_text(row["difference"], f"+.{digits}f"), interval, *p]
+    interval = interval_text((row["ci95_low"], row["ci95_high"]), digits, "+")
+    p = [f"{row[name]:.3g}" if math.isfinite(row[name]) else "" for name in ("p", "p_holm")]
+    return [number_text(row["difference"], digits, "+"), interval, *p]
 
 
 class Estimate(NamedTuple):
@@ -55,7 +56,11 @@ class Estimate(NamedTuple):
 
 
 def plot_estimates(
-    estimates: Sequence[Estimate], colors: Mapping[str, object], out_path: Path, lines: bool = False
+    estimates: Sequence[Estimate],
+    colors: Mapping[str, object],
+    out_path: Path,
+    differences: bool = True,
+    lines: bool = False,
 ) -> Figure:
     """Values with their intervals: panels below each other, at each place one value of every method.
 
@@ -63,14 +68,16 @@ def plot_estimates(
         estimates: in the order in which they are shown.
         colors: by method.
         out_path: picture to write.
+        differences: whether 0 means that methods do not differ, and is marked.
         lines: whether a line connects the values of a method.
     """
     panels, places, methods = (list(dict.fromkeys(column)) for column in list(zip(*estimates, strict=True))[:3])
     width = max(6.5, 1.8 + len(places) * max(0.9, 0.2 * (len(methods) + 1)))
     figure, rows = organ_panels(len(panels), (width, 3.1 * len(panels) + 0.9))
-    step = min(0.25, 0.8 / len(methods))
+    step = min(0.08 if lines else 0.25, 0.8 / len(methods))
     for axes, panel in zip(rows, panels, strict=True):
-        axes.axhline(0, color=GREY, linewidth=1)
+        if differences:
+            axes.axhline(0, color=GREY, linewidth=1)
         axes.set_ylabel(panel, fontsize=9)
         for number, method in enumerate(methods):
             drawn = [estimate for estimate in estimates if (estimate.panel, estimate.method) == (panel, method)]

@@ -112,7 +112,7 @@ def test_content(report):
     assert "random weights" in text
     assert "PGL, 100 steps, 1600 pairs of views of 12 volumes" in text
     assert "PGL minus random" in text
-    assert "liver 0.5100 0.7600 +0.2500 +0.2000 to +0.3100 0.012 n/a 3" in text
+    assert "liver 0.5100 0.7600 +0.2500 +0.2000 to +0.3100 0.012 3" in text
     assert "Average Dice: better than random: PGL (+0.250, +0.200 to +0.310)." in text
     # Of one seed nothing is a difference, and there is no p.
     assert "(three at least) to be called different from random: PGL (-1.500)." in text

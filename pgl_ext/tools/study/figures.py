@@ -44,9 +44,10 @@ def draw_figures(results: Results) -> None:
         for low, high in [(row["mean"] - row["sd"], row["mean"] + row["sd"])]
     ]
     ablations = [estimate for estimate in gains if estimate.method in study.ablations]
-    for name, estimates, lines in (("gains", gains, True), ("ablations", ablations, False), ("organs", organs, False)):
+    for name, estimates in (("gains", gains), ("ablations", ablations), ("organs", organs)):
         if estimates:
-            plot_estimates(estimates, colors, study.folder / f"{name}.png", lines)
+            style = {"differences": name != "organs", "lines": name == "gains"}
+            plot_estimates(estimates, colors, study.folder / f"{name}.png", **style)
     curves = _learning_curves(results)
     if curves:
         plot_learning_curves(curves, colors, study.reference, study.folder / "learning_curves.png")

@@ -66,8 +66,8 @@ def paper_tables(results: Results) -> list[Table]:
 
 
 def _score(row: Mapping[str, Any], digits: int) -> str:
-    spread = f" ± {row['sd']:.{digits}f}" if math.isfinite(row["sd"]) else ""
-    return number_text(row["mean"], f".{digits}f") + spread
+    spread = f" ± {number_text(row['sd'], digits)}" if math.isfinite(row["sd"]) else ""
+    return number_text(row["mean"], digits) + spread
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

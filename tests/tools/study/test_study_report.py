@@ -183,7 +183,7 @@ def test_words_say_what_cannot_be_told_apart(study):
 def test_pictures_show_the_gains_of_the_table(study, monkeypatch):
     finish_all(study)
     drawn = []
-    monkeypatch.setattr("pgl_ext.tools.study.figures.plot_estimates", lambda *args: drawn.append(args))
+    monkeypatch.setattr("pgl_ext.tools.study.figures.plot_estimates", lambda *args, **_: drawn.append(args))
     results = results_of(study)
     draw_figures(results)
     averages = {m: np.mean([[DICE[m, seed][o] for o in BASE] for seed in (0, 1, 2)]) for m in SHIFTS}
