@@ -68,7 +68,7 @@ def paired_statistics(first: np.ndarray, second: np.ndarray) -> dict[str, float]
             f"scores must be two arrays of one shape (seeds, cases), got {np.shape(first)} and {np.shape(second)}."
         )
     pairs = np.array([first, second], dtype=np.float64)
-    pairs = pairs[..., np.isfinite(pairs).all((0, 1))]
+    pairs = pairs[..., np.isfinite(pairs).all((0, 1)) & (pairs.shape[1] > 0)]
     differences = pairs[1] - pairs[0]
     mean_a, mean_b, difference = (finite_mean(values.flat) for values in (*pairs, differences))
     seeds, cases = differences.shape

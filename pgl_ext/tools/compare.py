@@ -36,6 +36,7 @@ __all__ = [
     "read_scores",
     "score_array",
     "verdicts",
+    "with_average",
 ]
 
 _COMPARED = ("dice", "hd95_mm")
@@ -166,9 +167,7 @@ def with_average(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values, mean_scores(values, 1)[:, None]], 1)
 
 
-def paired_scores(
-    first: Sequence[Scores], second: Sequence[Scores], metric: str, keys: Sequence[_Key]
-) -> tuple[np.ndarray, np.ndarray]:
+def paired_scores(first: Sequence[Scores], second: Sequence[Scores], metric: str, keys: Sequence[_Key]) -> np.ndarray:
     """The scores of two methods side by side.
 
     Args:
@@ -179,16 +178,15 @@ def paired_scores(
         keys: cases and organs, from :func:`common_keys`.
 
     Returns:
-        Two arrays (seeds, organs and their average, cases). NaN where no seed of either has a value; where some do, one
-        without has the perfect score, as the module says.
+        (2, seeds, organs and their average, cases), the reference first. NaN where no seed of either has a value; where
+        some do, one without has the perfect score, as the module says.
     """
     sides = [score_array(evaluations, metric, keys) for evaluations in (first, second)]
     scored = np.isfinite(np.concatenate(sides)).any(0)
     sides = [np.where(scored & np.isnan(values), METRICS[metric].perfect, values) for values in sides]
     if len(first) != len(second):
         sides = [values.mean(0, keepdims=True) for values in sides]
-    first_scores, second_scores = map(with_average, sides)
-    return first_scores, second_scores
+    return np.array([with_average(values) for values in sides])
 
 
 def comparison_rows(
@@ -208,7 +206,7 @@ def comparison_rows(
     """
     rows = []
     for name, (first, second) in methods.items():
-        pairs = np.array(paired_scores(first, second, metric, keys))  # (2, seeds, organs, cases)
+        pairs = paired_scores(first, second, metric, keys)
         for place, organ in enumerate(organ_names(keys)):
             names = {"metric": metric, "organ": organ, "run": name}
             statistics = paired_statistics(*pairs[:, :, place])

@@ -79,38 +79,31 @@ class Results:
         return mean_scores(with_average(score_array(scores, metric, self._keys)), -1)
 
     def _rows(self, labels: float, metric: str) -> list[dict[str, Any]]:
-        by_seed = {
-            method: {
-                run.seed: scores for run, scores in self.scores.items() if (run.labels, run.method) == (labels, method)
-            }
-            for method in self.study.methods
-        }
-        first, pairs = by_seed[self.study.reference], {}
+        by_seed: dict[str, dict[int, Scores]] = {method: {} for method in self.study.methods}
+        for run, scores in self.scores.items():
+            if run.labels == labels:
+                by_seed[run.method][run.seed] = scores
+        pairs, means, first = {}, {}, by_seed[self.study.reference]
         for method, second in by_seed.items():
-            shared = [seed for seed in second if seed in first]
-            if shared and method != self.study.reference:
+            shared = [seed for seed in second if seed in first and method != self.study.reference]
+            if second:
                 pairs[method] = [first[seed] for seed in shared], [second[seed] for seed in shared]
-        compared = {(row["run"], row["organ"]): row for row in comparison_rows(pairs, metric, self._keys)}
+                means[method] = dict(zip(self.organs, self.means(list(second.values()), metric).T, strict=True))
         rows = []
-        for method, scores in by_seed.items():
-            means = self.means(list(scores.values()), metric) if scores else None
-            for place, organ in enumerate(self.organs if scores else ()):
-                row, values = compared.get((method, organ), {}), finite(means[:, place])
-                rows.append(
-                    {
-                        "labels": labels,
-                        "metric": metric,
-                        "organ": organ,
-                        "method": method,
-                        "seeds": len(scores),
-                        "mean": finite_mean(values),
-                        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else np.nan,
-                        "paired_seeds": row.get("seeds", 0),
-                        "paired_cases": row.get("n", 0),
-                        **{
-                            name: row.get(name, np.nan)
-                            for name in ("difference", "ci95_low", "ci95_high", "p", "p_holm")
-                        },
-                    }
-                )
+        for row in comparison_rows(pairs, metric, self._keys):
+            values = finite(means[row["run"]][row["organ"]])
+            rows.append(
+                {
+                    "labels": labels,
+                    "metric": metric,
+                    "organ": row["organ"],
+                    "method": row["run"],
+                    "seeds": len(by_seed[row["run"]]),
+                    "mean": finite_mean(values),
+                    "sd": float(np.std(values, ddof=1)) if len(values) > 1 else np.nan,
+                    "paired_seeds": row["seeds"],
+                    "paired_cases": row["n"],
+                    **{name: row[name] for name in ("difference", "ci95_low", "ci95_high", "p", "p_holm")},
+                }
+            )
         return rows
