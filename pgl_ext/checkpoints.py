@@ -215,10 +215,10 @@ class CheckpointHandler:
 
     def _check_settings(self, path: Path, recorded: Mapping) -> None:
         """Turn settings away that the optimiser's state would undo, or that the first half was not trained with."""
-        before = dict(flat_entries(EncoderRecord.from_json(recorded, path).to_json()))
+        before = flat_entries(EncoderRecord.from_json(recorded, path).to_json())
         changed = [
             f"{name} was {before[name]} and is {value}"
-            for name, value in flat_entries(self.description)
+            for name, value in flat_entries(self.description).items()
             if name in before and name not in _START and _as_text(before[name]) != _as_text(value)
         ]
         if changed:

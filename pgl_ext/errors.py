@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
-__all__ = ["report_root_cause", "root_cause", "transform_error"]
+__all__ = ["few", "report_root_cause", "root_cause", "transform_error"]
 
 _ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, ImportError)
+
+
+def few(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Up to ``most`` texts, and how many more there are, for a message."""
+    more = f"{separator.lstrip(',')}and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def root_cause(error: BaseException) -> BaseException:

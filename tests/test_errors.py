@@ -5,7 +5,7 @@ import pytest
 from monai.transforms import Compose
 from monai.utils import OptionalImportError
 
-from pgl_ext.errors import report_root_cause, root_cause, transform_error
+from pgl_ext.errors import few, report_root_cause, root_cause, transform_error
 
 
 def wrapped(cause: Exception, times: int = 3) -> Exception:
@@ -137,3 +137,16 @@ def test_the_traceback_can_be_asked_for(report, monkeypatch):
     text = report(wrapped(ValueError("bad --lr")))
     assert "Traceback" in text
     assert "ValueError: bad --lr" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "separator", "expected"),
+    [
+        (2, ", ", "0, 1"),
+        (3, ", ", "0, 1, 2"),
+        (5, ", ", "0, 1, 2 and 2 more"),
+        (4, "\n  ", "0\n  1\n  2\n  and 1 more"),
+    ],
+)
+def test_long_lists_are_cut(count, separator, expected):
+    assert few([str(number) for number in range(count)], 3, separator) == expected

@@ -11,6 +11,7 @@ from pathlib import Path
 from monai.config import PathLike
 from monai.utils import ensure_tuple
 
+from pgl_ext.errors import few
 from pgl_ext.files import read_json
 from pgl_ext.transforms.formats import SUPPORTED, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
 
@@ -56,7 +57,7 @@ def load_datalist(
     twice = [name for name, count in Counter(map(item_name, items)).items() if count > 1]
     if twice:
         raise ValueError(
-            f"{len(twice)} scans are in the data list more than once: {_few(twice)}. Held out for validation as one "
+            f"{len(twice)} scans are in the data list more than once: {few(twice)}. Held out for validation as one "
             f"entry, they would be trained on as another: remove all but one of each from {data_list_file_path}."
         )
     return items
@@ -72,7 +73,7 @@ def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterabl
     unsupported = [item["image"] for item in items if not _is_supported(item["image"])]
     if unsupported:
         raise ValueError(
-            f"Data list {path} names {len(unsupported)} files of an unsupported type: {_few(unsupported)}. Convert or "
+            f"Data list {path} names {len(unsupported)} files of an unsupported type: {few(unsupported)}. Convert or "
             f"remove them; {SUPPORTED}."
         )
     # Single files that are missing are left to the start-up scan, which lists every bad file at once.
@@ -132,11 +133,6 @@ def _is_supported(path: str) -> bool:
     )
 
 
-def _few(names: Sequence[str]) -> str:
-    """Up to five names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def source_names(items: Iterable[Mapping], field: str) -> list[str]:
     """The data sets (field ``"task"``) or groups (``"group"``) of items, each once, in alphabetical order.
 
@@ -147,7 +143,7 @@ def source_names(items: Iterable[Mapping], field: str) -> list[str]:
     unknown = [item_name(item) for item in items if item.get(field) in (None, "")]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(items)} scans have no {field!r}: {_few(unknown)}. Give it in the data list "
+            f"{len(unknown)} of {len(items)} scans have no {field!r}: {few(unknown)}. Give it in the data list "
             f'(--data_list_file_path), once for all its scans, {{"{field}": NAME, "training": [...]}}, or for each, '
             f'{{"image": PATH, "{field}": NAME}}. Several lists are given as --data_list_file_path '
             "\"['first.json','second.json']\"."

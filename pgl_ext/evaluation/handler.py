@@ -86,7 +86,7 @@ class EvaluationReport:
     def _add_all(self, engine: Engine) -> None:
         for data in segmented_items(engine):
             (dice,) = case_means(self.add(data["name"], data["pred"], data["label"]), "dice").values()
-            logger.info("%s: mean Dice %s", data["name"], number_text(dice, ".4f"))
+            logger.info("%s: mean Dice %s", data["name"], number_text(dice, 4))
 
     def add(self, name: str, masks: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
         """Score one case, write its prediction, and return its rows of ``cases.csv``.

@@ -102,14 +102,14 @@ def _counts(rows: Iterable[Mapping]) -> dict[str, int]:
     return {status: statuses.count(status) for status in STATUSES}
 
 
-def number_text(value: float | None, form: str) -> str:
-    """A number in a format such as ``.3f``; "n/a" where there is none."""
-    return "n/a" if value is None or math.isnan(value) else f"{value:{form}}"
+def number_text(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """A number with some digits after the point, ``sign="+"``: also with a plus; "n/a" where there is none."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
-def interval_text(ends: Sequence[float] | None, form: str) -> str:
-    """Both ends of an interval in a format such as ``.3f``; "n/a" where there is none."""
-    return " to ".join(f"{end:{form}}" for end in ends) if ends and not math.isnan(ends[0]) else "n/a"
+def interval_text(ends: Sequence[float] | None, digits: int = 3, sign: str = "") -> str:
+    """Both ends of an interval, as :func:`number_text` has them; "n/a" where there is none."""
+    return " to ".join(number_text(end, digits, sign) for end in ends) if ends and not math.isnan(ends[0]) else "n/a"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -139,7 +139,7 @@ def summary_table(summary: Summary) -> str:
     head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "cases", "missed", "spurious")
     rows = []
     for organ, entry in summary.items():
-        dice, *means = (number_text(entry[name]["mean"], f".{metric.digits}f") for name, metric in METRICS.items())
+        dice, *means = (number_text(entry[name]["mean"], metric.digits) for name, metric in METRICS.items())
         counts = (entry["dice"]["n"], entry["missed"], entry["spurious"])
-        rows.append([organ, dice, interval_text(entry["dice"]["ci95"], ".3f"), *means, *map(str, counts)])
+        rows.append([organ, dice, interval_text(entry["dice"]["ci95"]), *means, *map(str, counts)])
     return table(head, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from scipy.ndimage import uniform_filter1d
 
 from pgl_ext.figures.base import BLUE, GREY, ORANGE, organ_colors, save_figure, tidy
+from pgl_ext.files import read_csv
 
 __all__ = ["MetricsFile", "plot_metrics"]
 
@@ -33,12 +33,10 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            self.rows = list(reader)
-            self.columns = list(reader.fieldnames or [])
+        self.rows = read_csv(path)
         if not self.rows:
             raise ValueError(f"{path} holds no metrics yet: it has no row below its header.")
+        self.columns = list(self.rows[0])
         if "step" not in self.columns:
             raise ValueError(f"{path} has no column 'step'; its columns are {self.columns}.")
 

@@ -16,6 +16,7 @@ from monai.utils import convert_to_numpy
 
 from pgl_ext.data.find import find_scans
 from pgl_ext.data.prepare import check_items, resolve_bad
+from pgl_ext.errors import few
 from pgl_ext.files import read_csv, write_csv, write_nifti
 from pgl_ext.segmentation.cases import draw_case, segmented_items
 from pgl_ext.segmentation.dicom_seg import require_highdicom, write_dicom_seg
@@ -66,9 +67,8 @@ def scans_to_segment(
     paths = [Path(output_dir) / f"{item['name']}{suffix}" for item in items for suffix in _OUTPUTS]
     present = [str(path) for path in paths if path.exists()]
     if present and not overwrite:
-        more = f" and {len(present) - 3} more" if len(present) > 3 else ""
         raise FileExistsError(
-            f"{', '.join(present[:3])}{more} exist already: give another folder with --output_dir DIR, or replace them "
+            f"{few(present, 3)} exist already: give another folder with --output_dir DIR, or replace them "
             "with --overwrite true."
         )
     if parse_bool(dicom_seg, "save_dicom_seg") and any(_is_dicom(item["image"]) for item in items):

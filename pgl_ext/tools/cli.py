@@ -53,10 +53,11 @@ def export_decoder(checkpoint: str, out: str) -> str:
 
 
 def compare(*runs: str, names: str | None = None, out: str | None = None, common: bool = False) -> str:
-    """Compare evaluations case by case with the first: paired differences, confidence intervals, Wilcoxon p.
+    """Compare evaluations with the first, over seeds and cases: paired differences, confidence intervals, p.
 
     Args:
-        runs: output folders of evaluations; several with commas between them are seeds of one run, averaged first.
+        runs: output folders of evaluations; several with commas between them are seeds of one run, in the same order
+            for all. Of fewer than three seeds each nothing is called a difference.
         names: of the runs, with commas between them.
         out: folder for compare.csv and compare.png.
         common: compare the cases that all runs have, instead of stopping where they differ.

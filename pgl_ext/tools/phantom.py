@@ -7,19 +7,17 @@ spacing make the cases differ. Results on phantoms show that a pipeline works; t
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from nibabel.affines import from_matvec
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy.interpolate import BSpline
 from scipy.ndimage import gaussian_filter
 
-from pgl_ext.files import write_atomically, write_text
+from pgl_ext.files import write_nifti, write_text
 
 __all__ = ["LABELS", "ORIENTATIONS", "generate_case", "write_dataset"]
 
@@ -198,13 +196,6 @@ def generate_case(
     return image, label, from_matvec(np.diag(spacing), first) @ inv_ornt_aff(turn, shape)
 
 
-def _write_nifti(voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    image = nib.Nifti1Image(voxels, affine)
-    image.header.set_xyzt_units("mm")
-    # Without the time of writing: the same case is the same file.
-    write_atomically(lambda file: file.write(gzip.compress(image.to_bytes(), 1, mtime=0)), path)
-
-
 def _data_list(cases: int, test_cases: int, description: str) -> dict:
     """Content of ``dataset.json``."""
     items = []
@@ -261,7 +252,7 @@ def write_dataset(
     for number, item in enumerate([*content["training"], *content.get("test", [])]):
         case_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         image, label, affine = generate_case(case_seed, shape, ORIENTATIONS[number % len(ORIENTATIONS)])
-        _write_nifti(image, affine, path.parent / item["image"])
-        _write_nifti(label, affine, path.parent / item["label"])
+        write_nifti(image, affine, path.parent / item["image"])
+        write_nifti(label, affine, path.parent / item["label"])
     write_text(path, text)
     return path

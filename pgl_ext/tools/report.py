@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from pgl_ext import __version__
 from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE, interval_text, number_text
-from pgl_ext.files import read_csv, read_json, write_text
+from pgl_ext.files import read_json, write_text
+from pgl_ext.tools.compare import comparison_tables, read_comparison, verdicts
 
 __all__ = ["render_page", "write_report"]
 
@@ -91,7 +92,7 @@ def write_report(
         best=lambda row, metric: _best(evaluated, row, metric),
         pretraining=None if pretraining is None else Path(pretraining),
         encoder=read_json(encoder) if pretraining is not None and encoder.is_file() else {},
-        comparison=None if comparison is None else _read_comparison(Path(comparison)),
+        comparison=None if comparison is None else _comparison(Path(comparison)),
     )
 
 
@@ -113,7 +114,7 @@ def render_page(template: str, out: str | os.PathLike, **content: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(picture=_picture, score=_score, interval=_interval)
+    environment.filters.update(picture=_picture, score=number_text, interval=interval_text)
     page = environment.get_template(template).render(version=__version__, today=date.today().isoformat(), **content)
     write_text(Path(out), page)
     return Path(out)
@@ -127,19 +128,10 @@ def _read_run(name: str, folder: Path) -> _Run:
     return _Run(name, folder, read_json(model), read_json(summary))
 
 
-def _read_comparison(folder: Path) -> dict[str, Any]:
-    """By pair of runs and organ the number of cases and what ``pgl_ext compare`` found of each metric."""
-    path = folder / "compare.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: run 'python -m pgl_ext compare ... --out {folder}'.")
-    pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in read_csv(path):
-        columns = ("difference", "ci95_low", "ci95_high", "p")
-        difference, low, high, p = (float(row[name]) if row[name] else None for name in columns)
-        values = {"difference": difference, "p": p, "ci95": None if low is None else [low, high]}
-        organs = pairs.setdefault((row["run"], row["reference"]), {})
-        organs.setdefault(row["organ"], {"n": row["n"]})[row["metric"]] = values
-    return {"pairs": pairs, "picture": folder / "compare.png"}
+def _comparison(folder: Path) -> dict[str, Any]:
+    """What ``pgl_ext compare`` found: sentences, tables and the picture."""
+    rows = read_comparison(folder)
+    return {"verdicts": verdicts(rows), "tables": comparison_tables(rows), "picture": folder / "compare.png"}
 
 
 def _best(runs: list[_Run], row: str, metric: str) -> str | None:
@@ -157,11 +149,3 @@ def _picture(path: Path) -> str | None:
     if not path.is_file():
         return None
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _score(value: float | None, digits: int = 3) -> str:
-    return number_text(value, f".{digits}f")
-
-
-def _interval(ends: list[float] | None, digits: int = 3) -> str:
-    return interval_text(ends, f".{digits}f") if ends else ""

@@ -14,7 +14,7 @@ import torch
 
 from pgl_ext.networks.segmentation import SegmentationNet
 from pgl_ext.task import SegmentationTask
-from pgl_ext.tools.study.configs import merged_config
+from pgl_ext.tools.study.configs import config_path, merged_config
 from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, load_encoder, save_weights
 
 __all__ = ["task_config", "write_initial_model"]
@@ -49,7 +49,7 @@ def task_config(
         FileNotFoundError: an overlay or a JSON does not exist.
         ValueError: model and encoder are of different layouts, or a file does not describe what it should.
     """
-    config = merged_config([str(Path(configs) / "train.json"), *(_overlay(configs, name) for name in overlays)]).get()
+    config = merged_config([config_path(name, configs) for name in ("train.json", *overlays)]).get()
     if encoder is not None:
         config["encoder"] = EncoderRecord.load(encoder).architecture["arguments"]
     if model is not None:
@@ -64,13 +64,6 @@ def task_config(
         config["encoder"] = network["encoder"]
         config["network_def"] |= {name: network[name] for name in _NETWORK}
     return config
-
-
-def _overlay(configs: str | os.PathLike, name: str) -> str:
-    found = [path for path in (Path(configs) / name, Path(name)) if path.is_file()]
-    if not found:
-        raise FileNotFoundError(f"overlay {name} does not exist, neither in {configs} nor here: correct its name.")
-    return str(found[0])
 
 
 def write_initial_model(

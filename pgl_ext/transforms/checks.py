@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation
 from nibabel.orientations import aff2axcodes
 
+from pgl_ext.errors import few
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_volume"]
@@ -183,10 +184,9 @@ class CheckLabeld(MapTransform):
                 "resampled with nearest neighbour"
             )
         values, counts = np.unique(unknown, return_counts=True)
-        listed = [f"{value:g} ({count} voxels)" for value, count in zip(values, counts, strict=True)][:_LISTED_VALUES]
-        more = f" and {values.size - _LISTED_VALUES} more" if values.size > _LISTED_VALUES else ""
+        listed = [f"{value:g} ({count} voxels)" for value, count in zip(values, counts, strict=True)]
         return (
-            f"has label values that are not the task's: {', '.join(listed)}{more}; the task's are "
+            f"has label values that are not the task's: {few(listed, _LISTED_VALUES)}; the task's are "
             f"{list(self.task.values)}. Add them to an organ or to background_values, or correct the label map"
         )
 

@@ -6,7 +6,7 @@ A record is a JSON file of the weights' name. It is data: nothing in it is impor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -296,10 +296,16 @@ def _upgraded(content: Mapping) -> dict:
     return content
 
 
-def flat_entries(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All values of nested entries by id, such as ``input#spacing``; lists count as values."""
-    if not isinstance(content, Mapping) or not content:
-        yield name, content
-        return
-    for key, value in content.items():
-        yield from flat_entries(value, f"{name}#{key}" if name else str(key))
+def flat_entries(content: Any, name: str = "", lists: bool = False) -> dict[str, Any]:
+    """All values of nested entries by id, such as ``input#spacing``.
+
+    Args:
+        content: plain values, as of JSON or of a config.
+        name: id of the part that it is.
+        lists: whether entries of lists have ids too, as in ``encoder#layers#0``; otherwise lists count as values.
+    """
+    if not content or not isinstance(content, (Mapping, list) if lists else Mapping):
+        return {name: content}
+    parts = content.items() if isinstance(content, Mapping) else enumerate(content)
+    flat = [flat_entries(part, f"{name}#{key}" if name else str(key), lists) for key, part in parts]
+    return {id_: value for entries in flat for id_, value in entries.items()}

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.evaluation.verdict import holm, paired_statistics
 from pgl_ext.files import write_csv
 from pgl_ext.tools.cli import main
-from pgl_ext.tools.compare import compare_runs, paired_scores, paired_statistics, plot_differences
+from pgl_ext.tools.compare import compare_runs, comparison_tables, paired_scores, read_comparison, read_scores, verdicts
 
 RNG = np.random.default_rng(0)
 BASE = {"liver": RNG.uniform(0.6, 0.9, 8), "spleen": RNG.uniform(0.5, 0.8, 8)}
@@ -41,79 +42,102 @@ def runs(tmp_path):
     return write_run(tmp_path / "random", BASE), write_run(tmp_path / "pgl", better)
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
-
-
-def brute_force_p(differences: np.ndarray) -> float:
-    """Two-sided p of the Wilcoxon signed-rank test by trying all signs."""
-    ranks = np.abs(differences).argsort().argsort() + 1
-    observed = abs((ranks * np.sign(differences)).sum())
-    sums = [abs((ranks * signs).sum()) for signs in itertools.product((1, -1), repeat=len(ranks))]
-    return float(np.mean(np.array(sums) >= observed))
-
-
-def test_p_is_that_of_all_signs():
-    found = paired_statistics(BASE["liver"], BASE["liver"] + GAIN)
-    assert found["p"] == pytest.approx(brute_force_p(GAIN))
-    assert found["n"] == 8
-
-
-def test_statistics_by_hand():
-    found = paired_statistics([1, 2, math.nan, 4], [2, 2, 5, 6])
-    assert found["n"] == 3
-    assert found["mean_a"] == pytest.approx(7 / 3)
-    assert found["mean_b"] == pytest.approx(10 / 3)
-    assert found["difference"] == pytest.approx(1)
-    assert 0 <= found["ci95_low"] < 1 < found["ci95_high"] <= 2
-    assert math.isnan(found["p"])  # only two pairs differ
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [([0.5] * 9, [0.5] * 9), ([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]), ([1], [2]), ([math.nan], [1]), ([], [])],
-)
-def test_no_p_where_there_is_nothing_to_test(first, second):
-    assert math.isnan(paired_statistics(first, second)["p"])
-
-
-def test_pairing_finds_what_means_hide():
-    base = np.random.default_rng(1).uniform(0, 1, 12)
-    found = paired_statistics(base, base + np.linspace(0.005, 0.015, 12))
-    assert found["ci95_low"] > 0
-    assert found["p"] < 0.001
-
-
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_table_of_two_runs(runs, tmp_path):
+def write_seeds(folder: Path, name: str, shift: float, seeds: int = 3) -> str:
+    """Runs of several seeds, which differ by chance, with commas between them; their Dice is the base's, shifted."""
+    rng = np.random.default_rng(len(name))
+    runs = []
+    for seed in range(seeds):
+        dice = {organ: values + shift + rng.normal(0, 0.004, 8) for organ, values in BASE.items()}
+        runs.append(write_run(folder / f"{name}_{seed}", dice))
+    return ",".join(runs)
+
+
+def test_one_run_each_is_never_a_difference(runs, tmp_path):
+    """However large and regular the gain, and in text and file alike."""
     text = compare_runs(runs, out=tmp_path / "out")
     rows = read_rows(tmp_path / "out")
     assert len(rows) == 2 * 3
     for organ in (*BASE, AVERAGE):
         row = rows["dice", "pgl", organ]
         assert float(row["difference"]) == pytest.approx(GAIN.mean(), abs=1e-6)
-        assert float(row["p"]) == pytest.approx(brute_force_p(GAIN), abs=1e-6)
         assert float(row["ci95_low"]) < GAIN.mean() < float(row["ci95_high"])
+        assert (row["seeds"], row["p"], row["p_holm"]) == ("1", "", "")
         assert float(rows["hd95_mm", "pgl", organ]["difference"]) == pytest.approx(-10 * GAIN.mean(), abs=1e-5)
     assert float(rows["dice", "pgl", "liver"]["mean_a"]) == pytest.approx(BASE["liver"].mean(), abs=1e-6)
     assert f"{GAIN.mean():+.4f}" in text
     assert "8 cases, paired; differences are to random" in text
+    assert f"of too few seeds (three at least) to be called different from random: pgl ({GAIN.mean():+.3f})" in text
+    assert "give at least three seeds of each" in text
+    assert "95 % CI of cases  cases" in text
+    assert "Holm" not in text
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("seeds", [(2, 2), (3, 2), (1, 3)])
+def test_nor_are_fewer_than_three_pairs_of_seeds(tmp_path, seeds):
+    runs = [write_seeds(tmp_path, name, shift, n) for name, shift, n in zip("ab", (0, 0.2), seeds, strict=True)]
+    text = compare_runs(runs, names=["A", "B"], out=tmp_path / "out")
+    row = read_rows(tmp_path / "out")["dice", "B", AVERAGE]
+    assert (row["seeds"], row["p"]) == (str(seeds[0] if len(set(seeds)) == 1 else 1), "")
+    assert float(row["difference"]) == pytest.approx(0.2, abs=0.01)
+    assert "to be called different from A: B (+" in text
+
+
+def test_three_seeds_each(tmp_path):
+    """The numbers are those of paired_statistics; p is adjusted for the two runs that are compared."""
+    runs = [write_seeds(tmp_path, name, shift) for name, shift in (("a", 0), ("bb", 0.05), ("ccc", 0))]
+    text = compare_runs(runs, names=["A", "B", "C"], out=tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
+    dice = [
+        np.array([[read_scores(run)[f"case_{n}", "liver"]["dice"] for n in range(8)] for run in one.split(",")])
+        for one in runs
+    ]
+    for name, other in zip("BC", dice[1:], strict=True):
+        expected = paired_statistics(dice[0], other)
+        row = rows["dice", name, "liver"]
+        assert {key: float(row[key]) for key in expected} == pytest.approx(expected, abs=1e-5)
+        assert row["p_holm"] == ""
+    p = [float(rows["dice", name, AVERAGE]["p"]) for name in "BC"]
+    adjusted = [float(rows["dice", name, AVERAGE]["p_holm"]) for name in "BC"]
+    assert adjusted == pytest.approx(holm(p), rel=1e-4)
+    assert adjusted[0] < 0.05 < adjusted[1]
+    assert "Average Dice: better than A: B (+0.05" in text
+    assert "; not distinguishable from A: C (" in text
+    assert "Average HD95 (mm): better than A: B (-0.5" in text
+    assert "p (Holm)" in text
+    assert "three seeds" not in text
 
 
 def test_the_picture_shows_the_differences_of_the_table(runs, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("pgl_ext.tools.compare.plot_differences", lambda *args: drawn.append(args))
+    monkeypatch.setattr("pgl_ext.tools.compare.plot_estimates", lambda *args: drawn.append(args))
     compare_runs(runs, out=tmp_path / "out")
-    ((differences, intervals, path, reference),) = drawn
-    assert (path.name, reference) == ("compare.png", "random")
-    for organ in (*BASE, AVERAGE):
-        assert differences["dice"]["pgl"][organ] == pytest.approx(GAIN, abs=1e-5)
-        assert differences["hd95_mm"]["pgl"][organ] == pytest.approx(-10 * GAIN, abs=1e-5)
-        mean, low, high = intervals["dice"]["pgl"][organ]
-        assert mean == pytest.approx(GAIN.mean(), abs=1e-5)
-        assert low < mean < high
+    ((estimates, colors, path),) = drawn
+    assert (path.name, list(colors)) == ("compare.png", ["random", "pgl"])
+    assert [one.place for one in estimates] == [*BASE, AVERAGE] * 2
+    for estimate in estimates:
+        dice = estimate.panel == "Dice minus random\n(higher is better)"
+        assert dice or estimate.panel == "HD95 (mm) minus random\n(lower is better)"
+        factor = 1 if dice else -10
+        assert estimate.points == pytest.approx(factor * GAIN, abs=1e-4)
+        assert estimate.value == pytest.approx(factor * GAIN.mean(), abs=1e-4)
+        assert estimate.low < estimate.value < estimate.high
+
+
+def test_files_of_before_seeds_counted_are_read(tmp_path):
+    """Their p, over cases alone, is not taken for one over seeds."""
+    head = "metric,organ,run,reference,n,mean_a,mean_b,difference,ci95_low,ci95_high,p\n"
+    (tmp_path / "compare.csv").write_text(head + "dice,average,PGL,random,8,0.5,0.75,0.25,0.2,0.3,0.0078\n")
+    rows = read_comparison(tmp_path)
+    assert (rows[0]["seeds"], rows[0]["difference"]) == (1, 0.25)
+    sentences = verdicts(rows)
+    assert "of too few seeds" in sentences[0]
+    assert "three seeds of each" in sentences[1]
+    (table,) = comparison_tables(rows)
+    assert table.rows == [["average", "0.5000", "0.7500", "+0.2500", "+0.2000 to +0.3000", "8"]]
 
 
 NAN = math.nan
@@ -136,19 +160,16 @@ NAN = math.nan
 def test_absent_beside_a_score_is_perfect(a, b, expected):
     runs = [
         [
-            {
-                "dice": {(f"case_{number}", "tumour"): value for number, value in enumerate(seed)},
-                "hd95_mm": {(f"case_{number}", "tumour"): 50 * (1 - value) for number, value in enumerate(seed)},
-            }
+            {(f"case_{n}", "tumour"): {"dice": value, "hd95_mm": 50 * (1 - value)} for n, value in enumerate(seed)}
             for seed in run
         ]
         for run in (a, b)
     ]
-    found = paired_scores(*runs, list(runs[0][0]["dice"]))
-    for organ in ("tumour", AVERAGE):
-        for dice, hd95, values in zip(found["dice"][organ], found["hd95_mm"][organ], expected, strict=True):
-            np.testing.assert_allclose(dice, values)
-            np.testing.assert_allclose(hd95, 50 * (1 - np.array(values)), atol=1e-9)
+    keys = list(runs[0][0])
+    for dice, hd95, values in zip(*(paired_scores(*runs, m, keys) for m in ("dice", "hd95_mm")), expected, strict=True):
+        for organ in (0, 1):  # the tumour, and the average
+            np.testing.assert_allclose(dice[:, organ].mean(0), values)
+            np.testing.assert_allclose(hd95[:, organ].mean(0), 50 * (1 - np.array(values)), atol=1e-9)
 
 
 def test_an_organ_that_one_run_alone_finds_where_it_is_not_counts(tmp_path):
@@ -183,7 +204,7 @@ def test_what_only_one_run_was_evaluated_on_is_not_absent_in_the_other(tmp_path)
     assert float(row["difference"]) == pytest.approx(0.2)
 
 
-def test_seeds_are_averaged_case_by_case(tmp_path):
+def test_seeds_that_cannot_be_paired_are_averaged(tmp_path):
     seeds = [write_run(tmp_path / f"seed{n}", {"liver": BASE["liver"] + shift}) for n, shift in enumerate((0.0, 0.1))]
     reference = write_run(tmp_path / "reference", {"liver": BASE["liver"]})
     texts = [
@@ -239,17 +260,6 @@ def test_command(runs, tmp_path, monkeypatch, capsys):
         else:
             with pytest.raises(SystemExit, match=expected):
                 main()
-
-
-def test_picture_shows_every_difference(tmp_path):
-    differences = {"dice": {"PGL": {"liver": GAIN, "spleen": [math.nan, 0.1]}}}
-    intervals = {"dice": {"PGL": {"liver": (0.04, 0.02, 0.06), "spleen": (0.1, math.nan, math.nan)}}}
-    (axes,) = plot_differences(differences, intervals, tmp_path / "d.png", "random").axes
-    drawn = [collection.get_offsets()[:, 1].tolist() for collection in axes.collections]
-    assert drawn == [GAIN.tolist(), [0.1]]
-    assert any(list(line.get_ydata()) == [0.02, 0.06] for line in axes.lines)
-    assert "minus random" in axes.get_ylabel()
-    assert (tmp_path / "d.png").stat().st_size > 5000
 
 
 # --- references -----------------------------------------------------------------------------------------------------

@@ -64,8 +64,12 @@ def report(tmp_path):
     (pretraining / "models" / "pgl_encoder.json").write_text(json.dumps(description))
     comparison = tmp_path / "comparison"
     picture(comparison / "compare.png")
-    head = "metric,organ,run,reference,n,mean_a,mean_b,difference,ci95_low,ci95_high,p\n"
-    rows = "dice,liver,PGL,random,3,0.51,0.76,0.25,0.2,0.31,\nhd95_mm,liver,PGL,random,3,4,4,-1.5,,,0.0625\n"
+    head = "metric,organ,run,reference,seeds,n,mean_a,mean_b,difference,ci95_low,ci95_high,p,p_holm\n"
+    rows = (
+        "dice,liver,PGL,random,3,3,0.51,0.76,0.25,0.2,0.31,0.012,\n"
+        "dice,average,PGL,random,3,3,0.51,0.76,0.25,0.2,0.31,0.012,0.012\n"
+        "hd95_mm,average,PGL,random,1,3,4,4,-1.5,,,,\n"
+    )
     (comparison / "compare.csv").write_text(head + rows)
     runs = {
         "random": make_run(tmp_path / "random", 0.5),
@@ -108,7 +112,12 @@ def test_content(report):
     assert "random weights" in text
     assert "PGL, 100 steps, 1600 pairs of views of 12 volumes" in text
     assert "PGL minus random" in text
-    assert "liver 0.250 0.200 to 0.310 n/a -1.5 0.062 3" in text
+    assert "liver 0.5100 0.7600 +0.2500 +0.2000 to +0.3100 0.012 3" in text
+    assert "Average Dice: better than random: PGL (+0.250, +0.200 to +0.310)." in text
+    # Of one seed nothing is a difference, and there is no p.
+    assert "(three at least) to be called different from random: PGL (-1.500)." in text
+    assert "Single runs differ by their seed alone" in text
+    assert "average 4.00 4.00 -1.50 n/a 3" in text
 
 
 def test_nothing_lies_outside_the_file(report):

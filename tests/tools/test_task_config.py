@@ -86,7 +86,7 @@ def test_a_models_task_comes_first(model):
 
 class TestRefused:
     def test_missing_overlays(self):
-        with pytest.raises(FileNotFoundError, match=r"overlay tasks/absent\.yaml does not exist"):
+        with pytest.raises(FileNotFoundError, match=r"config tasks/absent\.yaml is neither in"):
             task_config(SEGMENTATION_CONFIGS, ["tasks/absent.yaml"])
 
     def test_weights_of_two_layouts(self, encoder, model):

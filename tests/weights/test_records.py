@@ -479,10 +479,6 @@ def test_a_json_of_something_else_beside_a_stock_file(tmp_path, caplog):
 
 def test_ids_of_nested_entries():
     content = {"input": {"spacing": None, "hu_window": [0, 1]}, "lr": 0.1, "data": {}, "a": {"b": {"c": 1}}}
-    assert dict(flat_entries(content)) == {
-        "input#spacing": None,
-        "input#hu_window": [0, 1],
-        "lr": 0.1,
-        "data": {},
-        "a#b#c": 1,
-    }
+    same = {"input#spacing": None, "lr": 0.1, "data": {}, "a#b#c": 1}
+    assert flat_entries(content) == {**same, "input#hu_window": [0, 1]}
+    assert flat_entries(content, lists=True) == {**same, "input#hu_window#0": 0, "input#hu_window#1": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from monai.bundle.utils import merge_kv
 
 from pgl_ext.files import write_json
 
-__all__ = ["Command", "changed", "flat", "merged_config"]
+__all__ = ["Command", "changed", "config_path", "merged_config"]
 
 Layer = str | Mapping[str, Any]
 """A config file, or settings by id that override those before."""
@@ -80,19 +81,16 @@ def merged_config(layers: Sequence[Layer]) -> ConfigParser:
     return parser
 
 
-def flat(config: Any, name: str = "") -> dict[str, Any]:
-    """All values of a nested config by id, such as ``train#handlers#0#interval``.
+def config_path(name: str, folder: str | os.PathLike) -> str:
+    """A config file of a bundle's folder, or else one that the working directory has.
 
-    Args:
-        config: plain, as :meth:`ConfigParser.get` gives it.
-        name: id of the part that it is.
+    Raises:
+        FileNotFoundError: there is neither.
     """
-    if not isinstance(config, (dict, list)) or not config:
-        return {name: config}
-    values = {}
-    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
-        values |= flat(value, f"{name}#{key}" if name else str(key))
-    return values
+    for path in (Path(folder) / name, Path(os.path.abspath(name))):
+        if path.is_file():
+            return str(path)
+    raise FileNotFoundError(f"the config {name} is neither in {folder} nor in the working directory: correct its name.")
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

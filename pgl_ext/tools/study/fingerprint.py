@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import torch
 
 from pgl_ext.code_digest import code_digests, digest
 from pgl_ext.data.datalist import load_datalist
-from pgl_ext.tools.study.configs import changed, flat
+from pgl_ext.errors import few
+from pgl_ext.tools.study.configs import changed
 from pgl_ext.tools.study.runs import Run
+from pgl_ext.weights.records import flat_entries
 
 __all__ = ["checked_fingerprints", "differences", "fingerprint"]
 
@@ -31,6 +33,7 @@ _NO_EFFECT_SETTINGS = (
 )  # fmt: skip
 _CODE_NAME = re.compile(r"\bpgl_ext(?:\.\w+)+")
 _LISTED = 8
+_LINE = "\n  "
 
 
 def fingerprint(run: Run) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def _inputs(run: Run) -> dict[str, dict[str, Any]]:
     settings, data = {}, {}
     for command in run.commands:
         config = command.config().get()
-        for name, value in flat(config).items():
+        for name, value in flat_entries(config, lists=True).items():
             if name.split("#")[0] not in _NO_EFFECT_SETTINGS and "_desc_" not in name:
                 settings[f"{command.section} {name}"] = value
         settings[f"{command.section} with decoder"] = config.get("pretrained_decoder") is not None
@@ -140,15 +143,13 @@ def checked_fingerprints(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
         if changes:
             outdated.setdefault(changes, []).append(run.name)
     if outdated:
-        parts = [f"{_listed(names)}\n" + _listed(changes, "    ") for changes, names in outdated.items()]
+        parts = [
+            f"  {few(names, _LISTED, _LINE)}\n    {few(changes, _LISTED, f'{_LINE}  ')}"
+            for changes, names in outdated.items()
+        ]
         raise ValueError(
             "these runs were started with other code or settings than now:\n" + "\n".join(parts) + "\n"
             "Results of different versions are not compared: give another --out, remove the folders of these runs to "
             "run them again, or go back to the code and settings that they were started with."
         )
     return fingerprints
-
-
-def _listed(texts: Sequence[str], indent: str = "  ") -> str:
-    more = [f"and {len(texts) - _LISTED} more"] if len(texts) > _LISTED else []
-    return "\n".join(indent + text for text in [*texts[:_LISTED], *more])

@@ -17,9 +17,10 @@ from pgl_ext.data.datalist import item_name, labelled_items, load_datalist
 from pgl_ext.data.find import find_volumes
 from pgl_ext.data.split import split_cases
 from pgl_ext.files import write_text
-from pgl_ext.tools.study.configs import Command, changed, flat
+from pgl_ext.tools.study.configs import Command, changed, config_path
 from pgl_ext.tools.study.runs import Run
 from pgl_ext.tools.study.study_file import labels_to_compare, read_study_file
+from pgl_ext.weights.records import flat_entries
 
 __all__ = ["Study"]
 
@@ -180,7 +181,7 @@ def _command(entry: Mapping[str, Any], place: str, section: str, folder: Path) -
     if refused:
         raise ValueError(f"{place} sets {refused}, which the study sets itself: remove them.")
     paths = {name: _absolute(settings[name]) for name in _LIST_SETTINGS[:2] if name in settings}
-    return Command(section, (*(_config_path(name, folder) for name in entry["configs"]), {**settings, **paths}))
+    return Command(section, (*(config_path(name, folder) for name in entry["configs"]), {**settings, **paths}))
 
 
 def _absolute(path: str | Sequence[str] | None) -> str | list[str] | None:
@@ -188,14 +189,6 @@ def _absolute(path: str | Sequence[str] | None) -> str | list[str] | None:
     if path is None or isinstance(path, str):
         return path and os.path.abspath(os.path.expanduser(path))
     return [_absolute(part) for part in path]
-
-
-def _config_path(name: str, folder: Path) -> str:
-    """A config of the bundle, or else one that the working directory has."""
-    for path in (folder / name, Path(os.path.abspath(name))):
-        if path.is_file():
-            return str(path)
-    raise FileNotFoundError(f"the config {name} is neither in {folder} nor in the working directory.")
 
 
 def _with_cache(command: Command, prefix: Path) -> Command:
@@ -226,7 +219,7 @@ def _pretraining_commands(content: Mapping[str, Any], folder: Path, bundles: Pat
 
 def _check_shared(method: str, base: Command, command: Command) -> None:
     before, after = (
-        {id_: value for name in _SHARED for id_, value in flat(config.get(name), name).items()}
+        {id_: value for name in _SHARED for id_, value in flat_entries(config.get(name), name, lists=True).items()}
         for config in (base.config(), command.config())
     )
     changes = [f"{id_} from {before.get(id_)} to {after.get(id_)}" for id_ in changed(before, after)]

@@ -2,110 +2,72 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE, number_text
+from pgl_ext.evaluation.verdict import verdict
 from pgl_ext.files import write_csv, write_text
 from pgl_ext.tools.report import render_page
 from pgl_ext.tools.study.results import REPORTED, Results
 from pgl_ext.tools.study.runs import Run, labels_text
+from pgl_ext.tools.tables import Table, difference_texts
 
-__all__ = ["NOTES", "Block", "paper_tables", "verdicts", "write_study_report", "write_tables"]
+__all__ = ["NOTES", "paper_tables", "verdicts", "write_study_report", "write_tables"]
 
 NOTES = """\
 Scores are means over the test cases; of several seeds their mean is given and, after ±, their standard deviation.
-Differences are paired: a case's scores are averaged over the seeds that both methods have, and differences are taken
-case by case, with a 95 % bootstrap interval over the test cases. An organ that a test case lacks has Dice 0 where it is
-predicted all the same, and else no score, but in differences the perfect one (Dice 1, HD95 0) where the other method or
-another seed predicts it: so they need not be those of the means. p is that of the two-sided Wilcoxon signed-rank test
-and not adjusted; p (Holm) is adjusted for the number of methods. Neither knows what other seeds or other labelled
-cases would change. A method is called better or worse than the reference where, of its average Dice, p (Holm) is below
-0.05 and the interval leaves out 0. The cost, at the end of a row, is that of one pre-training."""
-
-_SIGNIFICANT = 0.05
+Differences are paired, by the seeds that both methods have and by case. An organ that a test case lacks has Dice 0
+where it is predicted all the same, and else no score, but in differences the perfect one (Dice 1, HD95 0) where the
+other method or another seed predicts it: so they need not be those of the means. From three seeds on, the 95 % interval
+covers other seeds and other test cases: that of Student's t with the variances of both. With fewer it is a bootstrap
+over the test cases alone, there is no p, and nothing is called a difference, since single runs differ by their seed. p
+is not adjusted; p (Holm) is adjusted for the number of methods. A method is called better or worse than the reference
+where, of its average Dice, p (Holm) is below 0.05. The cost, at the end of a row, is that of one pre-training."""
 
 
 def verdicts(results: Results) -> list[str]:
-    """For each share of labels, in a sentence, which methods differ from the reference and which cannot be told apart.
-
-    That is about these networks, as :data:`NOTES` says; where the sign is not the same in every seed, the sentence says
-    so, since others of the same methods may differ otherwise.
-    """
+    """For each share of labels, in a sentence, which methods differ from the reference and which do not."""
     sentences = []
     for labels in results.study.labels:
-        averages = [rows[AVERAGE] for rows in results.tables.get((labels, "dice"), {}).values()]
-        compared = [row for row in averages if row["paired_seeds"]]
-        verdicts: dict[str, list[str]] = {}
-        for row in compared:
-            text = f"{row['method']} ({_number(row['difference'], 3, '+')}, {_interval(row, 3)})"
-            verdicts.setdefault(_verdict(row, len(compared)), []).append(text)
+        averages = results.select(labels=labels, metric="dice", organ=AVERAGE)
+        compared = {row["method"]: row | {"seeds": row["paired_seeds"]} for row in averages if row["paired_seeds"]}
         if compared:
-            parts = [f"{verdict} {results.study.reference}: {', '.join(texts)}" for verdict, texts in verdicts.items()]
-            sentences.append(f"{labels_text(labels)}, average Dice: {'; '.join(parts)}.")
+            text = verdict(compared, results.study.reference)
+            sentences.append(f"{labels_text(labels)}, average Dice: {text}.")
     return sentences
 
 
-def _verdict(row: Mapping[str, Any], methods: int) -> str:
-    # The least p of n pairs, adjusted for as many methods.
-    if 2.0 ** (1 - row["paired_cases"]) * methods > _SIGNIFICANT:
-        return "on too few test cases to be told apart from"
-    if row["p_holm"] < _SIGNIFICANT and row["ci95_low"] * row["ci95_high"] > 0:
-        verdict = "worse than" if row["difference"] < 0 else "better than"
-        return verdict if row["agreeing_seeds"] == row["paired_seeds"] else f"{verdict}, but not in every seed,"
-    return "not distinguishable from"
-
-
-class Block(NamedTuple):
-    """A table of texts: its title, the heads of its columns, and a row per method."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
-        return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def paper_tables(results: Results) -> list[Block]:
+def paper_tables(results: Results) -> list[Table]:
     """The tables of the paper: for each share of labels and metric methods by organs, and how the average differs."""
     costs, unit = results.costs()
-    blocks = []
-    for (labels, metric), methods in results.tables.items():
-        name, digits, _ = METRICS[metric]
+    head = [f"minus {results.study.reference}", "95 % interval", "p", "p (Holm)"]
+    tables = []
+    for labels, metric in itertools.product(results.study.labels, REPORTED):
+        title, digits, _ = METRICS[metric]
         organs = results.organs[:-1]
-        difference = [f"minus {results.study.reference}", "95 % interval", "p", "p (Holm)"]
-        cost_head = [unit] if unit else []
-        block = Block(f"{name}, {labels_text(labels)}", ["method", AVERAGE, *difference, *organs, *cost_head], [])
-        for method, rows in methods.items():
-            average, *scores = (_score(rows[organ], digits) for organ in (AVERAGE, *organs))
-            cost = [f"{costs[method]:.3g}" if method in costs else ""] if unit else []
-            block.rows.append([method, average, *_difference(rows[AVERAGE], digits), *scores, *cost])
-        blocks.append(block)
-    return blocks
-
-
-def _difference(row: Mapping[str, Any], digits: int) -> list[str]:
-    p = [f"{row[name]:.3g}" if math.isfinite(row[name]) else "" for name in ("p", "p_holm")]
-    return [_number(row["difference"], digits, "+"), _interval(row, digits), *p]
+        table = Table(
+            f"{title}, {labels_text(labels)}", ["method", AVERAGE, *head, *organs, *([unit] * bool(unit))], []
+        )
+        for method in results.study.methods:
+            rows = {row["organ"]: row for row in results.select(labels=labels, metric=metric, method=method)}
+            if rows:
+                average, *scores = (_score(rows[organ], digits) for organ in (AVERAGE, *organs))
+                difference = difference_texts(rows[AVERAGE], digits) if rows[AVERAGE]["paired_seeds"] else [""] * 4
+                cost = [f"{costs[method]:.3g}" if method in costs else ""] if unit else []
+                table.rows.append([method, average, *difference, *scores, *cost])
+        if table.rows:
+            tables.append(table)
+    return tables
 
 
 def _score(row: Mapping[str, Any], digits: int) -> str:
-    spread = f" ± {row['sd']:.{digits}f}" if math.isfinite(row["sd"]) else ""
-    return number_text(row["mean"], f".{digits}f") + spread
-
-
-def _number(value: float, digits: int, sign: str = "") -> str:
-    return f"{value:{sign}.{digits}f}" if math.isfinite(value) else ""
-
-
-def _interval(row: Mapping[str, Any], digits: int) -> str:
-    ends = [_number(row[name], digits, "+") for name in ("ci95_low", "ci95_high")]
-    return " to ".join(ends) if all(ends) else ""
+    spread = f" ± {number_text(row['sd'], digits)}" if math.isfinite(row["sd"]) else ""
+    return number_text(row["mean"], digits) + spread
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -132,23 +94,24 @@ def write_tables(results: Results, tried: Sequence[Mapping[str, Any]] = ()) -> N
         if rows:
             write_csv(study.folder / name, [{share if n == "labels" else n: v for n, v in row.items()} for row in rows])
     parts = [f"# {study.title}", study.note, *verdicts(results)]
-    parts += [*(block.markdown() for block in paper_tables(results)), NOTES, results.missing_text()]
+    parts += [*(table.markdown() for table in paper_tables(results)), NOTES, results.missing_text()]
     write_text(study.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
 def _score_rows(results: Results) -> list[dict[str, Any]]:
     return [
         {"labels": run.labels, "method": run.method, "seed": run.seed, "case": case, "organ": organ}
-        | {metric: values[case, organ] for metric, values in scores.items()}
+        | {metric: values[metric] for metric in REPORTED}
         for run, scores in results.scores.items()
-        for case, organ in scores["dice"]
+        for (case, organ), values in scores.items()
     ]
 
 
 def _run_row(run: Run, noted: Mapping[str, Any], results: Results) -> dict[str, Any]:
     row = {"run": run.name, "method": run.method, "labels": run.labels, "seed": run.seed, "lr": run.lr}
+    scores = results.scores.get(run)
     for metric in REPORTED:
-        row[f"mean_{metric}"] = results.means[run][metric][AVERAGE] if run in results.means else None
+        row[f"mean_{metric}"] = None if scores is None else results.means([scores], metric)[0, -1]
     return row | {name: noted.get(name) for name in ("val_mean_dice", "steps", "pairs", "seconds", "cost", "unit")}
 
 
@@ -170,7 +133,7 @@ def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], fai
         note=results.study.note,
         results=results,
         verdicts=verdicts(results),
-        blocks=paper_tables(results),
+        tables=paper_tables(results),
         notes=NOTES,
         failures=failures,
         tried=tried,

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pgl_ext.evaluation.summary import AVERAGE, finite, finite_mean, grouped
-from pgl_ext.tools.compare import by_organ, common_keys, paired_scores, paired_statistics, read_scores
+from pgl_ext.evaluation.summary import finite, finite_mean, grouped
+from pgl_ext.tools.compare import (
+    Scores,
+    common_keys,
+    comparison_rows,
+    mean_scores,
+    organ_names,
+    read_scores,
+    score_array,
+    with_average,
+)
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Run
 
-__all__ = ["REPORTED", "Results", "holm"]
+__all__ = ["REPORTED", "Results"]
 
 REPORTED = ("dice", "iou", "hd95_mm")
 """Columns of ``cases.csv`` that a study reports."""
@@ -30,15 +38,11 @@ class Results:
     Attributes:
         finished: runs with what they noted.
         missing: runs that are not finished.
-        scores: of each finished fine-tuning, by metric, and by case and organ.
-        means: of each finished fine-tuning, by metric and organ, over the test cases.
+        scores: of each finished fine-tuning, by case and organ.
         organs: of all evaluations, and their average.
-        tables: by share of labels and metric, then by method and organ, a row with ``mean`` over the test cases, its
-            mean and standard deviation (``sd``, of a sample) over seeds; for methods other than the reference what
-            :func:`pgl_ext.tools.compare.paired_statistics` finds of the cases' scores, each averaged over the
-            seeds that both have; in how many of these the difference has the sign of the mean one
-            (``agreeing_seeds``); and for the average over organs ``p_holm``, adjusted for the number of methods that
-            are compared with the reference at that share of labels.
+        rows: a row for each share of labels, metric, method and organ: ``mean`` over the test cases, its mean and
+            standard deviation (``sd``, of a sample) over seeds; for methods other than the reference what
+            :func:`pgl_ext.tools.compare.comparison_rows` finds of the seeds that both have.
 
     Raises:
         ValueError: an evaluation cannot be read, or evaluations are of other cases.
@@ -50,20 +54,15 @@ class Results:
         self.missing = [run for run in runs if not run.is_finished]
         fine_tunings = [run for run, _ in self.finished if not run.is_pretraining]
         self.scores = {run: read_scores(run.folder / "evaluation", REPORTED) for run in fine_tunings}
-        evaluated = {str(run): scores["dice"] for run, scores in self.scores.items()}
+        evaluated = {str(run): scores for run, scores in self.scores.items()}
         self._keys = common_keys(evaluated) if evaluated else []
-        self.means = {
-            run: {metric: _organ_means(values, self._keys) for metric, values in scores.items()}
-            for run, scores in self.scores.items()
-        }
-        self.organs = [*dict.fromkeys(organ for _, organ in self._keys), AVERAGE]
-        tables = {key: self._table(*key) for key in itertools.product(study.labels, REPORTED)}
-        self.tables = {key: table for key, table in tables.items() if table}
+        self.organs = organ_names(self._keys)
+        shares = itertools.product(study.labels, REPORTED)
+        self.rows = [row for labels, metric in shares for row in self._rows(labels, metric)]
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows of the tables."""
-        return [row for table in self.tables.values() for rows in table.values() for row in rows.values()]
+    def select(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The rows with these values, such as ``metric="dice", organ="average"``, in their order."""
+        return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
 
     def missing_text(self) -> str:
         """In words, which runs the tables lack."""
@@ -75,62 +74,36 @@ class Results:
         costs = {name: finite_mean(row["cost"] for row in rows) for name, rows in grouped(noted, "method").items()}
         return costs, noted[0]["unit"] if noted else None
 
-    def _table(self, labels: float, metric: str) -> dict[str, dict[str, dict[str, Any]]]:
-        tables = {method: self._organ_rows(labels, metric, method) for method in self.study.methods}
-        tables = {method: rows for method, rows in tables.items() if rows}
-        averages = [rows[AVERAGE] for method, rows in tables.items() if method != self.study.reference]
-        for row, adjusted in zip(averages, holm([row["p"] for row in averages]), strict=True):
-            row["p_holm"] = adjusted
-        return tables
+    def means(self, scores: Sequence[Scores], metric: str) -> np.ndarray:
+        """Means over the test cases, (runs, organs and their average)."""
+        return mean_scores(with_average(score_array(scores, metric, self._keys)), -1)
 
-    def _organ_rows(self, labels: float, metric: str, method: str) -> dict[str, dict[str, Any]]:
-        runs, reference = (
-            {run.seed: run for run in self.scores if (run.labels, run.method) == (labels, name)}
-            for name in (method, self.study.reference)
-        )
-        shared = [] if method == self.study.reference else [seed for seed in runs if seed in reference]
-        both = ([self.scores[by_seed[seed]] for seed in shared] for by_seed in (reference, runs))
-        pairs = paired_scores(*both, self._keys)[metric] if shared else {}
-        rows = {}
-        for organ in self.organs if runs else ():
-            means, before = (
-                {s: self.means[run][metric][organ] for s, run in part.items()} for part in (runs, reference)
+    def _rows(self, labels: float, metric: str) -> list[dict[str, Any]]:
+        by_seed: dict[str, dict[int, Scores]] = {method: {} for method in self.study.methods}
+        for run, scores in self.scores.items():
+            if run.labels == labels:
+                by_seed[run.method][run.seed] = scores
+        pairs, means, first = {}, {}, by_seed[self.study.reference]
+        for method, second in by_seed.items():
+            shared = [seed for seed in second if seed in first and method != self.study.reference]
+            if second:
+                pairs[method] = [first[seed] for seed in shared], [second[seed] for seed in shared]
+                means[method] = dict(zip(self.organs, self.means(list(second.values()), metric).T, strict=True))
+        rows = []
+        for row in comparison_rows(pairs, metric, self._keys):
+            values = finite(means[row["run"]][row["organ"]])
+            rows.append(
+                {
+                    "labels": labels,
+                    "metric": metric,
+                    "organ": row["organ"],
+                    "method": row["run"],
+                    "seeds": len(by_seed[row["run"]]),
+                    "mean": finite_mean(values),
+                    "sd": float(np.std(values, ddof=1)) if len(values) > 1 else np.nan,
+                    "paired_seeds": row["seeds"],
+                    "paired_cases": row["n"],
+                    **{name: row[name] for name in ("difference", "ci95_low", "ci95_high", "p", "p_holm")},
+                }
             )
-            values = finite(means.values())
-            statistics = paired_statistics(*pairs.get(organ, ([], [])))
-            signs = [np.sign(means[seed] - before[seed]) for seed in shared]
-            rows[organ] = {
-                "labels": labels,
-                "metric": metric,
-                "organ": organ,
-                "method": method,
-                "seeds": len(runs),
-                "mean": finite_mean(values),
-                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-                "paired_seeds": len(shared),
-                "agreeing_seeds": signs.count(np.sign(statistics["difference"])),
-                "paired_cases": statistics["n"],
-                **{name: statistics[name] for name in ("difference", "ci95_low", "ci95_high", "p")},
-                "p_holm": math.nan,
-            }
         return rows
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p values adjusted for their number by Holm's step-down method; NaN is neither counted nor adjusted.
-
-    Of m values in ascending order, the k-th becomes ``max over j <= k of min(1, (m - j + 1) p_j)``.
-    """
-    values = np.asarray(p, dtype=np.float64)
-    order = np.argsort(values)  # NaN last
-    factors = np.isfinite(values).sum() - np.arange(len(values))
-    adjusted = np.empty_like(values)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * values[order]))
-    return adjusted.tolist()
-
-
-def _organ_means(scores: Mapping[tuple[str, str], float], keys: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Mean over the cases of each organ, and of the cases' averages over their organs."""
-    values = by_organ(scores, keys)
-    averages = [finite_mean(case) for case in zip(*values.values(), strict=True)]
-    return {organ: finite_mean(column) for organ, column in {**values, AVERAGE: averages}.items()}

@@ -8,9 +8,10 @@ from made_studies import make_study, write_list, write_study
 from programs import CONFIGS, ROOT
 
 from pgl_ext.tools.cli import main
-from pgl_ext.tools.study.configs import flat, merged_config
+from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.study_file import read_study_file
+from pgl_ext.weights.records import flat_entries
 
 
 def config_of(run, section="training"):
@@ -39,7 +40,7 @@ def test_runs_in_their_order(tmp_path):
 def test_methods_differ_by_the_encoder_alone(tmp_path):
     study = make_study(tmp_path)
     random, pgl = (study.fine_tuning(method, 3, 1) for method in ("random", "PGL"))
-    first, second = (flat(config_of(run).get()) for run in (random, pgl))
+    first, second = (flat_entries(config_of(run).get(), lists=True) for run in (random, pgl))
     assert {name for name in first if first[name] != second[name]} == {"output_dir", "pretrained_encoder"}
     assert first["pretrained_encoder"] is None
     assert second["pretrained_encoder"] == str(tmp_path / "runs/pretraining/PGL/seed_1/models/pgl_encoder.pt")

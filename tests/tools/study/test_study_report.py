@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 from made_studies import finish, make_study
-from scipy.stats import bootstrap, wilcoxon
 
 from pgl_ext.evaluation.summary import AVERAGE
-from pgl_ext.tools.study.figures import draw_figures, method_colors, plot_estimates, plot_learning_curves
+from pgl_ext.evaluation.verdict import paired_statistics
+from pgl_ext.tools.study.figures import draw_figures, plot_learning_curves
 from pgl_ext.tools.study.report import paper_tables, verdicts, write_study_report, write_tables
-from pgl_ext.tools.study.results import Results, holm
+from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.run import choose_rates, run_study
 
 RNG = np.random.default_rng(0)
@@ -58,21 +58,6 @@ def read_csv(path):
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("p", "expected"),
-    [
-        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
-        ([0.04, 0.01, math.nan, 0.03], [0.06, 0.03, math.nan, 0.06]),
-        ([0.5, 0.9], [1.0, 1.0]),
-        ([0.02], [0.02]),
-        ([math.nan], [math.nan]),
-        ([], []),
-    ],
-)
-def test_holm_by_hand(p, expected):
-    np.testing.assert_allclose(holm(p), expected)
-
-
 def test_mean_and_spread_over_seeds(study):
     finish_all(study)
     rows = rows_of(study)
@@ -86,21 +71,19 @@ def test_mean_and_spread_over_seeds(study):
         assert rows["dice", method, AVERAGE]["sd"] == pytest.approx(np.std(means, ddof=1))
 
 
-def test_differences_are_paired_by_case_after_averaging_over_seeds(study):
+def averages_of(method: str) -> np.ndarray:
+    """Mean Dice of the organs, (seeds, cases)."""
+    return np.array([np.mean(list(DICE[method, seed].values()), axis=0) for seed in (0, 1, 2)])
+
+
+def test_differences_are_paired_by_seed_and_case(study):
     finish_all(study)
-    rows = rows_of(study)
-    averages = {
-        method: np.mean([np.mean(list(DICE[method, seed].values()), axis=0) for seed in (0, 1, 2)], axis=0)
-        for method in SHIFTS
-    }
-    p = {}
+    rows, p = rows_of(study), {}
     for method in ("B", "C"):
-        row, differences = rows["dice", method, AVERAGE], averages[method] - averages["A"]
-        assert row["difference"] == pytest.approx(differences.mean())
-        interval = bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=0)
-        assert (row["ci95_low"], row["ci95_high"]) == pytest.approx(tuple(interval.confidence_interval))
-        p[method] = wilcoxon(differences).pvalue
-        assert row["p"] == pytest.approx(p[method])
+        row, expected = rows["dice", method, AVERAGE], paired_statistics(averages_of("A"), averages_of(method))
+        for name in ("difference", "ci95_low", "ci95_high", "p"):
+            assert row[name] == pytest.approx(expected[name])
+        p[method] = expected["p"]
         assert (row["paired_seeds"], row["paired_cases"]) == (3, CASES)
     smaller, larger = sorted(p, key=p.get)
     assert rows["dice", smaller, AVERAGE]["p_holm"] == pytest.approx(min(1, 2 * p[smaller]))
@@ -200,15 +183,21 @@ def test_words_say_what_cannot_be_told_apart(study):
 def test_pictures_show_the_gains_of_the_table(study, monkeypatch):
     finish_all(study)
     drawn = []
-    monkeypatch.setattr("pgl_ext.tools.study.figures.plot_estimates", lambda panels, *args, **_: drawn.append(panels))
+    monkeypatch.setattr("pgl_ext.tools.study.figures.plot_estimates", lambda *args, **_: drawn.append(args))
     results = results_of(study)
     draw_figures(results)
     averages = {m: np.mean([[DICE[m, seed][o] for o in BASE] for seed in (0, 1, 2)]) for m in SHIFTS}
-    gains = drawn[0][""]
-    assert set(gains) == {"B", "C"}
-    for method, ((gain, low, high),) in gains.items():
-        assert gain == pytest.approx(averages[method] - averages["A"], abs=1e-6)
-        assert low < gain < high
+    assert [args[2].name for args in drawn] == ["gains.png", "ablations.png", "organs.png"]
+    gains, ablations, organs = (args[0] for args in drawn)
+    assert gains == ablations
+    assert [(one.method, one.place) for one in gains] == [("B", "3 labelled cases"), ("C", "3 labelled cases")]
+    for gain in gains:
+        assert gain.value == pytest.approx(averages[gain.method] - averages["A"], abs=1e-6)
+        assert gain.low < gain.value < gain.high
+    for one in organs:
+        assert one.panel == "Dice, 3 labelled cases"
+        (row,) = results.select(metric="dice", method=one.method, organ=one.place)
+        assert (one.value, one.high - one.low) == pytest.approx((row["mean"], 2 * row["sd"]))
 
 
 def test_a_loss_is_called_worse(study):
@@ -220,7 +209,7 @@ def test_a_loss_is_called_worse(study):
 
 
 def test_values_stand_under_their_heads(study):
-    """By formulas on the scores themselves; p by SciPy, Holm's is twice the smaller of two."""
+    """By formulas on the scores themselves; Holm's p is twice the smaller of two."""
     finish_all(study)
     results = results_of(study)
     block = next(b for b in paper_tables(results) if b.title.startswith("Dice"))
@@ -231,7 +220,7 @@ def test_values_stand_under_their_heads(study):
         for name, values in means.items():
             assert found[method][name] == f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
     averages = {method: scores.mean((0, 1)) for method, scores in by_seed.items()}
-    p = {method: wilcoxon(averages[method] - averages["A"]).pvalue for method in "BC"}
+    p = {method: paired_statistics(averages_of("A"), averages_of(method))["p"] for method in "BC"}
     assert p["B"] < p["C"]
     for method, adjusted in (("B", 2 * p["B"]), ("C", max(p["C"], 2 * p["B"]))):
         assert found[method]["minus A"] == f"{(averages[method] - averages['A']).mean():+.3f}"
@@ -241,53 +230,54 @@ def test_values_stand_under_their_heads(study):
         assert found[method]["CPU-core-hours"] == "0.5"
 
 
-def test_a_seed_that_says_otherwise_is_mentioned(study):
+def test_a_gain_that_one_seed_does_not_have_is_none(study):
+    """Though every case gains on average."""
     for run in study.runs({}):
         gain = {0: 0.1, 1: 0.1, 2: -0.03}[run.seed] if run.method == "B" else 0.0
         finish(run, None if run.is_pretraining else {organ: values + gain for organ, values in BASE.items()})
     results = results_of(study)
-    (row,) = (row for row in results.rows if (row["metric"], row["method"], row["organ"]) == ("dice", "B", AVERAGE))
-    assert (row["agreeing_seeds"], row["paired_seeds"]) == (2, 3)
-    (verdict,) = verdicts(results)
-    assert "better than, but not in every seed, A: B (+0.057" in verdict
+    (row,) = results.select(metric="dice", method="B", organ=AVERAGE)
+    assert row["difference"] == pytest.approx(0.17 / 3)
+    assert row["ci95_low"] < 0 < row["ci95_high"]
+    (text,) = verdicts(results)
+    assert "not distinguishable from A: B (+0.057" in text
 
 
-def test_few_cases_say_nothing(study):
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_say_nothing(tmp_path, seeds):
+    """In sentences, tables and page, however large the gain."""
+    study = make_study(
+        tmp_path, methods={"A": {"encoder": None}, "B": {}}, labelled_cases=[3], seeds=list(range(seeds)), reference="A"
+    )
+    for run in study.runs({}):
+        gain = 0.2 if run.method == "B" else 0
+        finish(run, None if run.is_pretraining else {organ: values + gain for organ, values in BASE.items()})
+    results = results_of(study)
+    (row,) = results.select(metric="dice", method="B", organ=AVERAGE)
+    assert math.isnan(row["p"])
+    assert math.isnan(row["p_holm"])
+    (text,) = verdicts(results)
+    assert text.endswith("of too few seeds (three at least) to be called different from A: B (+0.200).")
+    write_tables(results)
+    for page in ((study.folder / "table.md").read_text(), write_study_report(results, [], {}).read_text()):
+        assert text in page
+        assert "better than A" not in page
+
+
+def test_as_many_seeds_as_both_have(study):
+    finish_all(study, without=("fine_tuning/B/3_cases/seed_1",))
+    (text,) = verdicts(results_of(study))
+    assert "of too few seeds (three at least) to be called different from A: B (+0.0" in text
+    assert "not distinguishable from A: C (" in text
+
+
+def test_one_case_says_nothing(study):
     for run in study.runs({}):
         scores = {} if run.is_pretraining else DICE[run.method, run.seed]
-        finish(run, {organ: values[:3] for organ, values in scores.items()} or None)
-    (verdict,) = verdicts(results_of(study))
-    assert "on too few test cases to be told apart from A: B (" in verdict
-
-
-@pytest.mark.parametrize(
-    ("cases", "outlier", "verdict"), [(20, 0.0, "better than A"), (20, -0.5, "not distinguishable from A")]
-)
-def test_ranks_and_mean_have_to_agree(tmp_path, cases, outlier, verdict):
-    study = make_study(
-        tmp_path, methods={"A": {"encoder": None}, "B": {}}, reference="A", labelled_cases=[3], seeds=[0]
-    )
-    gains = np.full(cases, 0.01) + RNG.normal(0, 1e-3, cases)
-    gains[0] += outlier
-    for run in study.runs({}):
-        values = 0.7 + (gains if run.method == "B" else 0)
-        finish(run, None if run.is_pretraining else {"liver": np.broadcast_to(values, cases).tolist()})
-    results = results_of(study)
-    (row,) = (row for row in results.rows if (row["metric"], row["organ"], row["method"]) == ("dice", AVERAGE, "B"))
-    assert row["p_holm"] < 0.001  # Wilcoxon's ranks say better in either case
-    assert verdict in verdicts(results)[0]
-
-
-def test_as_many_cases_as_methods_need(tmp_path):
-    """Of 8 cases the least p is 2 / 2^8: enough for 6 methods, 0.047, and not for 7, 0.055."""
-    for count, words in ((6, "better than A"), (7, "on too few test cases to be told apart from A")):
-        methods = {"A": {"encoder": None}, **{f"B{number}": {} for number in range(count)}}
-        study = make_study(tmp_path / str(count), methods=methods, reference="A", labelled_cases=[3], seeds=[0])
-        for run in study.runs({}):
-            gain = 0.0 if run.method == "A" else 0.1 + RNG.uniform(0, 0.01, CASES)
-            finish(run, None if run.is_pretraining else {"liver": (BASE["liver"] + gain).tolist()})
-        (verdict,) = verdicts(results_of(study))
-        assert words in verdict
+        finish(run, {organ: values[:1] for organ, values in scores.items()} or None)
+    (text,) = verdicts(results_of(study))
+    assert "not distinguishable from A: B (" in text
+    assert "better" not in text
 
 
 def test_what_is_missing_is_said(study):
@@ -369,22 +359,6 @@ def test_page(study):
         assert text in page
 
 
-def test_pictures_show_the_numbers(tmp_path):
-    colors = method_colors(["A", "B", "C"], "A")
-    assert len({str(color) for color in colors.values()}) == 3
-    gains = {"B": [(0.1, 0.05, 0.2), (0.3, 0.2, 0.4)], "C": [(math.nan,) * 3, (0.0, -0.1, 0.1)]}
-    (axes,) = plot_estimates({"": gains}, ["few", "many"], colors, "gain", tmp_path / "gains.png", lines=True).axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert lines["B"] == [0.1, 0.3]
-    assert [segment[:, 1].tolist() for segment in axes.collections[0].get_segments()] == [[0.05, 0.2], [0.2, 0.4]]
-    panels = {"few": {"A": [(0.5, 0.4, 0.6)], "B": [(0.7, 0.6, 0.8)]}, "many": {"A": [(0.8, 0.8, 0.8)]}}
-    figure = plot_estimates(panels, ["liver"], colors, "Dice", tmp_path / "bars.png")
-    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
-    assert heights == [[0.5, 0.7], [0.8]]
-    for name in ("gains.png", "bars.png"):
-        assert (tmp_path / name).stat().st_size > 5000
-
-
 def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
     finish_all(study)
     curves = {0: {40: 0.3, 80: 0.6}, 1: {40: 0.5, 80: 0.7}, 2: {40: 0.4}}  # the last one stopped early
@@ -405,11 +379,6 @@ def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
     assert [len(line.get_xdata()) for line in axes.lines if line.get_label().startswith("_")] == [2, 2, 1, 2, 2, 1]
     assert path == study.folder / "learning_curves.png"
     assert path.stat().st_size > 5000
-
-
-def test_many_methods_have_colours_of_their_own():
-    methods = [f"method {number}" for number in range(16)]
-    assert len({tuple(np.ravel(color)) for color in method_colors(methods, "method 3").values()}) == 16
 
 
 # --- dry run --------------------------------------------------------------------------------------------------------
