@@ -369,6 +369,18 @@ class TestOrder:
         assert orders[0] != orders[1]
         assert orders[0] != sorted(orders[0])
 
+    @pytest.mark.parametrize("volumes", [1, 3, 7])
+    def test_steps_per_epoch_do_not_depend_on_the_number_of_volumes(self, volumes):
+        sampler = EpochBatchSampler(volumes, 4, 2, patches_per_volume=None, steps_per_epoch=5)
+        batches = list(sampler)
+        assert len(sampler) == 5
+        assert sampler.total_steps == len(batches) == 10
+        assert {len(batch) for batch in batches} == {4}
+        for epoch in range(2):
+            drawn = [index % volumes for batch in batches for e, index in batch if e == epoch]
+            counts = [drawn.count(volume) for volume in range(volumes)]
+            assert max(counts) - min(counts) <= 1
+
     def test_length_is_the_steps_of_an_epoch(self):
         sampler = EpochBatchSampler(10, 4, max_epochs=7)
         assert len(sampler) == 3

@@ -67,6 +67,11 @@ class TestSplitCases:
             count = len(larger["training"]) + len(larger["validation"])
             assert len(larger["validation"]) == min(max(1, round(fraction * count)), count - 1)
 
+    @pytest.mark.parametrize(("labelled", "validation"), [(1, 0), (3, 0), (9, 0), (10, 2), (20, 4)])
+    def test_few_cases_are_all_trained_on(self, labelled, validation):
+        split = split_cases(cases(30), labelled_cases=labelled, validation_fraction=None)
+        assert sizes(split) == [labelled - validation, validation, 0, 30 - labelled]
+
     def test_the_first_cases_of_a_list_are_not_preferred(self):
         means = [
             np.mean([int(Path(name).stem) for name in names(split_cases(cases(50), 10, seed=seed)[part])])

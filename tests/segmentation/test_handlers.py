@@ -59,6 +59,21 @@ class TestSchedule:
             optimizer.step()
             schedule.step()
 
+    @pytest.mark.parametrize("frozen_steps", [0, 8])
+    def test_warm_up_is_linear_for_the_encoder_once_it_is_not_frozen(self, frozen_steps):
+        total, warmup = 40, 4
+        optimizer = make_optimizer(make_network(), lr=0.5, encoder_lr_factor=0.2)
+        schedule = fine_tuning_schedule(optimizer, total, frozen_steps, 0, warmup)
+        rising = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+        rates = []
+        for _ in range(frozen_steps + 6):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        encoder, others = zip(*rates, strict=True)
+        assert others[:6] == pytest.approx([0.5 * share for share in rising])
+        assert encoder == pytest.approx([0.0] * frozen_steps + [0.1 * share for share in rising])
+
     def test_every_parameter_is_in_one_group(self):
         network = make_network()
         encoder, others = (group["params"] for group in make_optimizer(network).param_groups)
@@ -220,6 +235,15 @@ class TestBestModel:
         state = torch.load(run.path, weights_only=True)
         assert (state["decoder.head.bias"] == saved[-1]).all()
 
+    def test_models_of_chosen_steps_are_kept(self, tmp_path):
+        run = Run(tmp_path, [0.1, 0.3, 0.2], kept_steps=[2, 5, 100]).run()
+        assert sorted(path.name for path in run.path.parent.glob("*.pt")) == [
+            run.path.name,
+            f"{run.path.stem}_step_2.pt",
+            f"{run.path.stem}_step_5.pt",
+        ]
+        assert ModelRecord.load(run.path.with_name(f"{run.path.stem}_step_5.pt")).steps == 5
+
     def test_file_and_json_build_the_model(self, tmp_path):
         run = Run(tmp_path, [0.1, 0.3]).run()
         record = ModelRecord.load(run.path)
@@ -298,7 +322,8 @@ class TestBestModel:
         assert list(tmp_path.iterdir()) == []
 
     def test_without_validation_it_is_the_last_model(self, tmp_path, caplog):
-        run = Run(tmp_path, [], epochs=3, interval=10).run()
+        with caplog.at_level(logging.INFO, logger="pgl_ext"):
+            run = Run(tmp_path, [], epochs=3, interval=10).run()
         assert (torch.load(run.path, weights_only=True)["decoder.head.bias"] == 3).all()
         # Strictly JSON, which knows no infinity.
         described = json.loads(run.path.with_suffix(".json").read_text(), parse_constant=pytest.fail)

@@ -92,6 +92,14 @@ class TestSegmentationLoss:
             assert float(SegmentationLoss(task)(logits, {"label": labels})) < 1e-5
             assert float(SegmentationLoss(task)(-logits, {"label": labels})) > 10
 
+    def test_deep_supervision_is_a_weighted_mean_of_its_levels(self):
+        task = SegmentationTask({"a": [1], "b": [2]})
+        loss = SegmentationLoss(task)
+        levels = [torch.randn(2, 3, 4, 4, 4) for _ in range(3)]
+        batch = {"label": torch.randint(0, 3, (2, 1, 4, 4, 4)).float()}
+        expected = sum(w * float(loss(level, batch)) for w, level in zip((4 / 7, 2 / 7, 1 / 7), levels, strict=True))
+        assert float(loss(torch.stack(levels, dim=1), batch)) == pytest.approx(expected, rel=1e-6)
+
     def test_another_loss(self):
         logits, labels = segmentation_batch(MULTI_LABEL)
         annotated = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0]]).bool()

@@ -17,6 +17,7 @@ from pgl_ext.transforms import (
     RandBatchNoise,
     RandBatchPatchSwap,
     RandBezierIntensity,
+    RandBlockMaskd,
     RandDeformedCopyd,
     RandGlobalLocalViewsd,
     RandLocalShuffle,
@@ -58,6 +59,7 @@ CASES = [
         Case(lambda kind=kind, **settings: kind(**{"prob": 1.0, **settings}), _random(2, *SIZE), "prob")
         for kind in (RandLocalShuffle, RandBezierIntensity, RandPaint)
     ),
+    Case(lambda: RandBlockMaskd("views"), {"views": _random(2, 1, *SIZE)}),
     Case(
         lambda: BatchIntensityd("views", [RandBatchNoise(1.0), RandBatchGamma(1.0)]), {"views": _random(2, 2, 1, *SIZE)}
     ),
