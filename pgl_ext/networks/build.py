@@ -19,7 +19,7 @@ from pgl_ext.networks.segmentation import SegmentationNet
 from pgl_ext.networks.segresnet import SegResNet
 from pgl_ext.settings import parse_bool
 
-__all__ = ["ENCODERS", "NETWORKS", "build", "prepare_network"]
+__all__ = ["ENCODERS", "NETWORKS", "build", "fast_half_precision", "prepare_network"]
 
 NETWORKS: dict[str, type[SegmentationNetwork]] = {
     network.family: network for network in (SegmentationNet, DynUNet, SegResNet)
@@ -59,6 +59,13 @@ def build(
             f"The architecture {arguments} of {source} is not one of {network.__name__}: {error}. Install the "
             "version of pgl_ext that wrote the file."
         ) from error
+
+
+def fast_half_precision(device: torch.device | str) -> bool:
+    """Whether bfloat16 is faster than float32 on a device: on GPUs, and on CPUs that have units for it."""
+    if torch.device(device).type != "cpu":
+        return True
+    return any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def prepare_network(

@@ -31,7 +31,7 @@ def save_encoder(network: FeatureNetwork, path: PathLike, record: EncoderRecord)
 
 
 def save_decoder(network: SegmentationNetwork, path: PathLike, record: EncoderRecord) -> None:
-    """Write the decoder that a method pre-trains, or that a network has, without its head, with the encoder's record."""
+    """Write a network's decoder, or that which a method pre-trains, without its head, with the encoder's record."""
     save_weights(network.decoder_state(), path, record)
 
 
