@@ -22,7 +22,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TINY = {"max_epochs": 2, "patches_per_volume": 2, "batch_size": 4, "hidden_channels": 32, "out_channels": 16}
-FINE_TUNING = {"max_epochs": 2, "patches_per_case": 2, "val_interval": 1, "organs": {"blob": 1, "rest": 2}}
+FINE_TUNING = {
+    "flip_prob": "[0.5, 0.5, 0.5]",
+    "validation_fraction": 0.2,
+    "max_epochs": 2,
+    "patches_per_case": 2,
+    "val_interval": 1,
+    "organs": {"blob": 1, "rest": 2},
+}
 
 
 def write_data(folder: Path) -> Path:

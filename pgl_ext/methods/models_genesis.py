@@ -50,7 +50,7 @@ class ModelsGenesis(Method):
 
 
 def _within_network(method: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:
-    """Rename the tensors of checkpoints of 1.x, in which the method was the paper's network itself."""
+    """Rename the tensors of earlier checkpoints, in which the method was the paper's network itself."""
     if any(key.startswith("aspp.") for key in state):
         for key in list(state):
             state[f"encoder.{key}"] = state.pop(key)

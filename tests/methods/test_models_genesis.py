@@ -231,3 +231,12 @@ def test_encoder_and_decoder_go_from_pre_training_to_fine_tuning(tmp_path):
         assert f"{path}: {count} of {count} tensors loaded" in finished.stdout
         assert described[name] == str(path)
     assert "unexpected" not in finished.stdout
+
+
+def test_checkpoints_of_before_are_loaded(make_method):
+    """There the method was the segmentation network itself, and had its names of tensors."""
+    source, method = make_method(seed=1), make_method()
+    method.load_state_dict(
+        {key.removeprefix("encoder."): value for key, value in source.state_dict().items()}, strict=True
+    )
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in method.state_dict().items())
