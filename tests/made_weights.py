@@ -14,7 +14,6 @@ from pgl_ext.networks.build import NETWORKS
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord
 
-
 # Arguments of a small network of every family.
 SMALL = {
     "resnet": {

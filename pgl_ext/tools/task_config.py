@@ -65,8 +65,9 @@ def task_config(
         network = _without_memory(NETWORKS, record.network, model)
         if of_file is not None and _layout(network.feature_network) != _layout(of_file):
             raise ValueError(
-                f"{encoder} does not fit {model}: the one is an encoder of {of_file.architecture}, the other has one of "
-                f"{network.feature_network.architecture}. Package them one by one, or choose those that belong together."
+                f"{encoder} does not fit {model}: the one is an encoder of {of_file.architecture}, the other has one "
+                f"of {network.feature_network.architecture}. Package them one by one, or choose those that belong "
+                "together."
             )
         config |= {**record.task, **{name: getattr(record.input, name) for name in _INPUT}}
         _use(config, network)
