@@ -324,11 +324,7 @@ class TestFamilies:
         copy_model_state(by_name, torch.load(bundle / "models" / "model.pt", weights_only=True))
         with torch.no_grad():
             expected = network.features(volumes)[-1]
-            for built in (
-                self.built(bundle, "inference.json", roi_size=[64, 64, 64]),
-                by_name,
-                torch.jit.script(by_name),
-            ):
+            for built in (self.built(bundle, "inference.json"), by_name, torch.jit.script(by_name)):
                 torch.testing.assert_close(built(volumes), expected)
         assert metadata["outputs"]["pred"]["num_channels"] == expected.shape[1]
         strides = [int(size.removesuffix("*n")) for size in metadata["inputs"]["image"]["spatial_shape"]]
