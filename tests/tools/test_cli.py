@@ -8,7 +8,10 @@ from pgl_ext.tools.cli import main
 from pgl_ext.weights import EncoderRecord, load_encoder
 
 DESCRIPTION = {
-    "architecture": {"family": "resnet", "arguments": {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.125}},
+    "architecture": {
+        "family": "resnet",
+        "arguments": {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.125},
+    },
     "input": {"hu_window": [-1024, 325]},
     "method": "PGL",
     "steps": 3,
