@@ -36,8 +36,8 @@ class PriorGuidedAligner(nn.Module):
             where the features of convolutions with odd kernels and padding k // 2 are centred. ``"paper"``: (v + 0.5) /
             s - 0.5, the half-pixel rule of plain RoIAlign, off by s - 1 view voxels where one of two views is flipped.
         sampling_ratio: sample points per cell and axis.
-        centre: voxel that feature 0 is centred on, per axis or for all, where that is not 0; with it ``"exact"`` is (v -
-            centre) / s. See ``networks.base.FeatureNetwork``.
+        centre: voxel that feature 0 is centred on, per axis or for all, where that is not 0; with it ``"exact"`` is
+            (v - centre) / s. See ``networks.base.FeatureNetwork``.
 
     Example:
         >>> aligner = PriorGuidedAligner()

@@ -9,8 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
+from pgl_ext.networks.build import NETWORKS
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord
+
+# Arguments of a small network of every family.
+SMALL = {
+    "resnet": {
+        "encoder": {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.0625},
+        "aspp_channels": 8,
+        "decoder_channels": [8, 6, 4],
+    },
+    "dynunet": {"filters": [4, 6, 8], "strides": [1, 2, [2, 2, 1]]},
+    "segresnet": {"init_filters": 8, "blocks_down": [1, 1, 2], "blocks_up": [1, 1]},
+}
+
+
+def small_network(family: str, in_channels: int = 1, out_channels: int = 3, **arguments: Any) -> SegmentationNetwork:
+    """A network of a family with the weights of a seed."""
+    torch.manual_seed(3)
+    return NETWORKS[family](in_channels, out_channels, **{**SMALL[family], **arguments})
 
 
 def input_record(**entries: Any) -> InputRecord:
@@ -18,9 +37,13 @@ def input_record(**entries: Any) -> InputRecord:
     return InputRecord(**{"hu_window": [-1024, 325], "patch_size": [32, 32, 16], **entries})
 
 
-def encoder_record(encoder: nn.Module, **entries: Any) -> EncoderRecord:
+def encoder_record(encoder: FeatureNetwork, **entries: Any) -> EncoderRecord:
     """What pre-training would record of an encoder."""
-    known = {"architecture": encoder.architecture, "stride": list(encoder.stride), "channels": list(encoder.channels)}
+    known = {
+        "architecture": encoder.architecture,
+        "stride": list(encoder.level_strides[-1]),
+        "channels": list(encoder.level_channels),
+    }
     return EncoderRecord(**{**known, "input": input_record(), "method": "PGL", "steps": 12, **entries})
 
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 import yaml
 
 from pgl_ext import __version__
+from pgl_ext.networks.build import ENCODERS, build
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.task_config import task_config, write_initial_model
 from pgl_ext.weights import EncoderRecord, ModelRecord
@@ -212,10 +214,13 @@ def _described(metadata: dict[str, Any], record: EncoderRecord | ModelRecord) ->
             )
         metadata["pred_classes"] = f"one channel each: {', '.join(names)}"
     else:
-        image["spatial_shape"] = [f"{step}*n" for step in record.stride]
-        pred["num_channels"] = record.channels[-1]
-        voxels = " x ".join(map(str, record.stride))
-        metadata["pred_classes"] = f"{record.channels[-1]} features per position, one every {voxels} voxels"
+        with torch.device("meta"):
+            encoder = build(ENCODERS, record.architecture, _ENCODER)
+        stride, channels = encoder.level_strides[-1], encoder.level_channels[-1]
+        image["spatial_shape"] = [f"{step}*n" for step in stride]
+        pred["num_channels"] = channels
+        voxels = " x ".join(map(str, stride))
+        metadata["pred_classes"] = f"{channels} features per position, one every {voxels} voxels"
     return metadata
 
 

@@ -8,7 +8,10 @@ from pgl_ext.tools.cli import main
 from pgl_ext.weights import EncoderRecord, load_encoder
 
 DESCRIPTION = {
-    "architecture": {"family": "resnet", "arguments": {"layers": [1, 1, 1, 1]}},
+    "architecture": {
+        "family": "resnet",
+        "arguments": {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.125},
+    },
     "input": {"hu_window": [-1024, 325]},
     "method": "PGL",
     "steps": 3,
@@ -49,9 +52,10 @@ def test_export_encoder_with_monai_keys(run, checkpoint, tmp_path, make_encoder)
 
 
 def test_export_decoder(run, tmp_path):
-    torch.save({"network": {"decoder.head.bias": torch.ones(2)}, "description": DESCRIPTION}, tmp_path / "c.pt")
+    network = {"decoder.head.bias": torch.ones(2), "aspp.pooled.0.weight": torch.ones(2)}
+    torch.save({"network": network, "description": DESCRIPTION}, tmp_path / "c.pt")
     assert run("export_decoder", tmp_path / "c.pt", tmp_path / "d.pt").strip() == str(tmp_path / "d.pt")
-    assert torch.load(tmp_path / "d.pt", weights_only=True).keys() == {"decoder.head.bias"}
+    assert torch.load(tmp_path / "d.pt", weights_only=True).keys() == {"aspp.pooled.0.weight"}
 
 
 @pytest.mark.parametrize(

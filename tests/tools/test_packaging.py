@@ -16,12 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from made_weights import encoder_record, model_record, small_network
+from monai.bundle import ConfigParser
+from monai.networks.utils import copy_model_state
 from programs import ROOT
 
 from pgl_ext import __version__
+from pgl_ext.networks.build import NETWORKS
+from pgl_ext.task import SegmentationTask
 from pgl_ext.tools import cli, packaging
 from pgl_ext.tools.packaging import package_bundles
-from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, save_weights
+from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, save_encoder, save_weights
 
 BUNDLES = [ROOT / "bundles" / name for name in ("pgl_pretrain", "pgl_segmentation")]
 
@@ -270,6 +275,66 @@ class TestWeights:
             package_bundles(BUNDLES[:1], tmp_path / "out", model=files["model"])
         with pytest.raises(FileNotFoundError, match=r"absent\.pt does not exist"):
             package_bundles([], tmp_path / "out", **{**files, "model": tmp_path / "absent.pt"})
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+class TestFamilies:
+    """Packages build the network of the record, with its weights."""
+
+    @pytest.fixture
+    def network(self, family):
+        return small_network(family).eval()
+
+    @pytest.fixture
+    def models(self, network, tmp_path) -> Path:
+        encoder = network.feature_network
+        save_encoder(encoder, tmp_path / "encoder.pt", encoder_record(encoder))
+        record = model_record(network, SegmentationTask({"liver": [1], "spleen": [2]}))
+        save_weights(network.state_dict(), tmp_path / "model.pt", record)
+        (tmp_path / "license.txt").write_text("none")
+        weights = {name: tmp_path / f"{name}.pt" for name in ("model", "encoder")}
+        package_bundles([], tmp_path / "dist", data_license=tmp_path / "license.txt", **weights)
+        return tmp_path / "dist" / "models"
+
+    @staticmethod
+    def built(bundle: Path, config: str, name: str = "network", **settings) -> torch.nn.Module:
+        parser = ConfigParser()
+        parser.read_config(str(bundle / "configs" / config))
+        parser.update({"bundle_root": str(bundle), "device": "cpu", **settings})
+        return parser.get_parsed_content(name).eval()
+
+    def test_of_segmentation(self, network, models):
+        bundle = models / "pgl_segmentation"
+        volumes = torch.rand(1, 1, 40, 28, 20)
+        weights = torch.load(bundle / "models" / "model.pt", weights_only=True)
+        with torch.no_grad():
+            expected = network(volumes)
+            for config in ("inference.json", "evaluate.json"):
+                assert torch.equal(self.built(bundle, config)(volumes), expected)
+            trained = self.built(bundle, "train.json", "network_def")
+            trained.load_state_dict(weights)
+            assert torch.equal(trained(volumes), expected)
+
+    def test_of_pretraining(self, network, models):
+        """Also where MONAI loads the file by the names of tensors, and says nothing of those that it does not find."""
+        bundle = models / "pgl_pretrain"
+        metadata = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]
+        volumes = torch.rand(1, 1, 64, 32, 32)
+        by_name = self.built(bundle, "inference.json", "network_def")
+        copy_model_state(by_name, torch.load(bundle / "models" / "model.pt", weights_only=True))
+        with torch.no_grad():
+            expected = network.features(volumes)[-1]
+            for built in (self.built(bundle, "inference.json"), by_name, torch.jit.script(by_name)):
+                torch.testing.assert_close(built(volumes), expected)
+        assert metadata["outputs"]["pred"]["num_channels"] == expected.shape[1]
+        strides = [int(size.removesuffix("*n")) for size in metadata["inputs"]["image"]["spatial_shape"]]
+        assert [n // s for n, s in zip(volumes.shape[2:], strides, strict=True)] == list(expected.shape[2:])
+
+    def test_probes(self, network, models):
+        """The network whose features the overlay for probing takes."""
+        text = (models / "pgl_segmentation" / "configs" / "probe.yaml").read_text()
+        (expression,) = re.findall(r'encoder: "\$@network\.(\w+)"', text)
+        assert getattr(network, expression) is network.feature_network
 
 
 class TestOverlays:
