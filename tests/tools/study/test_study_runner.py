@@ -110,7 +110,7 @@ def test_more_seeds_later(fast, path, tmp_path, capsys):
 def test_learning_rates_are_chosen_on_the_way(fast, path, tmp_path):
     run_study(path, tmp_path / "out", overrides={"pretraining#learning_rates": [0.3, 1.0]})
     rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
-    assert rows[0] == "method,lr,val_mean_dice,chosen"
+    assert rows[0] == "method,lr,fine_tuning_lr,val_mean_dice,chosen"
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]  # equal Dice: the smaller rate
     names = sorted(run.parent.relative_to(tmp_path / "out").as_posix() for run in tmp_path.rglob("run.json"))
     assert names == [
@@ -130,7 +130,7 @@ def test_a_learning_rate_that_fails_is_not_chosen(fast, path, tmp_path):
     rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
     assert [row.partition(",")[2].split(",")[0] for row in rows[1:]] == ["1", "0.3"]
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]
-    assert rows[2].split(",")[2] == "failed"
+    assert rows[2].split(",")[3] == "failed"
     assert "<td>failed</td>" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "fine_tuning" / "PGL_lr_1" / "3_cases" / "seed_1" / "run.json").is_file()
 
@@ -290,8 +290,8 @@ def test_the_command_is_the_bundle_s(tmp_path):
     command = bundle_command(run, run.commands[0])
     assert command[:6] == [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file"]
     files = [str(SEGMENTATION_CONFIGS / name) for name in ("train.json", "tasks/phantom.yaml", "small.yaml")]
-    assert command[6:] == [str([*files, str(run.folder / "training_3.json")])]
-    assert json.loads((run.folder / "training_3.json").read_text())["labelled_cases"] == 3
+    assert command[6:] == [str([*files, *(str(run.folder / f"training_{n}.json") for n in (3, 4))])]
+    assert json.loads((run.folder / "training_4.json").read_text())["labelled_cases"] == 3
     (run.folder / "checkpoints").mkdir()
     (run.folder / "checkpoints" / "checkpoint_00000003.pt").touch()
     assert bundle_command(run, run.commands[0])[7:] == ["--resume", "true"]
