@@ -56,7 +56,9 @@ def run_study(
 
 
 def _run(study: Study, jobs: int, dry_run: bool) -> str:
-    selection = [part for runs in study.selection().values() for run in runs.values() for part in run.with_pretraining]
+    candidates = [run for runs in study.selection().values() for run in runs.values()]
+    # Those of one pre-training share it.
+    selection = list({part.name: part for run in candidates for part in run.with_pretraining}.values())
     rates, tried = choose_rates(study)
     runs = {run.name: run for run in (*selection, *study.runs(rates))}.values()
     fingerprints = checked_fingerprints(runs)

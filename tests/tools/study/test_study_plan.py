@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from made_studies import make_study, write_list, write_study
+from made_studies import make_study, other_scans, write_list, write_study
 from programs import CONFIGS, ROOT
 
 from pgl_ext.tools.cli import main
@@ -18,11 +18,6 @@ from pgl_ext.weights.records import flat_entries
 def config_of(run, section="training"):
     """Of the training, or of the evaluation of what it leaves in the end."""
     return next(command for command in run.commands if command.section == section).config()
-
-
-def other_scans(folder: Path) -> dict:
-    """An entry that pre-trains on scans of its own."""
-    return {"configs": ["train.json"], "settings": {"data_list_file_path": write_list(folder / "scans/list.json", 5)}}
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
