@@ -130,7 +130,8 @@ class Run:
         if command.section != "evaluating":
             return False
         folder, model = (Path(command.layers[-1][name]) for name in ("output_dir", "model_path"))
-        return (folder / "cases.csv").is_file() or (model != model_file(self.folder) and not model.is_file())
+        kept_step = model.stem.partition("_step_")[2]
+        return (folder / "cases.csv").is_file() or (bool(kept_step) and int(kept_step) > self._steps())
 
     def finish(self, unit: str) -> None:
         """Note the results, which marks the run as finished, and remove its checkpoints.
@@ -158,12 +159,16 @@ class Run:
             return {"steps": encoder.steps, "pairs": encoder.pairs}
         scores = {
             # The model is that of the best validation, which may be an earlier step.
-            "steps": int(CheckpointFolder(self.folder / "checkpoints").paths()[-1].stem.split("_")[1]),
+            "steps": self._steps(),
             "val_mean_dice": ModelRecord.load(model_file(self.folder)).val_mean_dice,
         }
         if not self.is_for_selection:
             scores["mean_dice"] = read_json(evaluation_folder(self.folder) / "summary.json")[AVERAGE]["dice"]["mean"]
         return scores
+
+    def _steps(self) -> int:
+        """That the training, which is over, has reached."""
+        return int(CheckpointFolder(self.folder / "checkpoints").paths()[-1].stem.split("_")[1])
 
     def _started(self) -> dict[str, Any]:
         path = self.folder / "started.json"

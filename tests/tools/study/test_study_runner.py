@@ -439,6 +439,7 @@ def test_real_study_killed_at_random_moments(tmp_path, monkeypatch):
             "settings": {
                 **{name: value for name, value in TINY_SEGMENTATION.items() if name != "patches_per_case"},
                 **{"max_epochs": 4, "val_interval": 2, "checkpoint_interval": 1, "data_list_file_path": str(data)},
+                "kept_steps": [3],
             },
             "patches_per_epoch": 8,
         },
