@@ -66,8 +66,9 @@ def _tables_of_steps(results: Results) -> list[Table]:
         final = next((row["mean"] for row in rows if row["is_end"] and row["method"] == study.reference), nan)
         reached.head.append(labels_text(labels))
         for method, line in zip(study.methods, reached.rows, strict=True):
-            steps = [row["step"] for row in rows if row["method"] == method and row["mean"] >= final]
-            line.append(str(steps[0]) if steps else "-")
+            of_method = [row for row in rows if row["method"] == method]
+            steps = [str(row["step"]) for row in of_method if row["mean"] >= final]
+            line.append(steps[0] if steps else "-" if of_method else "")
         lines = [[str(row["step"]), row["method"], score_text(row, _DIGITS), *_difference(row)] for row in rows]
         tables.append(Table(f"Dice after n steps, {labels_text(labels)}", head, lines))
     return [*tables, reached] if tables else []

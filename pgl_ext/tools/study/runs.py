@@ -197,11 +197,11 @@ def labels_text(labels: float) -> str:
 
 
 def bundle_command(run: Run, command: Command) -> list[str]:
-    """The command line of a run's command, whose settings are written to files.
+    """The command line of a run's command, whose settings are written to files in its output folder.
 
     A training that was interrupted goes on from its checkpoint.
     """
-    files = command.write(run.folder)
+    files = command.write(Path(command.layers[-1]["output_dir"]))
     line = [sys.executable, "-m", "monai.bundle", "run", command.section, "--config_file", str(files)]
     interrupted = command.section == "training" and CheckpointFolder(run.folder / "checkpoints").paths()
     return [*line, "--resume", "true"] if interrupted else line

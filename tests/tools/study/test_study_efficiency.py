@@ -117,6 +117,14 @@ def test_steps_to_reach_the_reference(tmp_path):
     ]
 
 
+def test_what_is_not_finished_is_not_never(tmp_path):
+    study = make(tmp_path)
+    finish_all(study, without=[f"fine_tuning/C/3_cases/seed_{seed}" for seed in SEEDS])
+    rows = tables_of(study)["Steps to reach A's final Dice"]
+    assert [row["3 labelled cases"] for row in rows] == ["60", "40", ""]
+    assert [row["6 labelled cases"] for row in rows] == ["60", "60", "-"]
+
+
 def test_labels_to_reach_the_reference(tmp_path):
     study = make(tmp_path)
     finish_all(study)

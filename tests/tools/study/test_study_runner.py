@@ -338,7 +338,9 @@ def test_the_command_is_the_bundle_s(tmp_path):
     assert bundle_command(run, run.commands[0])[7:] == ["--resume", "true"]
     evaluating = bundle_command(run, run.commands[1])
     assert evaluating[4:] == ["evaluating", "--config_file", evaluating[6]]
-    assert evaluating[6].startswith(f"['{SEGMENTATION_CONFIGS / 'evaluate.json'}'")
+    assert evaluating[6] == str(
+        [str(SEGMENTATION_CONFIGS / "evaluate.json"), str(run.folder / "evaluation/evaluating_1.json")]
+    )
 
 
 @pytest.mark.parametrize(
