@@ -15,7 +15,7 @@ import yaml
 import pgl_ext
 from pgl_ext.files import write_csv
 from pgl_ext.tools.study.plan import Study
-from pgl_ext.tools.study.runs import Run
+from pgl_ext.tools.study.runs import Run, evaluation_folder
 
 FINGERPRINT = {"code": {}, "versions": {}, "settings": {}, "data": {}, "encoder": None}
 
@@ -35,6 +35,11 @@ def write_list(path: Path, cases: int, **lists: int) -> str:
             (path.parent / name).touch()
     path.write_text(json.dumps(content))
     return str(path)
+
+
+def other_scans(folder: Path) -> dict[str, Any]:
+    """An entry that pre-trains on scans of its own."""
+    return {"configs": ["train.json"], "settings": {"data_list_file_path": write_list(folder / "scans/list.json", 5)}}
 
 
 def write_study(folder: Path, **entries: Any) -> Path:
@@ -73,8 +78,17 @@ def make_study(folder: Path, overrides: Mapping[str, Any] | None = None, **entri
     return Study(write_study(folder, **entries), folder / "runs", overrides=overrides)
 
 
-def finish(run: Run, dice: Mapping[str, list[float]] | None = None, **noted: Any) -> None:
-    """Leave what a finished run leaves, of a fine-tuning with these Dice by organ; NaN becomes an empty field."""
+def finish(
+    run: Run, dice: Mapping[str, list[float]] | None = None, kept: Mapping[int, Any] | None = None, **noted: Any
+) -> None:
+    """Leave what a finished run leaves.
+
+    Args:
+        run: a pre-training or a fine-tuning.
+        dice: of the fine-tuning, by organ; NaN becomes an empty field.
+        kept: the same after kept steps.
+        noted: results other than the usual ones.
+    """
     cost = {"seconds": 60.0, "cost": 0.5, "unit": "CPU-core-hours"}
     result = (
         {"steps": 10, "pairs": 160} if run.is_pretraining else {"steps": 10, "val_mean_dice": 0.5, "mean_dice": 0.6}
@@ -83,10 +97,11 @@ def finish(run: Run, dice: Mapping[str, list[float]] | None = None, **noted: Any
     run.folder.mkdir(parents=True, exist_ok=True)
     for name, content in write.items():
         (run.folder / name).write_text(json.dumps(content))
-    if dice is not None:
+    evaluations = {**(kept or {}), **({} if dice is None else {None: dice})}
+    for step, of_step in evaluations.items():
         rows = [
             {"case": f"case_{number}", "organ": organ, "dice": value, "iou": value / (2 - value), "hd95_mm": 10 - value}
-            for organ, values in dice.items()
+            for organ, values in of_step.items()
             for number, value in enumerate(values)
         ]
-        write_csv(run.folder / "evaluation" / "cases.csv", rows)
+        write_csv(evaluation_folder(run.folder, step) / "cases.csv", rows)

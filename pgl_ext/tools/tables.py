@@ -15,7 +15,7 @@ from pgl_ext.evaluation.figures import draw_points, organ_panels, save_panels
 from pgl_ext.evaluation.summary import finite, interval_text, number_text, table
 from pgl_ext.figures.base import GREY, organ_colors
 
-__all__ = ["Estimate", "Table", "difference_texts", "legend_above", "method_colors", "plot_estimates"]
+__all__ = ["Estimate", "Table", "difference_texts", "legend_above", "method_colors", "plot_estimates", "score_text"]
 
 
 class Table(NamedTuple):
@@ -38,6 +38,12 @@ def difference_texts(row: Mapping[str, Any], digits: int) -> list[str]:
     interval = interval_text((row["ci95_low"], row["ci95_high"]), digits, "+")
     p = [f"{row[name]:.3g}" if math.isfinite(row[name]) else "" for name in ("p", "p_holm")]
     return [number_text(row["difference"], digits, "+"), interval, *p]
+
+
+def score_text(row: Mapping[str, Any], digits: int) -> str:
+    """A row's ``mean`` and, of several seeds, its ``sd``."""
+    spread = f" ± {number_text(row['sd'], digits)}" if math.isfinite(row["sd"]) else ""
+    return number_text(row["mean"], digits) + spread
 
 
 class Estimate(NamedTuple):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.figures.base import save_figure, tidy
 from pgl_ext.figures.curves import MetricsFile
+from pgl_ext.tools.study.efficiency import curve_rows
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.runs import labels_text
 from pgl_ext.tools.tables import Estimate, legend_above, method_colors, plot_estimates
@@ -22,11 +23,13 @@ __all__ = ["draw_figures", "plot_learning_curves"]
 Curve = tuple[np.ndarray, np.ndarray]
 """Ascending steps and values."""
 
-_PICTURES = ("gains.png", "organs.png", "ablations.png", "learning_curves.png")
+_PICTURES = ("gains.png", "organs.png", "ablations.png", "learning_curves.png", "curves.png")
 
 
 def draw_figures(results: Results) -> None:
-    """Draw ``gains.png``, ``organs.png``, ``ablations.png`` and ``learning_curves.png``, those that have anything."""
+    """Draw ``gains.png``, ``organs.png``, ``ablations.png``, ``learning_curves.png`` (Dice of validation cases) and
+    ``curves.png`` (of test cases), those that have anything.
+    """
     study = results.study
     for name in _PICTURES:  # of a study that was in this folder before
         (study.folder / name).unlink(missing_ok=True)
@@ -48,9 +51,13 @@ def draw_figures(results: Results) -> None:
         if estimates:
             style = {"differences": name != "organs", "lines": name == "gains"}
             plot_estimates(estimates, colors, study.folder / f"{name}.png", **style)
-    curves = _learning_curves(results)
-    if curves:
-        plot_learning_curves(curves, colors, study.reference, study.folder / "learning_curves.png")
+    for name, cases, curves in (
+        ("learning_curves", "validation", _learning_curves(results)),
+        ("curves", "test", _test_curves(results)),
+    ):
+        if curves:
+            axis = f"Dice of {cases} cases"
+            plot_learning_curves(curves, colors, study.reference, axis, study.folder / f"{name}.png")
 
 
 def _values(row: Mapping[str, object], *names: str) -> list:
@@ -69,15 +76,32 @@ def _learning_curves(results: Results) -> dict[str, dict[str, list[Curve]]]:
     return curves
 
 
+def _test_curves(results: Results) -> dict[str, dict[str, list[Curve]]]:
+    """By share of labels and method the Dice of each fine-tuning after its kept steps and in the end."""
+    curves: dict[str, dict[str, list[Curve]]] = {}
+    by_run: dict[tuple, list[dict]] = {}
+    for row in sorted(curve_rows(results), key=lambda row: (row["labels"], row["step"])):
+        by_run.setdefault((row["labels"], row["method"], row["seed"]), []).append(row)
+    for (labels, method, _), points in by_run.items():
+        curve = tuple(np.array([point[name] for point in points]) for name in ("step", "dice"))
+        curves.setdefault(labels_text(labels), {}).setdefault(method, []).append(curve)
+    return curves
+
+
 def plot_learning_curves(
-    panels: Mapping[str, Mapping[str, Sequence[Curve]]], colors: Mapping[str, object], reference: str, out_path: Path
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]],
+    colors: Mapping[str, object],
+    reference: str,
+    axis: str,
+    out_path: Path,
 ) -> Figure:
-    """Dice of validation cases while methods are fine-tuned: the mean over the seeds, which are drawn faint.
+    """Dice while methods are fine-tuned: the mean over the seeds, each of which is drawn faint.
 
     Args:
         panels: by title of the panel and method the curve of each seed.
         colors: by method.
         reference: method that the others are compared with: dashed, on top of them.
+        axis: what the values are.
         out_path: picture to write.
     """
     figure = Figure((max(6.5, 3.6 * len(panels)), 4.2), dpi=120, layout="constrained")
@@ -86,13 +110,13 @@ def plot_learning_curves(
         for method, curves in methods.items():
             color = colors[method]
             for steps, values in curves if len(curves) > 1 else []:
-                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+                axes.plot(steps, values, ".-", color=color, alpha=0.3, linewidth=0.7, markersize=4)
             line, zorder = ("o--", 3) if method == reference else ("o-", 2)
             axes.plot(*_mean(curves), line, color=color, markersize=3.5, linewidth=1.6, zorder=zorder, label=method)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step")
         tidy(axes)
-    row[0].set_ylabel("Dice of validation cases")
+    row[0].set_ylabel(axis)
     legend_above(figure)
     save_figure(figure, out_path)
     return figure

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pgl_ext.evaluation.metrics import METRICS
-from pgl_ext.evaluation.summary import AVERAGE, number_text
+from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.evaluation.verdict import verdict
 from pgl_ext.files import write_csv, write_text
 from pgl_ext.tools.report import render_page
+from pgl_ext.tools.study.efficiency import EFFICIENCY_NOTES, curve_rows, efficiency_tables
 from pgl_ext.tools.study.results import REPORTED, Results
 from pgl_ext.tools.study.runs import Run, labels_text
-from pgl_ext.tools.tables import Table, difference_texts
+from pgl_ext.tools.tables import Table, difference_texts, score_text
 
 __all__ = ["NOTES", "paper_tables", "verdicts", "write_study_report", "write_tables"]
 
@@ -56,7 +56,7 @@ def paper_tables(results: Results) -> list[Table]:
         for method in results.study.methods:
             rows = {row["organ"]: row for row in results.select(labels=labels, metric=metric, method=method)}
             if rows:
-                average, *scores = (_score(rows[organ], digits) for organ in (AVERAGE, *organs))
+                average, *scores = (score_text(rows[organ], digits) for organ in (AVERAGE, *organs))
                 difference = difference_texts(rows[AVERAGE], digits) if rows[AVERAGE]["paired_seeds"] else [""] * 4
                 cost = [f"{costs[method]:.3g}" if method in costs else ""] if unit else []
                 table.rows.append([method, average, *difference, *scores, *cost])
@@ -65,16 +65,12 @@ def paper_tables(results: Results) -> list[Table]:
     return tables
 
 
-def _score(row: Mapping[str, Any], digits: int) -> str:
-    spread = f" ± {number_text(row['sd'], digits)}" if math.isfinite(row["sd"]) else ""
-    return number_text(row["mean"], digits) + spread
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
 def write_tables(results: Results, tried: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write ``table.md``, and ``study.csv``, ``runs.csv``, ``table.csv`` and ``learning_rates.csv`` that have a row.
+    """Write ``table.md``, and those of ``study.csv``, ``runs.csv``, ``table.csv``, ``curves.csv`` and
+    ``learning_rates.csv`` that have a row.
 
     Args:
         results: of the finished runs.
@@ -87,6 +83,7 @@ def write_tables(results: Results, tried: Sequence[Mapping[str, Any]] = ()) -> N
         "study.csv": _score_rows(results),
         "runs.csv": [_run_row(run, noted, results) for run, noted in results.finished],
         "table.csv": comparison,
+        "curves.csv": curve_rows(results),
         "learning_rates.csv": tried,
     }
     for name, rows in tables.items():
@@ -94,7 +91,9 @@ def write_tables(results: Results, tried: Sequence[Mapping[str, Any]] = ()) -> N
         if rows:
             write_csv(study.folder / name, [{share if n == "labels" else n: v for n, v in row.items()} for row in rows])
     parts = [f"# {study.title}", study.note, *verdicts(results)]
-    parts += [*(table.markdown() for table in paper_tables(results)), NOTES, results.missing_text()]
+    parts += [*(table.markdown() for table in paper_tables(results)), NOTES]
+    further = efficiency_tables(results)
+    parts += [*(table.markdown() for table in further), EFFICIENCY_NOTES if further else "", results.missing_text()]
     write_text(study.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -108,7 +107,8 @@ def _score_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _run_row(run: Run, noted: Mapping[str, Any], results: Results) -> dict[str, Any]:
-    row = {"run": run.name, "method": run.method, "labels": run.labels, "seed": run.seed, "lr": run.lr}
+    row = {"run": run.name, "method": run.method, "labels": run.labels, "seed": run.seed}
+    row |= {"lr": run.rates.pretraining, "fine_tuning_lr": run.rates.fine_tuning}
     scores = results.scores.get(run)
     for metric in REPORTED:
         row[f"mean_{metric}"] = None if scores is None else results.means([scores], metric)[0, -1]
@@ -135,6 +135,8 @@ def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], fai
         verdicts=verdicts(results),
         tables=paper_tables(results),
         notes=NOTES,
+        efficiency=efficiency_tables(results),
+        efficiency_notes=EFFICIENCY_NOTES,
         failures=failures,
         tried=tried,
     )

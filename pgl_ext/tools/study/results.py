@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pgl_ext.tools.compare import (
     with_average,
 )
 from pgl_ext.tools.study.plan import Study
-from pgl_ext.tools.study.runs import Run
+from pgl_ext.tools.study.runs import Run, evaluation_folder
 
 __all__ = ["REPORTED", "Results"]
 
@@ -39,6 +39,7 @@ class Results:
         finished: runs with what they noted.
         missing: runs that are not finished.
         scores: of each finished fine-tuning, by case and organ.
+        kept: the same of the models kept after steps, by step, of those that reached it.
         organs: of all evaluations, and their average.
         rows: a row for each share of labels, metric, method and organ: ``mean`` over the test cases, its mean and
             standard deviation (``sd``, of a sample) over seeds; for methods other than the reference what
@@ -53,8 +54,18 @@ class Results:
         self.finished = [(run, run.result()) for run in runs if run.is_finished]
         self.missing = [run for run in runs if not run.is_finished]
         fine_tunings = [run for run, _ in self.finished if not run.is_pretraining]
-        self.scores = {run: read_scores(run.folder / "evaluation", REPORTED) for run in fine_tunings}
+        self.scores = {run: read_scores(evaluation_folder(run.folder), REPORTED) for run in fine_tunings}
+        self.kept = {
+            step: {
+                run: read_scores(folder, REPORTED)
+                for run in fine_tunings
+                for folder in [evaluation_folder(run.folder, step)]
+                if folder.is_dir()
+            }
+            for step in study.kept_steps
+        }
         evaluated = {str(run): scores for run, scores in self.scores.items()}
+        evaluated |= {f"{run}, step {step}": scores for step, runs in self.kept.items() for run, scores in runs.items()}
         self._keys = common_keys(evaluated) if evaluated else []
         self.organs = organ_names(self._keys)
         shares = itertools.product(study.labels, REPORTED)
@@ -78,27 +89,42 @@ class Results:
         """Means over the test cases, (runs, organs and their average)."""
         return mean_scores(with_average(score_array(scores, metric, self._keys)), -1)
 
-    def _rows(self, labels: float, metric: str) -> list[dict[str, Any]]:
-        by_seed: dict[str, dict[int, Scores]] = {method: {} for method in self.study.methods}
-        for run, scores in self.scores.items():
+    def by_seed(self, labels: float, step: int | None = None) -> dict[str, dict[int, Scores]]:
+        """By method and seed, the scores with some labels, in the end or after a kept step."""
+        scores: dict[str, dict[int, Scores]] = {method: {} for method in self.study.methods}
+        for run, of_run in (self.scores if step is None else self.kept[step]).items():
             if run.labels == labels:
-                by_seed[run.method][run.seed] = scores
-        pairs, means, first = {}, {}, by_seed[self.study.reference]
-        for method, second in by_seed.items():
-            shared = [seed for seed in second if seed in first and method != self.study.reference]
+                scores[run.method][run.seed] = of_run
+        return scores
+
+    def compared(
+        self, methods: Mapping[str, Mapping[int, Scores]], reference: Mapping[int, Scores], metric: str
+    ) -> list[dict[str, Any]]:
+        """Compare methods with a reference.
+
+        Args:
+            methods: by name and seed, their scores.
+            reference: by seed, the scores to compare with; where they are those of a method, that has no difference.
+            metric: one of :data:`REPORTED`.
+
+        Returns:
+            As :attr:`rows`, but for the labels.
+        """
+        pairs, means = {}, {}
+        for method, second in methods.items():
+            shared = [seed for seed in second if seed in reference and second is not reference]
             if second:
-                pairs[method] = [first[seed] for seed in shared], [second[seed] for seed in shared]
+                pairs[method] = [reference[seed] for seed in shared], [second[seed] for seed in shared]
                 means[method] = dict(zip(self.organs, self.means(list(second.values()), metric).T, strict=True))
         rows = []
         for row in comparison_rows(pairs, metric, self._keys):
             values = finite(means[row["run"]][row["organ"]])
             rows.append(
                 {
-                    "labels": labels,
                     "metric": metric,
                     "organ": row["organ"],
                     "method": row["run"],
-                    "seeds": len(by_seed[row["run"]]),
+                    "seeds": len(methods[row["run"]]),
                     "mean": finite_mean(values),
                     "sd": float(np.std(values, ddof=1)) if len(values) > 1 else np.nan,
                     "paired_seeds": row["seeds"],
@@ -107,3 +133,8 @@ class Results:
                 }
             )
         return rows
+
+    def _rows(self, labels: float, metric: str) -> list[dict[str, Any]]:
+        methods = self.by_seed(labels)
+        rows = self.compared(methods, methods[self.study.reference], metric)
+        return [{"labels": labels, **row} for row in rows]

@@ -16,7 +16,7 @@ from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.report import verdicts, write_study_report, write_tables
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.runner import Runner, default_jobs, time_left
-from pgl_ext.tools.study.runs import Run
+from pgl_ext.tools.study.runs import Rates, Run
 
 __all__ = ["choose_rates", "run_study"]
 
@@ -56,7 +56,9 @@ def run_study(
 
 
 def _run(study: Study, jobs: int, dry_run: bool) -> str:
-    selection = [part for runs in study.selection().values() for run in runs.values() for part in run.with_pretraining]
+    candidates = [run for runs in study.selection().values() for run in runs.values()]
+    # Those of one pre-training share it.
+    selection = list({part.name: part for run in candidates for part in run.with_pretraining}.values())
     rates, tried = choose_rates(study)
     runs = {run.name: run for run in (*selection, *study.runs(rates))}.values()
     fingerprints = checked_fingerprints(runs)
@@ -89,12 +91,12 @@ def _write_results(results: Results, tried: Sequence[Mapping[str, Any]], failure
     return "\n".join([*verdicts(results), f"Tables and pictures in {results.study.folder}, report: {report}"])
 
 
-def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The rate of each method that has the best Dice of validation cases, of equal ones the smallest.
+def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[dict[str, Rates], list[dict[str, Any]]]:
+    """The rates of each method that have the best Dice of validation cases, of equal ones the smallest.
 
     Args:
         study: whose candidates may be finished or not.
-        failed: names of runs; a rate that ends in one, since it is too large, is not chosen and not waited for.
+        failed: names of runs; rates that end in one, since they are too large, are not chosen and not waited for.
 
     Returns:
         The rates by method, of those all of whose candidates are through; and rows that say how they were chosen.
@@ -104,17 +106,18 @@ def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[di
     """
     rates, rows = {}, []
     for method, runs in study.selection().items():
-        scores = {rate: run.result()["val_mean_dice"] for rate, run in runs.items() if run.is_finished}
+        scores = {one: run.result()["val_mean_dice"] for one, run in runs.items() if run.is_finished}
         if None in scores.values():
             raise ValueError(
                 f"the learning rate of {method!r} cannot be chosen, since fine-tuning had no validation: set "
-                "validation_fraction above 0 under fine_tuning: settings, or give the method an lr."
+                "selection_validation_fraction above 0 under fine_tuning, or give the method an lr."
             )
-        lost = [rate for rate, run in runs.items() if run.name in failed]
+        lost = [one for one, run in runs.items() if run.name in failed]
         if scores and len(scores) + len(lost) == len(runs):
             rates[method] = max(sorted(scores), key=scores.__getitem__)
-        for rate, score in {**scores, **dict.fromkeys(lost, "failed")}.items():
-            rows.append({"method": method, "lr": rate, "val_mean_dice": score, "chosen": rates.get(method) == rate})
+        for one, score in {**scores, **dict.fromkeys(lost, "failed")}.items():
+            tried = {"method": method, "lr": one.pretraining, "fine_tuning_lr": one.fine_tuning}
+            rows.append({**tried, "val_mean_dice": score, "chosen": rates.get(method) == one})
     return rates, rows
 
 

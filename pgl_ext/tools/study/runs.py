@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgl_ext.checkpoints import CheckpointFolder
 from pgl_ext.evaluation.summary import AVERAGE
@@ -18,12 +18,23 @@ from pgl_ext.files import read_json, write_json
 from pgl_ext.tools.study.configs import Command
 from pgl_ext.weights import EncoderRecord, ModelRecord
 
-__all__ = ["Run", "bundle_command", "labels_text"]
+__all__ = ["AS_SET", "Rates", "Run", "bundle_command", "evaluation_folder", "labels_text", "model_file"]
+
+
+class Rates(NamedTuple):
+    """Learning rates that were chosen among several; None where there was no choice."""
+
+    pretraining: float | None = None
+    fine_tuning: float | None = None
+
+
+AS_SET = Rates()
+"""No choice: the rates of the configs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training of a study with what follows it: a pre-training, or a fine-tuning with its evaluation.
+    """One training of a study with what follows it: a pre-training, or a fine-tuning with its evaluations.
 
     In its folder lie ``started.json`` (fingerprint, and when it was run), ``run.json`` (its results, written last: the
     mark of a finished run), ``log.txt``, the settings of its commands, and what these write.
@@ -35,7 +46,7 @@ class Run:
         seed: of the training.
         commands: in their order.
         labels: number (int) or fraction (float) of labelled cases; None of a pre-training.
-        lr: learning rate of the pre-training that was chosen among several; None where there was no choice.
+        rates: learning rates that were chosen, or are to be.
         pretraining: whose encoder it starts from, if any.
     """
 
@@ -45,17 +56,25 @@ class Run:
     seed: int
     commands: tuple[Command, ...]
     labels: float | None = None
-    lr: float | None = None
+    rates: Rates = AS_SET
     pretraining: Run | None = None
 
     def __str__(self) -> str:
         what = "pre-training" if self.labels is None else labels_text(self.labels)
-        rate = "" if self.lr is None else f", learning rate {self.lr:g}"
-        return f"{self.method}{rate}, {what}, seed {self.seed}"
+        what += " to choose a learning rate by" if self.is_for_selection else ""
+        before, after = self.rates
+        rates = "" if before is None else f", learning rate {before:g}"
+        rates += "" if after is None else f", fine-tuned with {after:g}"
+        return f"{self.method}{rates}, {what}, seed {self.seed}"
 
     @property
     def is_pretraining(self) -> bool:
         return self.labels is None
+
+    @property
+    def is_for_selection(self) -> bool:
+        """Whether it is a fine-tuning that serves the choice of learning rates alone, and is not tested."""
+        return not self.is_pretraining and len(self.commands) == 1
 
     @property
     def with_pretraining(self) -> list[Run]:
@@ -104,8 +123,15 @@ class Run:
         write_json(self.folder / "started.json", {"fingerprint": fingerprint, "attempts": attempts})
 
     def has_done(self, command: Command) -> bool:
-        """Whether an evaluation is complete. A training finds by itself that nothing is left to do."""
-        return command.section == "evaluating" and (self.folder / "evaluation" / "cases.csv").is_file()
+        """Whether an evaluation is complete, or is of a step that training did not reach, since it stopped early.
+
+        A training finds by itself that nothing is left to do.
+        """
+        if command.section != "evaluating":
+            return False
+        folder, model = (Path(command.layers[-1][name]) for name in ("output_dir", "model_path"))
+        kept_step = model.stem.partition("_step_")[2]
+        return (folder / "cases.csv").is_file() or (bool(kept_step) and int(kept_step) > self._steps())
 
     def finish(self, unit: str) -> None:
         """Note the results, which marks the run as finished, and remove its checkpoints.
@@ -131,12 +157,18 @@ class Run:
         if self.is_pretraining:
             encoder = EncoderRecord.load(self.folder / "models" / "pgl_encoder.pt")
             return {"steps": encoder.steps, "pairs": encoder.pairs}
-        return {
+        scores = {
             # The model is that of the best validation, which may be an earlier step.
-            "steps": int(CheckpointFolder(self.folder / "checkpoints").paths()[-1].stem.split("_")[1]),
-            "val_mean_dice": ModelRecord.load(self.folder / "models" / "model.pt").val_mean_dice,
-            "mean_dice": read_json(self.folder / "evaluation" / "summary.json")[AVERAGE]["dice"]["mean"],
+            "steps": self._steps(),
+            "val_mean_dice": ModelRecord.load(model_file(self.folder)).val_mean_dice,
         }
+        if not self.is_for_selection:
+            scores["mean_dice"] = read_json(evaluation_folder(self.folder) / "summary.json")[AVERAGE]["dice"]["mean"]
+        return scores
+
+    def _steps(self) -> int:
+        """That the training, which is over, has reached."""
+        return int(CheckpointFolder(self.folder / "checkpoints").paths()[-1].stem.split("_")[1])
 
     def _started(self) -> dict[str, Any]:
         path = self.folder / "started.json"
@@ -149,17 +181,27 @@ class Run:
         return [[start, max(start, last_sign) if end is None else end, cores] for start, end, cores in attempts]
 
 
+def model_file(folder: Path, step: int | None = None) -> Path:
+    """The model in a fine-tuning's folder: that of its end, or the one kept after a step."""
+    return folder / "models" / ("model.pt" if step is None else f"model_step_{step}.pt")
+
+
+def evaluation_folder(folder: Path, step: int | None = None) -> Path:
+    """Where the evaluation of :func:`model_file` lies."""
+    return folder / ("evaluation" if step is None else f"evaluation_step_{step}")
+
+
 def labels_text(labels: float) -> str:
     """A number (int) or fraction (float) of labelled cases in words."""
     return f"{labels} labelled cases" if isinstance(labels, int) else f"{100 * labels:g} % of the labels"
 
 
 def bundle_command(run: Run, command: Command) -> list[str]:
-    """The command line of a run's command, whose settings are written to files.
+    """The command line of a run's command, whose settings are written to files in its output folder.
 
     A training that was interrupted goes on from its checkpoint.
     """
-    files = command.write(run.folder)
+    files = command.write(Path(command.layers[-1]["output_dir"]))
     line = [sys.executable, "-m", "monai.bundle", "run", command.section, "--config_file", str(files)]
     interrupted = command.section == "training" and CheckpointFolder(run.folder / "checkpoints").paths()
     return [*line, "--resume", "true"] if interrupted else line

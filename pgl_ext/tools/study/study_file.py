@@ -17,7 +17,15 @@ _DEFAULTS: dict[str, Any] = {
     "title": "Comparison of pre-training methods",
     "note": "",
     "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": [], "folder": None},
-    "fine_tuning": {"configs": ["train.json"], "settings": {}, "patches_per_epoch": None},
+    "fine_tuning": {
+        "configs": ["train.json"],
+        "random_start": [],
+        "pretrained_start": [],
+        "settings": {},
+        "patches_per_epoch": None,
+        "learning_rates": [],
+        "selection_validation_fraction": 0.34,
+    },
     "test": {"configs": ["evaluate.json"], "settings": {}, "cases": None},
     "methods": {},
     "reference": "random",
@@ -27,7 +35,8 @@ _DEFAULTS: dict[str, Any] = {
     "seeds": [0, 1, 2],
 }
 _PARTS = ("pretraining", "fine_tuning", "test")
-_METHOD: dict[str, Any] = {"configs": [], "settings": {}, "decoder": False, "learning_rates": None}
+_OF_METHOD: dict[str, Any] = {"configs": [], "settings": {}, "learning_rates": None}
+_METHOD: dict[str, Any] = {**_OF_METHOD, "decoder": False, "fine_tuning": _OF_METHOD}
 _FORMS = {dict: "NAME: VALUE", list: "[0, 1, 2]"}
 
 
@@ -77,6 +86,8 @@ def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         content[part] = copy.deepcopy(_DEFAULTS[part]) | content[part]
     methods = content["methods"].items()
     content["methods"] = {str(name): copy.deepcopy(_METHOD) | (entry or {}) for name, entry in methods}
+    for entry in content["methods"].values():
+        entry["fine_tuning"] = copy.deepcopy(_OF_METHOD) | (entry["fine_tuning"] or {})
     return content
 
 
@@ -89,7 +100,9 @@ def _override(content: dict[str, Any], name: list[str], value: Any) -> None:
 def _check_names(content: Mapping[str, Any]) -> None:
     known = {"the study": (content, _DEFAULTS)}
     known |= {part: (content[part], _DEFAULTS[part]) for part in _PARTS}
-    known |= {f"method {name!r}": (entry, {**_METHOD, "encoder": None}) for name, entry in content["methods"].items()}
+    for name, entry in content["methods"].items():
+        known[f"method {name!r}"] = entry, {**_METHOD, "encoder": None}
+        known[f"fine_tuning of method {name!r}"] = entry["fine_tuning"], _OF_METHOD
     for place, (entries, names) in known.items():
         unknown = [str(name) for name in entries if name not in names]
         if unknown:

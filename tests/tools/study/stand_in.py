@@ -1,6 +1,7 @@
 """Stands in for a bundle's command in tests: trains, resumes, evaluates and fails in milliseconds.
 
-    python stand_in.py SECTION RUN_FOLDER SEED RESUME
+    python stand_in.py training RUN_FOLDER SEED RESUME KEPT_STEPS
+    python stand_in.py evaluating RUN_FOLDER EVALUATION_FOLDER MODEL
 
 What it "trains" is a number that every step changes, so that a step that is lost or done twice shows in the scores.
 """
@@ -26,7 +27,7 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def train(folder: Path, seed: int, resume: bool) -> None:
+def train(folder: Path, seed: int, resume: bool, kept_steps: list[int]) -> None:
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint_*.pt"))
     if checkpoints and not resume:
         sys.exit("error: there are checkpoints already")
@@ -38,6 +39,9 @@ def train(folder: Path, seed: int, resume: bool) -> None:
         step, value = step + 1, random.Random(value + step).random()
         if (folder / "fail").exists():
             sys.exit("Traceback\nerror: the disk is on fire")
+        if step in kept_steps:
+            write(folder / "models" / f"model_step_{step}.pt", "weights")
+            write(folder / "models" / f"model_step_{step}.json", json.dumps({"val_mean_dice": value}))
         if step % 2 == 0 or stop:
             write(folder / "checkpoints" / f"checkpoint_{step:08d}.pt", json.dumps([step, value]))
         if stop:
@@ -51,11 +55,12 @@ def train(folder: Path, seed: int, resume: bool) -> None:
     write(folder / "models" / "model.json", json.dumps(model))
 
 
-def evaluate(folder: Path) -> None:
-    dice = json.loads((folder / "models" / "model.json").read_text())["val_mean_dice"]
-    write(folder / "evaluation" / "summary.json", json.dumps({"average": {"dice": {"mean": dice}}}))
+def evaluate(folder: Path, model: Path) -> None:
+    time.sleep(float(os.environ.get("STAND_IN_PAUSE", 0.05)))
+    dice = json.loads(model.with_suffix(".json").read_text())["val_mean_dice"]
+    write(folder / "summary.json", json.dumps({"average": {"dice": {"mean": dice}}}))
     rows = [f"case_{case},liver,{dice * case / 10},0.5,3.0\n" for case in range(1, 8)]
-    write(folder / "evaluation" / "cases.csv", "case,organ,dice,iou,hd95_mm\n" + "".join(rows))
+    write(folder / "cases.csv", "case,organ,dice,iou,hd95_mm\n" + "".join(rows))
 
 
 def claim(folder: Path) -> int:
@@ -73,12 +78,12 @@ def claim(folder: Path) -> int:
 
 
 def main() -> None:
-    section, folder, seed, resume = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
-    claim(folder)
+    section, folder, first, second, *kept_steps = sys.argv[1:]
+    claim(Path(folder))
     if section == "training":
-        train(folder, seed, resume)
+        train(Path(folder), int(first), second == "True", json.loads(kept_steps[0]))
     else:
-        evaluate(folder)
+        evaluate(Path(first), Path(second))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from made_studies import copy_package, make_study, write_study
+from made_studies import copy_package, make_study, other_scans, write_study
 from programs import ROOT
 
 from pgl_ext.tools.study.fingerprint import _sizes_digest, checked_fingerprints, differences, fingerprint
@@ -187,10 +187,12 @@ def test_a_scan_that_comes_into_a_folder_counts_and_where_the_folder_lies_does_n
 
 
 def test_places_do_not_count_and_contents_do(tmp_path):
-    path, data = write_study(tmp_path, test={"cases": 4}), tmp_path / "data" / "dataset.json"
+    pretraining = other_scans(tmp_path)
+    path = write_study(tmp_path, test={"cases": 4}, pretraining=pretraining)
     before = prints_of(Study(path, tmp_path / "runs"))
     assert before == prints_of(Study(path, tmp_path / "other" / "runs"))
-    data.write_text(json.dumps(json.loads(data.read_text()) | {"name": "the same scans"}))
+    for list_ in (tmp_path / "data" / "dataset.json", Path(pretraining["settings"]["data_list_file_path"])):
+        list_.write_text(json.dumps(json.loads(list_.read_text()) | {"name": "the same scans"}))
     # Which cases are labelled and tested is written to a list of its own, which is as it was.
     assert changes(before, prints_of(Study(path, tmp_path / "runs"))) == {
         f"pretraining/PGL/seed_{seed}": ["the data for training"] for seed in (0, 1)
@@ -202,7 +204,10 @@ def test_places_do_not_count_and_contents_do(tmp_path):
 
 
 def test_data_may_lie_elsewhere(tmp_path):
-    here, there = (prints_of(make_study(tmp_path / place, test={"cases": 4})) for place in ("here", "there"))
+    here, there = (
+        prints_of(make_study(folder, test={"cases": 4}, pretraining=other_scans(folder)))
+        for folder in (tmp_path / "here", tmp_path / "there")
+    )
     assert here == there
 
 

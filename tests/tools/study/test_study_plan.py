@@ -4,19 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-from made_studies import make_study, write_list, write_study
+from made_studies import make_study, other_scans, write_list, write_study
 from programs import CONFIGS, ROOT
 
 from pgl_ext.tools.cli import main
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.plan import Study
+from pgl_ext.tools.study.runs import Rates
 from pgl_ext.tools.study.study_file import read_study_file
 from pgl_ext.weights.records import flat_entries
 
 
 def config_of(run, section="training"):
-    (command,) = (command for command in run.commands if command.section == section)
-    return command.config()
+    """Of the training, or of the evaluation of what it leaves in the end."""
+    return next(command for command in run.commands if command.section == section).config()
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_a_decoder_that_was_pretrained_too(tmp_path):
 
 
 def test_held_out_cases_are_the_same_in_all_runs(tmp_path):
-    study = make_study(tmp_path, test={"cases": 4})
+    study = make_study(tmp_path, test={"cases": 4}, pretraining=other_scans(tmp_path))
     (path,) = (tmp_path / "runs").glob("split_*.json")
     split = json.loads(path.read_text())
     assert (len(split["training"]), len(split["test"])) == (6, 4)
@@ -131,10 +132,10 @@ def test_held_out_cases_are_the_same_in_all_runs(tmp_path):
 
 
 def test_a_look_at_another_study_leaves_the_held_out_cases_alone(tmp_path):
-    make_study(tmp_path, test={"cases": 4})
+    make_study(tmp_path, test={"cases": 4}, pretraining=other_scans(tmp_path))
     (path,) = (tmp_path / "runs").glob("split_*.json")
     before = path.read_bytes()
-    make_study(tmp_path, test={"cases": 5})
+    make_study(tmp_path, test={"cases": 5}, pretraining=other_scans(tmp_path))
     assert path.read_bytes() == before
 
 
@@ -171,12 +172,32 @@ def test_labelled_cases_are_not_tested_on(tmp_path):
         make_study(tmp_path, {"test#settings#data_list_key": "training"})
 
 
-def test_test_scans_that_pretraining_has_seen_are_told(tmp_path):
-    assert make_study(tmp_path).note == ""
-    study = make_study(tmp_path, test={"cases": 4}, note="Few scans.")
-    assert study.note == "Few scans. Pre-training has seen 4 of the 4 test scans, without their labels."
+def test_test_scans_are_not_pre_trained_on(tmp_path):
     folder = {"configs": ["train.json"], "settings": {"dataset_dir": str(tmp_path / "data")}}
-    assert "seen 4 of the 4" in make_study(tmp_path, test={"cases": 4}, pretraining=folder).note
+    for entries in ({}, {"pretraining": folder}):
+        with pytest.raises(
+            ValueError, match=r"4 of the 4 test scans are pre-trained on, such as .*case_\d\.nii\.gz: give"
+        ):
+            make_study(tmp_path, test={"cases": 4}, **entries)
+    # The same file by another name: a link to its folder.
+    (tmp_path / "linked").symlink_to(tmp_path / "data")
+    linked = {"configs": ["train.json"], "settings": {"data_list_file_path": str(tmp_path / "linked/dataset.json")}}
+    with pytest.raises(ValueError, match="4 of the 4 test scans are pre-trained on"):
+        make_study(tmp_path, test={"cases": 4}, pretraining=linked)
+
+
+def test_copies_of_test_scans_are_not_pre_trained_on(tmp_path):
+    """Two files of one size, of which one is a copy."""
+    pretraining = other_scans(tmp_path)
+    make_study(tmp_path, pretraining=pretraining)
+    scans = [tmp_path / "scans/images" / f"case_{number}.nii.gz" for number in (0, 1)]
+    test = tmp_path / "data/images/case_12.nii.gz"
+    for path, content in ((test, b"scan 12"), (scans[0], b"scan 00"), (scans[1], b"scan 11")):
+        path.write_bytes(content)
+    Study(tmp_path / "study.yaml", tmp_path / "runs")
+    scans[1].write_bytes(b"scan 12")
+    with pytest.raises(ValueError, match=r"1 of the 4 test scans are pre-trained on, such as .*/data/images/case_12"):
+        Study(tmp_path / "study.yaml", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -216,18 +237,165 @@ def test_learning_rates_to_choose_among(tmp_path):
     (tmp_path / "own.yaml").write_text("lr: 0.9\n")
     study = make_study(tmp_path, {"pretraining#learning_rates": [1.0, 0.3]}, methods=methods)
     selection = study.selection()
-    assert {method: list(runs) for method, runs in selection.items()} == {"PGL": [0.3, 1.0], "BYOL": [0.1]}
+    assert {method: list(runs) for method, runs in selection.items()} == {
+        "PGL": [Rates(0.3), Rates(1.0)],
+        "BYOL": [Rates(0.1)],
+    }
     assert [run.name for run in selection["PGL"].values()] == [
         f"fine_tuning/PGL_lr_{rate}/5_cases/seed_0" for rate in ("0.3", "1")
     ]
-    assert config_of(selection["PGL"][0.3].pretraining)["lr"] == 0.3
+    assert config_of(selection["PGL"][Rates(0.3)].pretraining)["lr"] == 0.3
     assert config_of(study.pretraining("fixed", 0))["lr"] == 0.7
     assert config_of(study.pretraining("file", 0))["lr"] == 0.9
     assert not any("PGL" in run.name for run in study.runs({}))
     with pytest.raises(ValueError, match="'fixed' sets its learning rate itself: remove it, or its learning_rates"):
         make_study(tmp_path, methods={**methods, "fixed": {"settings": {"lr": 0.7}, "learning_rates": [1.0]}})
     # What the choice was made by is part of the study.
-    assert selection["PGL"][0.3].name in [run.name for run in study.runs({"PGL": 0.3})]
+    assert selection["PGL"][Rates(0.3)].name in [run.name for run in study.runs({"PGL": Rates(0.3)})]
+
+
+def test_learning_rates_of_fine_tuning(tmp_path):
+    """Of each method as many; what is to be chosen is set after everything else."""
+    methods = {"random": {"encoder": None}, "PGL": {"fine_tuning": {"learning_rates": [0.03, 0.01]}}}
+    entries = {"fine_tuning#learning_rates": [0.2, 0.1], "fine_tuning#settings#lr": 7}
+    study = make_study(tmp_path, entries, methods=methods)
+    selection = study.selection()
+    assert {method: list(runs) for method, runs in selection.items()} == {
+        "random": [Rates(None, 0.1), Rates(None, 0.2)],
+        "PGL": [Rates(None, 0.01), Rates(None, 0.03)],
+    }
+    run = selection["PGL"][Rates(None, 0.03)]
+    assert run.name == "fine_tuning/PGL_fine_tuning_lr_0.03/5_cases/seed_0"
+    assert run.pretraining.name == "pretraining/PGL/seed_0"
+    assert config_of(run)["lr"] == 0.03
+    # There are validation cases, so that what the choice is made by is part of the study.
+    assert run.name in [one.name for one in study.runs({"PGL": Rates(None, 0.03)})]
+    assert study.runs({}) == []
+
+
+def test_rates_of_pretraining_with_those_of_fine_tuning(tmp_path):
+    rates = {"pretraining#learning_rates": [1, 2], "fine_tuning#learning_rates": [3, 4]}
+    selection = make_study(tmp_path, rates).selection()
+    assert list(selection["random"]) == [Rates(None, 3), Rates(None, 4)]
+    assert list(selection["PGL"]) == [Rates(1, 3), Rates(1, 4), Rates(2, 3), Rates(2, 4)]
+    run = selection["PGL"][Rates(2, 3)]
+    assert run.name == "fine_tuning/PGL_lr_2_fine_tuning_lr_3/5_cases/seed_0"
+    assert (config_of(run)["lr"], config_of(run.pretraining)["lr"]) == (3, 2)
+    assert str(run) == "PGL, learning rate 2, fine-tuned with 3, 5 labelled cases, seed 0"
+
+
+@pytest.mark.parametrize("fraction", [0, None])
+def test_cases_to_choose_by_where_all_are_trained_on(tmp_path, fraction):
+    entries = {"fine_tuning#learning_rates": [0.1], "fine_tuning#settings#validation_fraction": fraction}
+    study = make_study(tmp_path, entries)
+    run = study.selection()["PGL"][Rates(None, 0.1)]
+    assert run.name == "fine_tuning/PGL_fine_tuning_lr_0.1/5_cases_for_selection/seed_0"
+    assert [command.section for command in run.commands] == ["training"]  # not tested
+    # 2 of 5 for validation; as many patches from 3 as from 5.
+    assert (config_of(run)["validation_fraction"], config_of(run)["patches_per_case"]) == (0.34, 16)
+    chosen = study.fine_tuning("PGL", 5, 0, Rates(None, 0.1))
+    assert (config_of(chosen)["validation_fraction"], config_of(chosen)["patches_per_case"]) == (fraction, 10)
+    assert run.name not in [one.name for one in study.runs(dict.fromkeys(study.methods, Rates(None, 0.1)))]
+
+
+@pytest.mark.parametrize(
+    ("of_random", "of_pgl", "words"),
+    [
+        ({"learning_rates": [0.1]}, {}, r"different numbers .*\(random: 1, PGL: 0\)"),
+        ({"learning_rates": [0.1, 0.2]}, {"learning_rates": [0.1]}, r"\(random: 2, PGL: 1\)"),
+        ({"learning_rates": [0.1], "settings": {"lr": 1}}, {}, "'random' sets its learning rate of fine-tuning itself"),
+        ({"learning_rates": [0.1], "settings": {"optimizer#lr": 1}}, {}, "an optimizer without '@lr'"),
+    ],
+)
+def test_as_many_learning_rates_for_each_start(tmp_path, of_random, of_pgl, words):
+    methods = {"random": {"encoder": None, "fine_tuning": of_random}, "PGL": {"fine_tuning": of_pgl}}
+    with pytest.raises(ValueError, match=words):
+        make_study(tmp_path, methods=methods)
+
+
+# --- recipes of fine-tuning -----------------------------------------------------------------------------------------
+
+
+def test_starts_have_recipes_of_their_own(tmp_path):
+    """Configs of all, of the start, settings of all, configs and settings of the method: later ones win."""
+    for name, lr in (("scratch", 0.1), ("weights", 0.2), ("mine", 0.3)):
+        (tmp_path / f"{name}.yaml").write_text(f"lr: {lr}\nweight_decay: {lr}\nwarmup_steps: {lr}\n")
+    methods = {
+        "random": {"encoder": None},
+        "file": {"encoder": "resnet_50.pth"},
+        "PGL": {},
+        "mine": {"fine_tuning": {"configs": [str(tmp_path / "mine.yaml")], "settings": {"warmup_steps": 9}}},
+        "random too": {"encoder": None, "fine_tuning": {"settings": {"lr": 5}}},
+    }
+    starts = {
+        "fine_tuning#random_start": [str(tmp_path / "scratch.yaml")],
+        "fine_tuning#pretrained_start": [str(tmp_path / "weights.yaml")],
+        "fine_tuning#settings#weight_decay": 0.7,
+    }
+    study = make_study(tmp_path, starts, methods=methods)
+    found = {name: config_of(study.fine_tuning(name, 3, 0)) for name in methods}
+    values = {name: [c["lr"], c["weight_decay"], c["warmup_steps"]] for name, c in found.items()}
+    assert values == {
+        "random": [0.1, 0.7, 0.1],
+        "file": [0.2, 0.7, 0.2],
+        "PGL": [0.2, 0.7, 0.2],
+        "mine": [0.3, 0.3, 9],
+        "random too": [5, 0.7, 0.1],
+    }
+
+
+def test_recipes_that_come_with_the_bundle(tmp_path):
+    starts = {
+        "fine_tuning#random_start": ["start/random.yaml"],
+        "fine_tuning#pretrained_start": ["start/pretrained.yaml"],
+    }
+    study = make_study(tmp_path, starts)
+    configs = [config_of(study.fine_tuning(name, 3, 0)) for name in ("random", "PGL")]
+    assert [config["optimizer"]["_target_"] for config in configs] == ["torch.optim.AdamW"] * 2
+    assert [config["warmup_steps"].split()[-1] for config in configs] == ["20", "10"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data_list_key", "test"),
+        ("validation_fraction", 0.5),
+        ("organs", {"liver": 1}),
+        ("spacing", [2, 2, 2]),
+        ("patch_size", [32, 32, 32]),
+        ("max_epochs", 3),
+        ("steps_per_epoch", 3),
+        ("patches_per_case", 3),
+        ("batch_size", 2),
+        ("kept_steps", [3]),
+        ("train#sampler#batch_size", 2),
+    ],
+)
+def test_one_budget_of_fine_tuning(tmp_path, name, value):
+    (tmp_path / "more.yaml").write_text(json.dumps({name: value}))
+    methods = {"random": {"encoder": None}, "greedy": {"fine_tuning": {"configs": [str(tmp_path / "more.yaml")]}}}
+    with pytest.raises(ValueError, match=rf"method 'greedy' changes {name}.* Set it under fine_tuning"):
+        make_study(tmp_path, methods=methods)
+    with pytest.raises(ValueError, match=rf"method 'random' changes {name}.* Set it under fine_tuning"):
+        make_study(tmp_path, {"fine_tuning#random_start": [str(tmp_path / "more.yaml")]})
+
+
+# --- kept steps -----------------------------------------------------------------------------------------------------
+
+
+def test_kept_models_are_evaluated_after_training(tmp_path):
+    study = make_study(tmp_path, {"fine_tuning#settings#kept_steps": [40, 20]})
+    assert study.kept_steps == [20, 40]
+    run = study.fine_tuning("PGL", 3, 0)
+    assert [command.section for command in run.commands] == ["training", *["evaluating"] * 3]
+    configs = [command.config() for command in run.commands[1:]]
+    assert [Path(config["output_dir"]) for config in configs] == [
+        run.folder / name for name in ("evaluation", "evaluation_step_20", "evaluation_step_40")
+    ]
+    assert [Path(config["model_path"]) for config in configs] == [
+        run.folder / "models" / name for name in ("model.pt", "model_step_20.pt", "model_step_40.pt")
+    ]
+    assert {config["data_list_key"] for config in configs} == {"test"}
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -283,7 +451,7 @@ def test_a_method_may_not_add_to_the_encoder(tmp_path):
     [
         ({"pretraning": {}}, r"the study has the entries \['pretraning'\], which mean nothing there"),
         ({"fine_tuning#max_epochs": 3}, r"fine_tuning has the entries \['max_epochs'\].*go under 'settings'"),
-        ({"methods#PGL#fine_tuning": {}}, r"method 'PGL' has the entries \['fine_tuning'\]"),
+        ({"methods#PGL#fine_tuning": {"decoder": True}}, r"fine_tuning of method 'PGL' has the entries \['decoder'\]"),
         ({"pretraining#settings#max_epoch": 3}, r"the settings \['max_epoch'\] are not in .*train\.json"),
         ({"fine_tuning#settings#seed": 3}, r"fine_tuning sets \['seed'\], which the study sets itself"),
         ({"methods#PGL#configs": ["methods/none.yaml"]}, r"config methods/none\.yaml is neither in"),
@@ -320,7 +488,10 @@ def test_base_files_and_overrides(tmp_path):
     assert content["seeds"] == [3, 4]
     assert content["title"] == "Mine"
     assert content["pretraining"]["settings"] == {"encoder#layers": [1, 1, 1, 1]}
-    assert content["methods"]["PGL"] == {"configs": [], "settings": {}, "decoder": False, "learning_rates": None}
+    assert content["methods"]["PGL"] == {
+        **{"configs": [], "settings": {}, "decoder": False, "learning_rates": None},
+        "fine_tuning": {"configs": [], "settings": {}, "learning_rates": None},
+    }
     assert content["methods"]["BYOL"]["configs"] == ["methods/byol.yaml"]
     assert content["methods"]["BYOL"]["settings"] == {"lr": 0.5}
 
@@ -332,11 +503,12 @@ STUDIES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if "fine_t
 def test_files_that_come_with_the_project(path, tmp_path):
     test = read_study_file(path)["test"]
     count = test["cases"] or 5
-    data = write_list(tmp_path / "dataset.json", count + 15, validation=5, test=5)
+    data = write_list(tmp_path / "labelled" / "dataset.json", count + 15, validation=5, test=5)
+    lists = {"pretraining": write_list(tmp_path / "scans" / "dataset.json", 5), "fine_tuning": data, "test": data}
     overrides = {
         f"{part}#settings#{name}": value
-        for part in ("pretraining", "fine_tuning", "test")
-        for name, value in (("data_list_file_path", data), ("dataset_dir", None))
+        for part, list_ in lists.items()
+        for name, value in (("data_list_file_path", list_), ("dataset_dir", None))
         if part != "test" or test["cases"] is None
     }
     study = Study(path, tmp_path / "runs", overrides=overrides)

@@ -15,6 +15,7 @@ from pgl_ext.tools.study.figures import draw_figures, plot_learning_curves
 from pgl_ext.tools.study.report import paper_tables, verdicts, write_study_report, write_tables
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.run import choose_rates, run_study
+from pgl_ext.tools.study.runs import Rates
 
 RNG = np.random.default_rng(0)
 CASES = 8
@@ -312,7 +313,7 @@ def test_learning_rates_are_chosen_on_validation_cases(tmp_path):
             finish(run, None, val_mean_dice=score, mean_dice=1 - score)
     rates, rows = choose_rates(study)
     # Of equal ones the smaller; D is not finished.
-    assert rates == {"B": 1.0, "C": 0.3}
+    assert rates == {"B": Rates(1.0), "C": Rates(0.3)}
     assert [row["lr"] for row in rows if row["chosen"]] == [1.0, 0.3]
     assert len(rows) == 8
     assert "fine_tuning/B_lr_1/5_cases/seed_1" in [run.name for run in study.runs(rates)]
@@ -321,7 +322,7 @@ def test_learning_rates_are_chosen_on_validation_cases(tmp_path):
 
 def test_without_validation_there_is_no_choice(tmp_path):
     study = make_study(tmp_path, {"pretraining#learning_rates": [0.3]})
-    finish(study.selection()["PGL"][0.3], None, val_mean_dice=None)
+    finish(study.selection()["PGL"][Rates(0.3)], None, val_mean_dice=None)
     with pytest.raises(ValueError, match="learning rate of 'PGL' cannot be chosen"):
         choose_rates(study)
 
@@ -347,7 +348,7 @@ def test_page(study):
     finish_all(study)
     results = results_of(study)
     draw_figures(results)
-    chosen = [{"method": "B", "lr": 0.3, "val_mean_dice": 0.712, "chosen": True}]
+    chosen = [{"method": "B", "lr": 0.3, "fine_tuning_lr": None, "val_mean_dice": 0.712, "chosen": True}]
     failures = {"fine_tuning/C/3_cases/seed_0": "error: <no space>"}
     page = write_study_report(results, chosen, failures).read_text()
     reader = _Links()
@@ -370,8 +371,9 @@ def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
     monkeypatch.setattr("pgl_ext.tools.study.figures.plot_learning_curves", lambda *args: drawn.append(args))
     results = results_of(study)
     draw_figures(results)
-    ((panels, colors, reference, path),) = drawn
-    (axes,) = plot_learning_curves(panels, colors, reference, path).axes
+    ((panels, colors, reference, axis, path),) = drawn
+    (axes,) = plot_learning_curves(panels, colors, reference, axis, path).axes
+    assert axes.get_ylabel() == "Dice of validation cases"
     assert axes.get_title(loc="left") == "3 labelled cases"
     means = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     assert {name: line.get_linestyle() for name, line in means.items()} == {"A": "--", "B": "-"}

@@ -24,8 +24,13 @@ STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 def stand_in(run, command) -> list[str]:
-    resume = any((run.folder / "checkpoints").glob("*.pt"))
-    return [sys.executable, "-I", "-S", str(STAND_IN), command.section, str(run.folder), str(run.seed), str(resume)]
+    config = command.config()
+    if command.section == "evaluating":
+        arguments = [config["output_dir"], config["model_path"]]
+    else:
+        resume = any((run.folder / "checkpoints").glob("*.pt"))
+        arguments = [str(run.seed), str(resume), json.dumps(config.get("kept_steps", []))]
+    return [sys.executable, "-I", "-S", str(STAND_IN), command.section, str(run.folder), *arguments]
 
 
 @pytest.fixture
@@ -66,7 +71,8 @@ def scores(out: Path) -> dict[str, object]:
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("cases.csv"))
     with open(out / "table.csv", newline="") as file:
         table = [{name: text for name, text in row.items() if "cost" not in name} for row in csv.DictReader(file)]
-    return {"table.csv": table, **{name: (out / name).read_text() for name in (*names, "study.csv")}}
+    curves = [path.name for path in out.glob("curves.csv")]
+    return {"table.csv": table, **{name: (out / name).read_text() for name in (*names, *curves, "study.csv")}}
 
 
 def kill(study: multiprocessing.Process, with_children: bool) -> None:
@@ -110,7 +116,7 @@ def test_more_seeds_later(fast, path, tmp_path, capsys):
 def test_learning_rates_are_chosen_on_the_way(fast, path, tmp_path):
     run_study(path, tmp_path / "out", overrides={"pretraining#learning_rates": [0.3, 1.0]})
     rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
-    assert rows[0] == "method,lr,val_mean_dice,chosen"
+    assert rows[0] == "method,lr,fine_tuning_lr,val_mean_dice,chosen"
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]  # equal Dice: the smaller rate
     names = sorted(run.parent.relative_to(tmp_path / "out").as_posix() for run in tmp_path.rglob("run.json"))
     assert names == [
@@ -119,6 +125,39 @@ def test_learning_rates_are_chosen_on_the_way(fast, path, tmp_path):
         "fine_tuning/random/3_cases/seed_1",
         *(f"pretraining/{name}" for name in ("PGL_lr_0.3/seed_0", "PGL_lr_0.3/seed_1", "PGL_lr_1/seed_0")),
     ]
+
+
+def test_learning_rates_of_fine_tuning_are_chosen_apart_from_the_test(fast, path, tmp_path):
+    rates = {"fine_tuning#learning_rates": [0.2, 0.1], "fine_tuning#settings#validation_fraction": None}
+    run_study(path, tmp_path / "out", overrides=rates)
+    rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
+    assert [row.split(",")[:3] for row in rows[1:]] == [
+        [method, "", rate] for method in ("random", "PGL") for rate in ("0.1", "0.2")
+    ]
+    assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"] * 2
+    fine_tunings = tmp_path / "out" / "fine_tuning"
+    runs = {run.parent.relative_to(fine_tunings) for run in fine_tunings.rglob("run.json")}
+    for method in ("random", "PGL"):
+        for rate in ("0.1", "0.2"):
+            folder = Path(f"{method}_fine_tuning_lr_{rate}")
+            assert folder / "3_cases_for_selection" / "seed_0" in runs
+            assert (folder / "3_cases" / "seed_1" in runs) == (rate == "0.1")
+    assert not list(fine_tunings.glob("*/3_cases_for_selection/*/evaluation*"))
+
+
+def test_kept_models_are_evaluated_once(fast, path, tmp_path, capsys):
+    """But those of steps after the training's end, as where it stopped early, of which there is none."""
+    kept = {"fine_tuning#settings#kept_steps": [4, 20], "seeds": [0]}
+    run_study(path, tmp_path / "out", overrides=kept)
+    with open(tmp_path / "out" / "curves.csv", newline="") as file:
+        assert [(row["method"], row["step"]) for row in csv.DictReader(file)] == [
+            (method, step) for method in ("random", "PGL") for step in ("4", "8")
+        ]
+    logs = [log.read_text() for log in tmp_path.glob("out/fine_tuning/**/log.txt")]
+    assert [log.count("stand_in.py evaluating") for log in logs] == [2, 2]
+    capsys.readouterr()
+    run_study(path, tmp_path / "out", overrides=kept)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_learning_rate_that_fails_is_not_chosen(fast, path, tmp_path):
@@ -130,7 +169,7 @@ def test_a_learning_rate_that_fails_is_not_chosen(fast, path, tmp_path):
     rows = (tmp_path / "out" / "learning_rates.csv").read_text().splitlines()
     assert [row.partition(",")[2].split(",")[0] for row in rows[1:]] == ["1", "0.3"]
     assert [row.rpartition(",")[2] for row in rows[1:]] == ["True", "False"]
-    assert rows[2].split(",")[2] == "failed"
+    assert rows[2].split(",")[3] == "failed"
     assert "<td>failed</td>" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "fine_tuning" / "PGL_lr_1" / "3_cases" / "seed_1" / "run.json").is_file()
 
@@ -185,17 +224,19 @@ def test_the_last_error_is_told(fast, path, tmp_path, monkeypatch, output, reaso
 
 def test_killed_at_random_moments(fast, path, tmp_path):
     """SIGKILL of the study alone, or with what it runs: in the end, the scores are those of an undisturbed one."""
-    run_study(path, tmp_path / "straight", jobs=2)
+    kept = {"fine_tuning#settings#kept_steps": [3, 6]}
+    run_study(path, tmp_path / "straight", jobs=2, overrides=kept)
     expected, out, draw = scores(tmp_path / "straight"), tmp_path / "killed", random.Random(0)
     kills = 0
     for _ in range(8):
-        process = in_background(path, out, jobs=2)
+        process = in_background(path, out, jobs=2, overrides=kept)
         process.join(draw.uniform(0.3, 1.5))
         kills += process.exitcode is None
         kill(process, with_children=draw.random() < 0.5)
     assert kills >= 3
-    run_study(path, out, jobs=2)
+    run_study(path, out, jobs=2, overrides=kept)
     assert scores(out) == expected
+    assert "curves.csv" in expected
     assert not list(tmp_path.rglob("overlap"))
 
 
@@ -290,14 +331,16 @@ def test_the_command_is_the_bundle_s(tmp_path):
     command = bundle_command(run, run.commands[0])
     assert command[:6] == [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file"]
     files = [str(SEGMENTATION_CONFIGS / name) for name in ("train.json", "tasks/phantom.yaml", "small.yaml")]
-    assert command[6:] == [str([*files, str(run.folder / "training_3.json")])]
-    assert json.loads((run.folder / "training_3.json").read_text())["labelled_cases"] == 3
+    assert command[6:] == [str([*files, *(str(run.folder / f"training_{n}.json") for n in (3, 4))])]
+    assert json.loads((run.folder / "training_4.json").read_text())["labelled_cases"] == 3
     (run.folder / "checkpoints").mkdir()
     (run.folder / "checkpoints" / "checkpoint_00000003.pt").touch()
     assert bundle_command(run, run.commands[0])[7:] == ["--resume", "true"]
     evaluating = bundle_command(run, run.commands[1])
     assert evaluating[4:] == ["evaluating", "--config_file", evaluating[6]]
-    assert evaluating[6].startswith(f"['{SEGMENTATION_CONFIGS / 'evaluate.json'}'")
+    assert evaluating[6] == str(
+        [str(SEGMENTATION_CONFIGS / "evaluate.json"), str(run.folder / "evaluation/evaluating_1.json")]
+    )
 
 
 @pytest.mark.parametrize(
@@ -398,6 +441,7 @@ def test_real_study_killed_at_random_moments(tmp_path, monkeypatch):
             "settings": {
                 **{name: value for name, value in TINY_SEGMENTATION.items() if name != "patches_per_case"},
                 **{"max_epochs": 4, "val_interval": 2, "checkpoint_interval": 1, "data_list_file_path": str(data)},
+                "kept_steps": [3],
             },
             "patches_per_epoch": 8,
         },
