@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.utils import ensure_tuple_rep
 from torch import nn
 
 from pgl_ext.geometry import (
@@ -59,7 +58,7 @@ class PriorGuidedAligner(nn.Module):
         self.output_size = output_size
         self.alignment = alignment
         self.sampling_ratio = check_positive(sampling_ratio, "sampling_ratio", "the paper's aligner takes 2")
-        self.centre = ensure_tuple_rep(centre, 3)
+        self.centre = tuple(centre) if isinstance(centre, Sequence) else (centre,) * 3
 
     def forward(self, features: torch.Tensor, affines: torch.Tensor, view_size: Sequence[int]) -> torch.Tensor:
         """Align features (B, V, C, x, y, z) to (B, V, C, *output_size).
