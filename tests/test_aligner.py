@@ -292,3 +292,23 @@ class TestErrors:
     def test_view_size(self):
         with pytest.raises(ValueError, match=r"\(96, 96, 15\) is not a multiple"):
             PriorGuidedAligner()(torch.zeros(2, 2, 4, 6, 6, 2), torch.eye(4).expand(2, 2, 4, 4), (96, 96, 15))
+
+
+@pytest.mark.parametrize("centre", [0, 3.5, (1.98, -0.4, 0.0)], ids=str)
+def test_cells_may_be_centred_on_another_voxel(centre):
+    """Features that say which source voxel they are centred on: aligned, both views say the same, also if flipped."""
+    size, stride = np.array([64, 64, 32]), np.array([8, 8, 4])
+    scales, offsets = np.array([[1, 1, 1], [-1, 1, -1]]), np.array([[0, 0, 0], [63, 0, 31]])
+    affines, features = torch.eye(4).repeat(1, 2, 1, 1), np.zeros((1, 2, 3, *(size // stride)))
+    for view, (scale, offset) in enumerate(zip(scales, offsets, strict=True)):
+        affines[0, view, :3, :3], affines[0, view, :3, 3] = torch.diag(torch.tensor(scale)), torch.tensor(offset)
+        cells = np.stack(np.meshgrid(*map(np.arange, size // stride), indexing="ij"), axis=-1)
+        features[0, view] = np.moveaxis(scale * (stride * cells + np.broadcast_to(centre, 3)) + offset, -1, 0)
+    aligner = PriorGuidedAligner(centre=centre)
+    first, second = aligner(torch.from_numpy(features).float(), affines, tuple(size))[0]
+    # At the edges, where no cell is centred, the nearest one's features are taken.
+    inner = (slice(None), *(slice(1, -1),) * 3)
+    torch.testing.assert_close(first[inner], second[inner], rtol=0, atol=1e-3)
+    if np.any(centre):
+        wrong = PriorGuidedAligner()(torch.from_numpy(features).float(), affines, tuple(size))[0]
+        assert (wrong[0][inner] - wrong[1][inner]).abs().max() > 1
