@@ -72,7 +72,7 @@ docs: install
 	$(RUN) -m mkdocs build --strict
 
 benchmarks: install
-	for script in aligner views volume_cache alignment_error training_step exports sliding_window; do \
+	for script in aligner views volume_cache alignment_error training_step exports sliding_window verdict; do \
 		$(RUN) benchmarks/$$script.py || exit 1; done
 
 package: install

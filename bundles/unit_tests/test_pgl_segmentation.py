@@ -23,6 +23,7 @@ TRAINING = {
     "batch_size": 2,
     "max_epochs": 1,
     "num_workers": 0,
+    "validation_fraction": 0.2,
 }
 
 
