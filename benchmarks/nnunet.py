@@ -3,21 +3,22 @@
     python -m venv NNUNET
     NNUNET/bin/python -m pip install torch==2.13.0
     NNUNET/bin/python -m pip install nnunetv2==2.8.1
-    NNUNET/bin/python benchmarks/nnunet.py DATA_LIST --out FOLDER --iterations 720 [--threads 1] [--test_key validation]
+    NNUNET/bin/python benchmarks/nnunet.py DATA_LIST --out FOLDER --minutes 60 [--threads 1] [--test_key validation]
 
-It needs an environment with ``nnunetv2`` and nothing of this project. DATA_LIST is a Decathlon-style list with
+It needs an environment with ``nnunetv2``, and nothing of this project. DATA_LIST is a Decathlon-style list with
 ``training``, the test scans under ``--test_key``, ``modality`` and ``labels``; paths are relative to ``--dataset_dir``,
 by default the list's folder.
 
 nnU-Net plans and preprocesses as it does by default, and trains its configuration ``3d_fullres`` on all training cases
-(fold "all"), with its own augmentation, loss, optimiser and schedule, but for the length: learning rates fall to 0 over
-``--iterations``, or over as many as fit into ``--minutes`` of processor time. There is no validation: in this fold it
-would be on training cases. A checkpoint is kept every ``--keep_minutes``; a run that was stopped goes on from the last.
-After the end, every kept checkpoint segments the test scans, without test-time mirroring and with it.
+(fold "all"), with its own augmentation, loss, optimiser and schedule, but for the length: the learning rate falls to 0
+over ``--iterations``, or over as many as fit into ``--minutes``, which ten of them at the start tell. There is no
+validation: in this fold it would be on training cases. A checkpoint is kept every ``--keep_minutes``; a run that was
+stopped goes on from the last. After the end, every one that was kept segments the test scans, without test-time
+mirroring and with it.
 
 In ``--out``: ``training.csv`` (loss, processor time), ``cases.csv`` (Dice of each case and structure, on the grid of
 the scan's file) and ``curve.csv`` (its means). Dice is NaN where a structure is neither in the reference nor predicted.
-Minutes are the processor time of training alone; planning and preprocessing, printed, come on top.
+Minutes are processor time of training alone, summed over threads; what planning and preprocessing take is printed.
 """
 
 from __future__ import annotations
@@ -50,11 +51,8 @@ ENDING = ".nii.gz"
 class BudgetTrainer(nnUNetTrainer):
     """nnU-Net's trainer with a schedule of a given length and without validation; keeps checkpoints to go on from.
 
-    ``prepare`` before use. The arguments of the constructor are those of ``nnUNetTrainer``, which finds them by name.
+    ``prepare`` before use.
     """
-
-    def __init__(self, plans: dict, configuration: str, fold: str, dataset_json: dict, device: torch.device) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
 
     def prepare(self, iterations: int, iterations_per_epoch: int, keep_minutes: float, log: Path) -> None:
         """Random weights, and the schedule: nnU-Net lowers its learning rate once per epoch."""
@@ -125,7 +123,7 @@ def link(path: Path, target: Path) -> None:
 
 
 def make_trainer(preprocessed: Path) -> BudgetTrainer:
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augmentation in this process, so that its time is counted
+    os.environ.update(nnUNet_n_proc_DA="0")  # augmentation in this process, so that its time is counted
     plans = json.loads((preprocessed / f"{PLANS}.json").read_text())
     plans["continue_training"] = True
     dataset = json.loads((preprocessed / "dataset.json").read_text())
@@ -185,7 +183,7 @@ def evaluate(trainer: BudgetTrainer, cases: Mapping, out: Path) -> None:
     minutes = {int(row["iterations"]): row["core_minutes"] for row in read_csv(out / "training.csv")}
     labels = {name: value for name, value in trainer.dataset_json["labels"].items() if value}
     scores, curve = [], []
-    for checkpoint in trainer.checkpoints():
+    for checkpoint in reversed(trainer.checkpoints()):  # the last is the result
         iterations = int(checkpoint.stem.rpartition("_")[2])
         for mirroring in (False, True):
             folder = out / "predictions" / f"{iterations:06d}_{'mirroring' if mirroring else 'plain'}"
@@ -219,7 +217,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def prepare_data(preprocessed: Path, threads: int) -> None:
     """Fingerprint, plan and preprocessed training cases, as nnU-Net makes them by default."""
     start = time.perf_counter()
-    os.environ["nnUNet_n_proc_DA"] = "1"  # which planning takes for a number of threads
+    os.environ.update(nnUNet_n_proc_DA="1")  # which planning takes for a number of threads
     number = int(DATASET[len("Dataset") :].partition("_")[0])
     extract_fingerprints([number], num_processes=threads)
     plan_experiments([number])
@@ -249,7 +247,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     out = args.out.resolve()
     os.environ.update({f"nnUNet_{name}": str(out / name) for name in ("raw", "preprocessed", "results")})
-    os.environ["nnUNet_compile"] = "f"
+    os.environ.update(nnUNet_compile="f")
     data = json.loads(args.data_list.read_text())
     cases = convert(data, args.test_key, args.dataset_dir or args.data_list.parent, out / "raw" / DATASET)
     preprocessed = out / "preprocessed" / DATASET
