@@ -20,11 +20,13 @@ class Method(nn.Module):
     Attributes:
         encoder: the network whose encoder is pre-trained, and written when training ends.
         feature_channels: channels of the features whose ``feature_std`` is logged.
+        pretrains_decoder: whether ``encoder`` is a segmentation network whose decoder is pre-trained, and written, too.
         logged: names of further scalars of ``forward``, which the log has columns for.
     """
 
     encoder: FeatureNetwork
     feature_channels: int
+    pretrains_decoder: bool = False
     logged: tuple[str, ...] = ()
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
@@ -40,7 +42,7 @@ class Method(nn.Module):
 
     def decoder_state(self) -> dict[str, torch.Tensor]:
         """Tensors of the decoder that is pre-trained, named as in the segmentation network; none without one."""
-        return {}
+        return self.encoder.decoder_state() if self.pretrains_decoder else {}
 
     @property
     def healthy_std(self) -> float:

@@ -22,6 +22,8 @@ class MAE(Method):
         network: the segmentation network, with as many channels of output as of input.
     """
 
+    pretrains_decoder = True
+
     def __init__(self, network: SegmentationNetwork) -> None:
         super().__init__()
         self.encoder = network
@@ -33,6 +35,3 @@ class MAE(Method):
         views, masked, hidden = hide(self, batch)
         features, restored = self.encoder.features_and_logits(masked)
         return {"loss": self.loss(restored, views, hidden), "feature_std": feature_std(features[-1])}
-
-    def decoder_state(self) -> dict[str, torch.Tensor]:
-        return self.encoder.decoder_state()

@@ -26,6 +26,8 @@ class ModelsGenesis(Method):
         network: the segmentation network, with as many channels of output as of input.
     """
 
+    pretrains_decoder = True
+
     def __init__(self, network: SegmentationNetwork) -> None:
         super().__init__()
         self.encoder = network
@@ -44,9 +46,6 @@ class ModelsGenesis(Method):
         features, logits = self.encoder.features_and_logits(deformed)
         restored = logits.float().sigmoid()
         return {"loss": F.mse_loss(restored, original), "feature_std": feature_std(features[-1])}
-
-    def decoder_state(self) -> dict[str, torch.Tensor]:
-        return self.encoder.decoder_state()
 
 
 def _within_network(method: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:

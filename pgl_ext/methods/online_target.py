@@ -33,10 +33,8 @@ class OnlineTargetMethod(Method):
         self, encoder: FeatureNetwork, projector: nn.Module, predictor: nn.Module, feature_channels: int
     ) -> None:
         super().__init__()
-        # Without gradients, so that several processes do not wait for those of the decoder.
-        self.encoder = encoder.requires_grad_(False)
-        for part in encoder.encoder_modules():
-            part.requires_grad_(True)
+        self.encoder = encoder
+        encoder.train_encoder_alone()
         self.projector = projector
         self.predictor = predictor
         self.target_encoder = encoder.encoder_copy().requires_grad_(False)

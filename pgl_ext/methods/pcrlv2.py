@@ -73,9 +73,8 @@ class PCRLv2(Method):
                 f"has {len(finer)} finer ones than its deepest: give fewer."
             )
         self.finer_levels = finer[: len(decoder_channels)]
-        self.encoder = encoder.requires_grad_(False)
-        for part in encoder.encoder_modules():
-            part.requires_grad_(True)
+        self.encoder = encoder
+        encoder.train_encoder_alone()
         self.aspp = ASPP(encoder.level_channels[-1], aspp_channels)
         self.decoder = PlainDecoder(aspp_channels, decoder_channels)
         self.projections = nn.ModuleList(nn.BatchNorm1d(c) for c in decoder_channels)

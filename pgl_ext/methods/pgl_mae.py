@@ -35,6 +35,8 @@ class PGLMAE(PGL):
         kwargs: further arguments of :class:`~pgl_ext.methods.PGL`.
     """
 
+    pretrains_decoder = True
+
     def __init__(
         self,
         network: SegmentationNetwork,
@@ -76,6 +78,3 @@ class PGLMAE(PGL):
         loss = sum(self.weights[name] * part for name, part in parts.items())
         logged = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **logged, "feature_std": feature_std(projected)}
-
-    def decoder_state(self) -> dict[str, torch.Tensor]:
-        return self.encoder.decoder_state()

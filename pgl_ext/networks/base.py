@@ -77,6 +77,13 @@ class FeatureNetwork(nn.Module):
         return copy
 
     @torch.jit.unused
+    def train_encoder_alone(self) -> None:
+        """Let the encoder's parameters need gradients and no others, which several processes would wait for."""
+        self.requires_grad_(False)
+        for part in self.encoder_modules():
+            part.requires_grad_(True)
+
+    @torch.jit.unused
     def check_view_size(self, view_size: Sequence[int]) -> None:
         """Raise a ValueError where the output stride does not divide ``view_size`` (voxels)."""
         stride = self.level_strides[-1]
