@@ -65,7 +65,9 @@ def fast_half_precision(device: torch.device | str) -> bool:
     """Whether bfloat16 is faster than float32 on a device: on GPUs, and on CPUs that have units for it."""
     if torch.device(device).type != "cpu":
         return True
-    return any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
+    # Earlier versions of PyTorch do not say.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def prepare_network(

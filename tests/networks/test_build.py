@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
-from pgl_ext.networks.build import ENCODERS, NETWORKS, build, prepare_network
+from pgl_ext.networks.build import ENCODERS, NETWORKS, build, fast_half_precision, prepare_network
 
 TINY = {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.0625}
 
@@ -62,3 +62,22 @@ class TestPrepareNetwork:
         assert any(isinstance(m, nn.SyncBatchNorm) for m in method.target_encoder.modules())
         # The target that momentum follows is the converted one.
         assert all(target in list(method.modules()) for _, target in method.momentum_pairs())
+
+
+class TestFastHalfPrecision:
+    @pytest.mark.parametrize(
+        ("device", "units", "expected"),
+        [
+            ("cuda:0", {}, True),
+            ("cpu", {"amx_bf16": False, "avx512_bf16": True}, True),
+            ("cpu", {"amx_bf16": True}, True),
+            ("cpu", {"amx_bf16": False, "avx512_f": True}, False),
+        ],
+    )
+    def test_is_on_gpus_and_cpus_with_units_for_it(self, monkeypatch, device, units, expected):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+        assert fast_half_precision(device) is expected
+
+    def test_versions_of_pytorch_that_do_not_say(self, monkeypatch):
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        assert not fast_half_precision("cpu")
