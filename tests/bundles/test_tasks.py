@@ -145,7 +145,8 @@ def test_real_cases_are_prepared(tmp_path, name, data):
     """As the config sets it up; no good case is refused, and the label map keeps the task's values."""
     real_data(data)
     parser = config_of(name)
-    parser.update({"output_dir": str(tmp_path), "dataset_dir": str(DATA / data), "num_workers": 0, "labelled_cases": 4})
+    parser.update({"output_dir": str(tmp_path), "dataset_dir": str(DATA / data), "num_workers": 0})
+    parser.update({"labelled_cases": 4, "validation_fraction": 0.25})
     parts = parser.get_parsed_content("cases")
     assert [len(parts[part]) for part in ("training", "validation")] == [3, 1]
     cache, task = parser.get_parsed_content("cache"), parser.get_parsed_content("task")
