@@ -1,0 +1,103 @@
+"""Which structures there are to segment, as a ``dataset.json`` or the label maps themselves say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pgl_ext.errors import few
+from pgl_ext.transforms.load import LoadVolumed
+
+__all__ = ["annotated_field", "found_structures", "is_sided", "listed_structures"]
+
+_SIDE = re.compile(r"(?<![a-z])(left|right|l|r|sin|dex)(?![a-z])")
+
+
+def listed_structures(content: Mapping[str, Any], source: Any) -> dict[str, list[int]]:
+    """The label values of each structure that a ``dataset.json`` names under ``labels``.
+
+    Args:
+        content: of the file, as the Decathlon or nnU-Net 1 writes it (``{"1": "liver"}``), or nnU-Net 2
+            (``{"liver": 1}``, and of regions ``{"kidney": [1, 2], "tumour": [2]}``).
+        source: the file, for messages.
+
+    Returns:
+        By name, in the order of the file, without the background; empty where the file has no labels.
+
+    Raises:
+        ValueError: the labels have another form, or mark voxels to ignore.
+    """
+    labels = content.get("labels") or {}
+    if not isinstance(labels, Mapping):
+        labels = {str(value): name for value, name in enumerate(labels)} if isinstance(labels, list) else {"": labels}
+    structures = {}
+    for key, value in labels.items():
+        name, values = (value, key) if isinstance(value, str) and not _is_value(value) else (key, value)
+        values = values if isinstance(values, list) else [values]
+        if not isinstance(name, str) or not values or not all(map(_is_value, values)):
+            raise ValueError(
+                f"{source} has the label {key!r}: {value!r}. Give each structure a name and its label values, such as "
+                '{"1": "liver"} or {"liver": 1}.'
+            )
+        structures[name] = [int(value) for value in values]
+    if "ignore" in structures:
+        raise ValueError(
+            f"{source} marks voxels to ignore (value {structures['ignore']}), which is not supported: leave out the "
+            "cases that have some, or give them a value of their own and list it in background_values."
+        )
+    return {name: values for name, values in structures.items() if values != [0]}
+
+
+def _is_value(value: Any) -> bool:
+    return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, str) and value.isdigit()))
+
+
+def found_structures(cases: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """A structure for each value above 0 in the label maps of cases, named ``structure 1`` and so on by its value.
+
+    Raises:
+        ValueError: there is none, or a value is no whole number.
+    """
+    values: set[float] = set()
+    for case in cases:
+        values |= set(np.unique(LoadVolumed("label")({"label": case["label"]})["label"].numpy()).tolist())
+    odd = [value for value in values if value < 0 or value != int(value)]
+    if odd or not values - {0}:
+        raise ValueError(
+            f"the label maps hold {few(sorted(map(str, values)))}: give maps in which each structure has a whole "
+            "number above 0."
+        )
+    return {f"structure {int(value)}": [int(value)] for value in sorted(values - {0})}
+
+
+def annotated_field(entries: Sequence[Mapping[str, Any]], names: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+    """The field of a data list that says which structures were annotated in a case, if it has one.
+
+    Args:
+        entries: of the list.
+        names: of the structures.
+
+    Returns:
+        The field, None if there is none, and how it spells the names that it has (``SpinalCord`` of ``spinal_cord``).
+    """
+    plain = {_plain(name): name for name in names}
+    for field in entries[0] if entries else ():
+        listed = [entry.get(field) for entry in entries]
+        if all(isinstance(value, list) and value and all(isinstance(name, str) for name in value) for value in listed):
+            spelt = {plain.get(_plain(name)): name for value in listed for name in value}
+            if None not in spelt:
+                return field, spelt
+    return None, {}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def is_sided(names: Iterable[str]) -> bool:
+    """Whether a structure's name tells left from right, so that a mirrored scan would show another one."""
+    words = [re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name).lower() for name in names]
+    return any(_SIDE.search(word) for word in words)

@@ -1,0 +1,92 @@
+"""Starting a bundle's workflow as ``python -m monai.bundle run`` does, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BundleRun", "option_settings"]
+
+
+@dataclass(frozen=True)
+class BundleRun:
+    """A workflow of a bundle, and how its command line reads.
+
+    Args:
+        section: of the config that is run, such as ``training``; ``""``: the config's ``run``.
+        configs: files, in their order.
+        settings: by id, what overrides the files.
+        processes: of torchrun on this machine; 1: none.
+    """
+
+    section: str
+    configs: Sequence[str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    processes: int = 1
+
+    @property
+    def line(self) -> list[str]:
+        """The command and its arguments."""
+        start = ["python", "-m"] if self.processes == 1 else ["torchrun", "--standalone", "--nproc_per_node"]
+        start += [] if self.processes == 1 else [str(self.processes), "-m"]
+        files = self.configs[0] if len(self.configs) == 1 else str(list(self.configs))
+        options = [text for name, value in self.settings.items() for text in (f"--{name}", _option_text(value))]
+        return [*start, "monai.bundle", "run", *([self.section] * bool(self.section)), "--config_file", files, *options]
+
+    def run(self) -> None:
+        """Print the command, carry it out, and wait for it.
+
+        Raises:
+            SystemExit: with its status, where it fails; what went wrong it has said itself.
+        """
+        print(f"$ {shlex.join(self.line)}", flush=True)
+        program, *arguments = self.line
+        module = [] if program == "python" else ["-m", "torch.distributed.run"]
+        process = subprocess.Popen([sys.executable, *module, *arguments])
+        # Ctrl-C reaches both; the workflow saves a checkpoint, and is waited for.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if status:
+            sys.exit(status if status > 0 else 128 - status)
+
+
+def _option_text(value: Any) -> str:
+    """A value as the command line of MONAI's bundles reads it."""
+    if value is None:
+        return "$None"
+    return (
+        str(value).lower() if isinstance(value, bool) else os.fspath(value) if isinstance(value, Path) else str(value)
+    )
+
+
+def option_settings(arguments: Sequence[str]) -> dict[str, str]:
+    """Settings of a config given as ``--name value`` or ``--name=value``, verbatim.
+
+    Raises:
+        ValueError: something else is among them, or a value is missing.
+    """
+    settings: dict[str, str] = {}
+    left = list(arguments)
+    while left:
+        option = left.pop(0)
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not name:
+            raise ValueError(f"{option!r} is no option: settings have the form --name value, as in --max_epochs 20.")
+        if not equals and not left:
+            raise ValueError(f"--{name} has no value: settings have the form --name value, as in --max_epochs 20.")
+        settings[name] = value if equals else left.pop(0)
+    return settings

@@ -1,0 +1,223 @@
+"""What ``pgl`` makes of data, plan and weights: the workflow of a bundle to run, and what to say of its result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pgl_ext.evaluation.summary import AVERAGE, number_text
+from pgl_ext.files import read_csv, read_json, write_text
+from pgl_ext.tools.bundles import bundle_folder
+from pgl_ext.tools.launch import BundleRun
+from pgl_ext.tools.plan import Data, Plan, make_plan
+from pgl_ext.tools.study.configs import config_path
+from pgl_ext.tools.task_config import task_config
+from pgl_ext.weights import EncoderRecord
+
+__all__ = [
+    "Pretrained",
+    "evaluation",
+    "fine_tuning",
+    "fine_tuning_configs",
+    "fine_tuning_plan",
+    "inference",
+    "model_file",
+    "pretraining",
+    "recorded",
+    "result_of_evaluation",
+    "result_of_fine_tuning",
+    "result_of_pretraining",
+]
+
+_INPUT = ("spacing", "hu_window")
+# Families whose fine-tuning has recipes in configs/start: those with instance or group norm.
+_WITH_RECIPE = ("dynunet", "segresnet")
+
+
+def _configs(bundle: str) -> Path:
+    return bundle_folder(bundle) / "configs"
+
+
+class Pretrained:
+    """Weights of a pre-training, and what is recorded beside them.
+
+    Args:
+        path: the encoder file, or the folder that pre-training wrote.
+
+    Attributes:
+        encoder: file of the encoder.
+        decoder: file of the decoder beside it; None where there is none.
+        record: of the encoder.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        path = Path(os.path.abspath(os.path.expanduser(path)))
+        places = [path] if path.is_file() else [path / "models" / "pgl_encoder.pt", path / "pgl_encoder.pt"]
+        found = [place for place in places if place.is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds no pre-trained encoder: give the folder that 'pgl pretrain' wrote.")
+        self.encoder = found[0]
+        decoder = self.encoder.with_name("pgl_decoder.pt")
+        self.decoder = decoder if decoder.is_file() and self.encoder.name == "pgl_encoder.pt" else None
+        self.record = EncoderRecord.load(self.encoder)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Settings of fine-tuning that load them."""
+        files = {"pretrained_encoder": str(self.encoder)}
+        return files if self.decoder is None else {**files, "pretrained_decoder": str(self.decoder)}
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of fine-tuning that follow from the record: how scans are prepared, and the network."""
+        settings = {name: getattr(self.record.input, name) for name in _INPUT}
+        config = task_config(_configs("pgl_segmentation"), (), encoder=self.encoder)
+        return {**settings, **{name: config[name] for name in ("encoder", "network_def")}}
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuse settings that contradict the record.
+
+        Raises:
+            ValueError: naming both values.
+        """
+        for name in _INPUT:
+            recorded = getattr(self.record.input, name)
+            if name in given and _as_value(given[name]) != _as_value(recorded):
+                raise ValueError(
+                    f"--{name} is {given[name]}, but the weights {self.encoder} were trained with {recorded}: leave "
+                    f"--{name} out, or pre-train with it."
+                )
+
+
+def _as_value(value: Any) -> Any:
+    """A setting as typed, or as recorded, to compare."""
+    value = yaml.safe_load(value) if isinstance(value, str) else value
+    return [float(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _planned(plan: Plan, folder: Path) -> str:
+    """Write the plan to an output folder; the file."""
+    write_text(folder / "plan.yaml", plan.text())
+    return str(folder / "plan.yaml")
+
+
+def pretraining(
+    data: Data, out: Path, plan: Plan, method: str, settings: Mapping[str, Any], processes: int = 1
+) -> BundleRun:
+    """Pre-train on scans.
+
+    Args:
+        data: the scans.
+        out: folder to write.
+        plan: settings for the data.
+        method: an overlay in ``configs/methods``, without its suffix, or ``pgl``.
+        settings: further ones, which override all others.
+        processes: one for each GPU.
+    """
+    configs = _configs("pgl_pretrain")
+    overlays = [*plan.configs, *([] if method == "pgl" else [f"methods/{method}.yaml"])]
+    names = ["train.json", *overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]
+    files = [*(config_path(name, configs) for name in names), _planned(plan, out)]
+    return BundleRun("training", files, {**data.settings, "output_dir": str(out), **settings}, processes)
+
+
+def fine_tuning_plan(data: Data, architecture: str, small: bool | None, pretrained: Pretrained | None) -> Plan:
+    """The plan of a fine-tuning; of pre-trained weights network and preparation are theirs."""
+    record = None if pretrained is None else pretrained.settings()
+    return make_plan(data, _configs("pgl_segmentation"), architecture, small, record)
+
+
+def fine_tuning_configs(plan: Plan, family: str, pretrained: bool) -> list[str]:
+    """The config files of a fine-tuning but for the plan, in their order."""
+    start = [f"start/{'pretrained' if pretrained else 'random'}.yaml"] if family in _WITH_RECIPE else []
+    return [config_path(name, _configs("pgl_segmentation")) for name in ("train.json", *plan.configs, *start)]
+
+
+def fine_tuning(
+    data: Data, out: Path, plan: Plan, pretrained: Pretrained | None, settings: Mapping[str, Any]
+) -> BundleRun:
+    """Fine-tune on labelled cases, from pre-trained weights or from random ones.
+
+    Args:
+        data: the cases.
+        out: folder to write.
+        plan: settings for the data.
+        pretrained: the weights; None: random ones.
+        settings: further ones, which override all others.
+    """
+    family = plan.architecture if pretrained is None else pretrained.record.architecture["family"]
+    files = [*fine_tuning_configs(plan, family, pretrained is not None), _planned(plan, out)]
+    weights = {} if pretrained is None else pretrained.weights
+    return BundleRun("training", files, {**data.settings, "output_dir": str(out), **weights, **settings})
+
+
+def model_file(path: str | os.PathLike) -> Path:
+    """The model file that is meant by a file, or by the folder that a training wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    file = path if path.is_file() else path / "models" / "model.pt"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no model: give a model file, or the folder that 'pgl finetune' wrote.")
+    return file
+
+
+def inference(model: Path, scans: str | os.PathLike, out: Path, settings: Mapping[str, Any]) -> BundleRun:
+    """Segment the scans of a folder, of a data list, or of one file, with a model."""
+    scans = Path(os.path.abspath(os.path.expanduser(scans)))
+    where = {"data_list_file_path" if scans.suffix == ".json" else "dataset_dir": str(scans)}
+    files = [config_path("inference.json", _configs("pgl_segmentation"))]
+    return BundleRun("", files, {**where, "model_path": str(model), "output_dir": str(out), **settings})
+
+
+def evaluation(model: Path, data: Data, out: Path, settings: Mapping[str, Any]) -> BundleRun:
+    """Score a model on labelled cases."""
+    files = [config_path("evaluate.json", _configs("pgl_segmentation"))]
+    return BundleRun(
+        "evaluating", files, {**data.settings, "model_path": str(model), "output_dir": str(out), **settings}
+    )
+
+
+def result_of_pretraining(out: Path) -> list[str]:
+    """What a pre-training has written, and whether it learned."""
+    rows = [row for row in read_csv(out / "metrics.csv") if row.get("val_loss")]
+    files = [out / "models" / name for name in ("pgl_encoder.pt", "pgl_decoder.pt")]
+    texts = [f"Wrote {', '.join(str(file) for file in files if file.is_file())}."]
+    if rows:
+        first, last = float(rows[0]["val_loss"]), float(rows[-1]["val_loss"])
+        texts.append(f"Loss on scans held out: {last:.3g} after {rows[-1]['step']} steps, {first:.3g} before.")
+    return texts
+
+
+def result_of_fine_tuning(out: Path) -> list[str]:
+    """What a fine-tuning has written, and how good it is."""
+    model = model_file(out)
+    dice = read_json(model.with_suffix(".json")).get("val_mean_dice")
+    said = "No case was held out to validate on." if dice is None else f"Mean Dice on validation cases: {dice:.3f}."
+    return [f"Wrote {model}.", said]
+
+
+def result_of_evaluation(out: Path) -> list[str]:
+    """What an evaluation has written, and its scores."""
+    average = read_json(out / "summary.json")[AVERAGE]
+    return [f"Wrote {out / 'summary.json'}, cases.csv and pictures.", f"Mean Dice: {number_text(average['dice'])}."]
+
+
+def recorded(path: str | os.PathLike) -> dict[str, Any]:
+    """What is recorded beside a file of weights, or beside those in the folder of a training."""
+    path = Path(path)
+    models = [path] if path.is_file() else [path / "models" / name for name in ("model.pt", "pgl_encoder.pt")]
+    found = [file.with_suffix(".json") for file in models if file.with_suffix(".json").is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no record beside the weights {path}: a JSON file of their name belongs there."
+        )
+    return read_json(found[0])
