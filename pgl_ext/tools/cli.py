@@ -161,6 +161,43 @@ def finetune(
 
 
 @app.command(context_settings=_SETTINGS, rich_help_panel=_MAIN)
+def gain(
+    context: typer.Context,
+    cases: Cases,
+    out: Out,
+    pretrained: Annotated[Path, typer.Option("--pretrained", help="Weights: a file, or the folder of 'pgl pretrain'.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each start; fewer than 3 give no verdict.")] = 5,
+    labelled_cases: Annotated[
+        int | None, typer.Option("--labelled_cases", help="To train on; default: all that are not held out.")
+    ] = None,
+    test_cases: Annotated[
+        int | None, typer.Option("--test_cases", help="To hold out; default: a third, at least 5.")
+    ] = None,
+    preset: PresetOption = None,
+    plan: PlanFile = None,
+    jobs: Annotated[int | None, typer.Option(help="Trainings at a time; default: one on each GPU, or one.")] = None,
+    data_list_key: Key = "training",
+) -> None:
+    """Does pre-training pay on these cases? Random against pre-trained weights, each with its own recipe.
+
+    Ends with one sentence: the difference in Dice on cases held out, with its interval. Goes on where it was stopped.
+    Any setting of the fine-tunings can be given too, as in --max_epochs 8.
+    """
+    from pgl_ext.tools.gain import gain_study, run_gain
+    from pgl_ext.tools.plan import read_data
+    from pgl_ext.tools.workflows import Pretrained
+
+    settings, data = _given(context), read_data(cases, data_list_key, labelled=True)
+    weights = Pretrained(pretrained)
+    weights.check(settings)
+    values = {name: yaml.safe_load(value) for name, value in settings.items()}
+    made, folder = _plan(plan, data, None, preset, weights), _absolute(out)
+    file = gain_study(data, folder, made, weights, seeds, test_cases, labelled_cases, values)
+    print(f"$ pgl study {file} --out {folder}", flush=True)
+    _end(*run_gain(file, folder, jobs), f"pgl segment {out} SCANS SEGMENTED")
+
+
+@app.command(context_settings=_SETTINGS, rich_help_panel=_MAIN)
 def segment(context: typer.Context, model: Model, scans: Scans, out: Out, data_list_key: Key = "test") -> None:
     """Segment scans: label maps on the scans' own grids, volumes in ml, pictures.
 

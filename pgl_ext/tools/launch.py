@@ -36,7 +36,7 @@ class BundleRun:
         """The command and its arguments."""
         start = ["python", "-m"] if self.processes == 1 else ["torchrun", "--standalone", "--nproc_per_node"]
         start += [] if self.processes == 1 else [str(self.processes), "-m"]
-        files = self.configs[0] if len(self.configs) == 1 else str(list(self.configs))
+        files = self.configs[0] if len(self.configs) == 1 else str(list(self.configs)).replace("', '", "','")
         options = [text for name, value in self.settings.items() for text in (f"--{name}", _option_text(value))]
         return [*start, "monai.bundle", "run", *([self.section] * bool(self.section)), "--config_file", files, *options]
 
@@ -46,7 +46,7 @@ class BundleRun:
         Raises:
             SystemExit: with its status, where it fails; what went wrong it has said itself.
         """
-        print(f"$ {shlex.join(self.line)}", flush=True)
+        print(f"$ {' '.join(map(_quoted, self.line))}", flush=True)
         program, *arguments = self.line
         module = [] if program == "python" else ["-m", "torch.distributed.run"]
         process = subprocess.Popen([sys.executable, *module, *arguments])
@@ -62,6 +62,11 @@ class BundleRun:
             signal.signal(signal.SIGINT, before)
         if status:
             sys.exit(status if status > 0 else 128 - status)
+
+
+def _quoted(text: str) -> str:
+    """A word for a shell; lists of files stay readable."""
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 def _option_text(value: Any) -> str:

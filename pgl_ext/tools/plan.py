@@ -256,7 +256,6 @@ def _plan_structures(plan: Plan, data: Data) -> None:
     plan.set("multi_label", overlapping or partly, f"whether each structure is decided by itself: {why}")
     if annotated:
         plan.set("annotated_key", annotated, "which structures were annotated, by case")
-    plan.set("flip_prob", [0.0, 0.0, 0.0], "no patient lies mirrored; 0.5 along x where left and right are alike")
 
 
 def _plan_patch(plan: Plan, headers: Sequence[Header], configs: str | os.PathLike, memory: float) -> None:

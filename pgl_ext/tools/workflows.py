@@ -31,6 +31,7 @@ __all__ = [
     "result_of_evaluation",
     "result_of_fine_tuning",
     "result_of_pretraining",
+    "write_plan",
 ]
 
 _INPUT = ("spacing", "hu_window")
@@ -101,7 +102,7 @@ def _as_value(value: Any) -> Any:
     return [float(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _planned(plan: Plan, folder: Path) -> str:
+def write_plan(plan: Plan, folder: Path) -> str:
     """Write the plan to an output folder; the file."""
     write_text(folder / "plan.yaml", plan.text())
     return str(folder / "plan.yaml")
@@ -123,7 +124,7 @@ def pretraining(
     configs = _configs("pgl_pretrain")
     overlays = [*plan.configs, *([] if method == "pgl" else [f"methods/{method}.yaml"])]
     names = ["train.json", *overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]
-    files = [*(config_path(name, configs) for name in names), _planned(plan, out)]
+    files = [*(config_path(name, configs) for name in names), write_plan(plan, out)]
     return BundleRun("training", files, {**data.settings, "output_dir": str(out), **settings}, processes)
 
 
@@ -152,7 +153,7 @@ def fine_tuning(
         settings: further ones, which override all others.
     """
     family = plan.architecture if pretrained is None else pretrained.record.architecture["family"]
-    files = [*fine_tuning_configs(plan, family, pretrained is not None), _planned(plan, out)]
+    files = [*fine_tuning_configs(plan, family, pretrained is not None), write_plan(plan, out)]
     weights = {} if pretrained is None else pretrained.weights
     return BundleRun("training", files, {**data.settings, "output_dir": str(out), **weights, **settings})
 

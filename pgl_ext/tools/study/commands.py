@@ -106,9 +106,10 @@ def pretraining_commands(content: Mapping[str, Any], folder: Path, bundles: Path
             layers = _command(entry, f"method {name!r}", "training", configs).layers
             commands[name] = _with_cache(Command("training", base.layers + layers), folder / "cache" / "pretraining")
             _check_shared(name, "pretraining", _SHARED_IN_PRETRAINING, base, commands[name])
-        elif entry["configs"] or entry["settings"] or entry["decoder"]:
+        elif entry["configs"] or entry["settings"] or not isinstance(entry["decoder"] or "", str):
             raise ValueError(
-                f"method {name!r} has an encoder and is not pre-trained: remove its other entries but fine_tuning."
+                f"method {name!r} has an encoder and is not pre-trained: besides it can have fine_tuning, and a file as "
+                "decoder."
             )
     if commands:  # all have the scans of the base
         _check_outside(base, folder)

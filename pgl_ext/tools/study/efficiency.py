@@ -12,7 +12,7 @@ from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.runs import labels_text
 from pgl_ext.tools.tables import Table, difference_texts, score_text
 
-__all__ = ["EFFICIENCY_NOTES", "curve_rows", "efficiency_tables"]
+__all__ = ["EFFICIENCY_NOTES", "curve_rows", "efficiency_tables", "steps_to_reach"]
 
 EFFICIENCY_NOTES = """\
 Steps are those of fine-tuning. The models kept after them, and that of the end, were tested alike, and nothing is
@@ -63,15 +63,20 @@ def _tables_of_steps(results: Results) -> list[Table]:
         if not rows:
             continue
         head = ["steps", "method", "Dice", f"minus {study.reference}", "95 % interval"]
-        final = next((row["mean"] for row in rows if row["is_end"] and row["method"] == study.reference), nan)
         reached.head.append(labels_text(labels))
         for method, line in zip(study.methods, reached.rows, strict=True):
-            of_method = [row for row in rows if row["method"] == method]
-            steps = [str(row["step"]) for row in of_method if row["mean"] >= final]
-            line.append(steps[0] if steps else "-" if of_method else "")
+            steps = steps_to_reach(results, labels, method)
+            line.append(str(steps) if steps else "-" if any(row["method"] == method for row in rows) else "")
         lines = [[str(row["step"]), row["method"], score_text(row, _DIGITS), *_difference(row)] for row in rows]
         tables.append(Table(f"Dice after n steps, {labels_text(labels)}", head, lines))
     return [*tables, reached] if tables else []
+
+
+def steps_to_reach(results: Results, labels: float, method: str) -> int | None:
+    """Of the steps after which models were kept, the first at which a method has the reference's final mean Dice."""
+    rows = _rows_of_steps(results, labels)
+    final = next((row["mean"] for row in rows if row["is_end"] and row["method"] == results.study.reference), nan)
+    return next((row["step"] for row in rows if row["method"] == method and row["mean"] >= final), None)
 
 
 def _rows_of_steps(results: Results, labels: float) -> list[dict[str, Any]]:

@@ -146,8 +146,11 @@ class Study:
         weights = {"pretrained_encoder": absolute(self._entries[method].get("encoder"))}
         if pretraining is not None:
             weights["pretrained_encoder"] = str(pretraining.folder / "models" / "pgl_encoder.pt")
-        if self._entries[method]["decoder"]:
-            weights["pretrained_decoder"] = str(pretraining.folder / "models" / "pgl_decoder.pt")
+        decoder = self._entries[method]["decoder"]
+        if pretraining is not None and decoder:
+            decoder = str(pretraining.folder / "models" / "pgl_decoder.pt")
+        if decoder:
+            weights["pretrained_decoder"] = absolute(decoder)
         rate = {} if rates.fine_tuning is None else {"lr": rates.fine_tuning}
         of_labels = self._of_selection if apart else self._of_labels[labels]
         training = self._fine_tuning[method].with_settings(

@@ -1,0 +1,156 @@
+"""Does pre-training pay on a user's own cases? A study of random against pre-trained weights, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pgl_ext.evaluation.summary import AVERAGE, number_text
+from pgl_ext.files import write_text
+from pgl_ext.tools.plan import Data, Plan
+from pgl_ext.tools.study.configs import merged_config
+from pgl_ext.tools.study.efficiency import steps_to_reach
+from pgl_ext.tools.study.plan import Study
+from pgl_ext.tools.study.results import Results
+from pgl_ext.tools.study.run import run_study
+from pgl_ext.tools.study.runs import model_file as study_model_file
+from pgl_ext.tools.workflows import Pretrained, fine_tuning_configs, write_plan
+from pgl_ext.weights import ModelRecord, load_state, save_weights
+
+__all__ = ["answer", "gain_study", "run_gain", "test_count"]
+
+RANDOM, PRETRAINED = "random", "pre-trained"
+_SHARES_OF_STEPS = (0.25, 0.5, 0.75)  # after which models are kept and tested
+
+
+def test_count(cases: int) -> int:
+    """How many of some labelled cases are held out to test on: a third, and at least five.
+
+    Raises:
+        ValueError: too few would be left to train on.
+    """
+    count = max(5, cases // 3)
+    if cases - count < 3:
+        raise ValueError(
+            f"{cases} labelled cases are too few to train on some and test on at least five others: label more, or "
+            "hold out fewer with --test_cases."
+        )
+    return count
+
+
+def gain_study(
+    data: Data,
+    out: Path,
+    plan: Plan,
+    pretrained: Pretrained,
+    seeds: int,
+    test_cases: int | None,
+    labelled_cases: int | None,
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write the study file that compares random with pre-trained weights, each with its own recipe.
+
+    Args:
+        data: labelled cases.
+        out: folder of the study.
+        plan: settings for the data.
+        pretrained: the weights.
+        seeds: of each start.
+        test_cases: how many to hold out; None: see :func:`test_count`.
+        labelled_cases: how many of the others to train on; None: all.
+        settings: further ones of both.
+
+    Returns:
+        the file.
+    """
+    held_out = test_count(len(data.items)) if test_cases is None else test_cases
+    family = pretrained.record.architecture["family"]
+    random, start = (fine_tuning_configs(plan, family, weights) for weights in (False, True))
+    shared = [name for name in random if name in start]
+    files = [*shared, write_plan(plan, out)]
+    config = merged_config([*files, dict(settings)])
+    steps = int(config["max_epochs"]) * int(config["steps_per_epoch"])
+    content = {
+        "title": "Does pre-training pay here?",
+        "fine_tuning": {
+            "configs": files,
+            "random_start": [name for name in random if name not in shared],
+            "pretrained_start": [name for name in start if name not in shared],
+            "settings": {
+                **data.settings,
+                **settings,
+                "kept_steps": [round(share * steps) for share in _SHARES_OF_STEPS],
+            },
+        },
+        "test": {"cases": held_out},
+        "methods": {
+            RANDOM: {"encoder": None},
+            PRETRAINED: {"encoder": str(pretrained.encoder), "decoder": str(pretrained.decoder or "") or False},
+        },
+        "reference": RANDOM,
+        "labelled_cases": [labelled_cases or len(data.items) - held_out],
+        "seeds": list(range(seeds)),
+    }
+    write_text(out / "study.yaml", yaml.safe_dump(content, sort_keys=False))
+    return out / "study.yaml"
+
+
+def answer(results: Results) -> str:
+    """In one sentence, what pre-training gives; Dice in points of 100."""
+    (labels,) = results.study.labels
+    (row,) = results.select(labels=labels, metric="dice", organ=AVERAGE, method=PRETRAINED)
+    difference, low, high = (100 * row[name] for name in ("difference", "ci95_low", "ci95_high"))
+    where = f"On {row['paired_cases']} test cases"
+    interval = f"95 % interval {number_text(low, 1)} to {number_text(high, 1)}, {row['paired_seeds']} seeds"
+    if row["paired_seeds"] < 3:
+        return (
+            f"{where}, pre-training gave {difference:+.1f} Dice in {row['paired_seeds']} seeds, which is no verdict: "
+            "single trainings differ by their seed; three seeds or more tell."
+        )
+    if low <= 0 <= high:
+        return (
+            f"{where}, no difference can be told ({interval}): more than {number_text(high, 1, '+')} Dice is unlikely."
+        )
+    steps = steps_to_reach(results, labels, PRETRAINED)
+    end = max(noted["steps"] for run, noted in results.finished if not run.is_pretraining)
+    share = f" and reaches random's final Dice after {steps / end:.0%} of its steps" if low > 0 and steps else ""
+    return f"{where}, pre-training gives {difference:+.1f} Dice ({interval}){share}."
+
+
+def run_gain(file: Path, out: Path, jobs: int | None = None) -> list[str]:
+    """Run what is not finished of a gain's study, and choose the model for ``pgl segment``.
+
+    Args:
+        file: from :func:`gain_study`.
+        out: folder of the study.
+        jobs: runs at a time; None: one on each GPU, or one.
+
+    Returns:
+        Sentences: what was written, and the answer.
+
+    Raises:
+        ChildProcessError: a run failed.
+    """
+    run_study(file, out, jobs=jobs)
+    study = Study(file, out)
+    results = Results(study, study.runs({}))
+    model, why = _best_model(results)
+    state, record = load_state(model), ModelRecord.load(model)
+    save_weights(state, out / "models" / "model.pt", record)
+    written = [
+        f"Tables, curves and report: {out / 'report.html'}.",
+        f"Model for 'pgl segment': {out / 'models' / 'model.pt'}, {why}.",
+    ]
+    return [*written, answer(results)]
+
+
+def _best_model(results: Results) -> tuple[Path, str]:
+    """The model with the best validation; where no case was left for it, a pre-trained one."""
+    runs = [(noted["val_mean_dice"], run) for run, noted in results.finished]
+    runs = [(dice, run) for dice, run in runs if run.method == PRETRAINED or dice is not None]
+    dice, run = max(runs, key=lambda entry: -1.0 if entry[0] is None else entry[0])
+    why = "no case was held out to choose by" if dice is None else f"the best on validation cases (Dice {dice:.3f})"
+    return study_model_file(run.folder), f"{run.method}, seed {run.seed}: {why}"
