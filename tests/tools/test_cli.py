@@ -1,10 +1,12 @@
+import subprocess
 import sys
 
 import pytest
 import torch
 
+from pgl_ext import __version__
 from pgl_ext.tools import phantom
-from pgl_ext.tools.cli import main
+from pgl_ext.tools.cli import app, main
 from pgl_ext.weights import EncoderRecord, load_encoder
 
 DESCRIPTION = {
@@ -23,8 +25,12 @@ def run(monkeypatch, capsys):
     """Runs ``python -m pgl_ext`` with arguments and returns what it prints."""
 
     def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["pgl_ext", *map(str, arguments)])
-        main()
+        monkeypatch.setattr(sys, "argv", ["pgl", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            if stop.code:
+                raise
         return capsys.readouterr().out
 
     return call
@@ -39,7 +45,7 @@ def checkpoint(tmp_path, make_pgl):
 
 def test_export_encoder(run, checkpoint, tmp_path, make_encoder):
     out = tmp_path / "models" / "encoder.pt"
-    assert run("export_encoder", checkpoint, out).strip() == str(out)
+    assert run("export", checkpoint, out).strip() == str(out)
     encoder = make_encoder(seed=1)
     load_encoder(encoder, out)
     assert torch.equal(encoder.conv1.weight, make_encoder(seed=0).conv1.weight)
@@ -47,14 +53,14 @@ def test_export_encoder(run, checkpoint, tmp_path, make_encoder):
 
 
 def test_export_encoder_with_monai_keys(run, checkpoint, tmp_path, make_encoder):
-    run("export_encoder", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'resnet.pt'}", "--layout=monai_resnet")
+    run("export", checkpoint, tmp_path / "resnet.pt", "--layout=monai_resnet")
     assert list(torch.load(tmp_path / "resnet.pt", weights_only=True)) == list(make_encoder().state_dict())
 
 
 def test_export_decoder(run, tmp_path):
     network = {"decoder.head.bias": torch.ones(2), "aspp.pooled.0.weight": torch.ones(2)}
     torch.save({"network": network, "description": DESCRIPTION}, tmp_path / "c.pt")
-    assert run("export_decoder", tmp_path / "c.pt", tmp_path / "d.pt").strip() == str(tmp_path / "d.pt")
+    assert run("export", tmp_path / "c.pt", tmp_path / "d.pt", "--part", "decoder").strip() == str(tmp_path / "d.pt")
     assert torch.load(tmp_path / "d.pt", weights_only=True).keys() == {"aspp.pooled.0.weight"}
 
 
@@ -64,7 +70,7 @@ def test_export_decoder(run, tmp_path):
 )
 def test_errors_are_one_line(run, checkpoint, checkpoint_name, layout, message):
     with pytest.raises(SystemExit) as stop:
-        run("export_encoder", checkpoint.with_name(checkpoint_name), checkpoint.with_name("out.pt"), layout)
+        run("export", checkpoint.with_name(checkpoint_name), checkpoint.with_name("out.pt"), "--layout", layout)
     assert stop.value.code.startswith("error: ")
     assert message in stop.value.code
     assert "\n" not in stop.value.code
@@ -74,10 +80,32 @@ def test_phantom_passes_its_arguments_on(run, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(phantom, "write_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or "list.json")
     assert run("phantom", tmp_path, "--cases=3", "--seed=5", "--test_cases=2").strip() == "list.json"
-    assert calls == [((str(tmp_path), 3), {"seed": 5, "test_cases": 2})]
+    assert calls == [((tmp_path, 3), {"seed": 5, "test_cases": 2})]
 
 
-def test_unknown_commands_fail(run):
+@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
+def test_every_command_has_a_help_page(run, command):
+    """In groups, and of those that have settings of a bundle with a word on them."""
+    assert f"pgl {command}" in run(command, "--help")
+
+
+def test_help_loads_neither_torch_nor_monai():
+    code = "import sys; from pgl_ext.tools.cli import main; print({'torch', 'monai'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_version(run):
+    assert run("--version") == f"pgl {__version__}\n"
+
+
+@pytest.mark.parametrize(("old", "new"), [("export_encoder", "pgl export"), ("export_decoder", "--part decoder")])
+def test_old_names_say_what_replaces_them(run, old, new):
+    with pytest.raises(SystemExit, match=new):
+        run(old, "checkpoint.pt", "out.pt")
+
+
+@pytest.mark.parametrize("arguments", [["fantom"], [], ["pretrain"], ["plan", "nowhere"], ["pretrain", ".", "o", "x"]])
+def test_what_is_no_command_fails(run, arguments):
     with pytest.raises(SystemExit) as stop:
-        run("fantom")
+        run(*arguments)
     assert stop.value.code not in (0, None)

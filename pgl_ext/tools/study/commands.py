@@ -108,8 +108,8 @@ def pretraining_commands(content: Mapping[str, Any], folder: Path, bundles: Path
             _check_shared(name, "pretraining", _SHARED_IN_PRETRAINING, base, commands[name])
         elif entry["configs"] or entry["settings"] or not isinstance(entry["decoder"] or "", str):
             raise ValueError(
-                f"method {name!r} has an encoder and is not pre-trained: besides it can have fine_tuning, and a file as "
-                "decoder."
+                f"method {name!r} has an encoder and is not pre-trained: besides it can have fine_tuning, and as "
+                "decoder a file."
             )
     if commands:  # all have the scans of the base
         _check_outside(base, folder)
