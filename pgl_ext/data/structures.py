@@ -11,9 +11,7 @@ import numpy as np
 from pgl_ext.errors import few
 from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["annotated_field", "found_structures", "is_sided", "listed_structures"]
-
-_SIDE = re.compile(r"(?<![a-z])(left|right|l|r|sin|dex)(?![a-z])")
+__all__ = ["annotated_field", "found_structures", "listed_structures"]
 
 
 def listed_structures(content: Mapping[str, Any], source: Any) -> dict[str, list[int]]:
@@ -95,9 +93,3 @@ def annotated_field(entries: Sequence[Mapping[str, Any]], names: Iterable[str]) 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def is_sided(names: Iterable[str]) -> bool:
-    """Whether a structure's name tells left from right, so that a mirrored scan would show another one."""
-    words = [re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name).lower() for name in names]
-    return any(_SIDE.search(word) for word in words)

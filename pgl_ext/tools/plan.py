@@ -132,7 +132,7 @@ class Plan:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             architecture, preset = (content.pop(name) for name in ("_desc_architecture", "_desc_preset"))
-        except (AttributeError, KeyError, yaml.YAMLError) as error:
+        except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is no plan ({error!r}): give a file that 'pgl plan' wrote.") from error
         return cls(content, dict.fromkeys(content, f"of {path}"), [f"Of {path}."], architecture, preset == "small")
 
