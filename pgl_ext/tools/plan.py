@@ -283,9 +283,9 @@ def _plan_patch(plan: Plan, headers: Sequence[Header], configs: str | os.PathLik
 def _network(plan: Plan, configs: str | os.PathLike) -> tuple[SegmentationNetwork, int]:
     """The network of the plan, without values, and the batch size of fine-tuning."""
     files = [config_path(name, configs) for name in ("train.json", *plan.configs)]
-    settings = {name: plan.settings[name] for name in ("network_def", "encoder") if name in plan.settings}
-    config = merged_config([*files, settings])
-    config["organs"] = plan.settings.get("organs") or {"structure": 1}
+    names = ("network_def", "encoder", "organs", "background_values", "multi_label")
+    settings = {"organs": {"structure": 1}, **plan.settings}
+    config = merged_config([*files, {name: settings[name] for name in names if name in settings}])
     with torch.device("meta"):
         return config.get_parsed_content("network_def").train(), int(config["batch_size"])
 
