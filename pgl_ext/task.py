@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -64,6 +65,14 @@ class SegmentationTask:
         self.names: tuple[str, ...] = tuple(self.organs)
         self.out_channels = len(self.names) + (0 if self.multi_label else 1)
         self.values: tuple[int, ...] = tuple(sorted({*used, *self.background_values}))
+
+    @classmethod
+    def of_channels(cls, metadata: Mapping[str, Any]) -> SegmentationTask:
+        """The task of a network whose channels a bundle's ``metadata.json`` names, with label values 1, 2, ..."""
+        pred = metadata["network_data_format"]["outputs"]["pred"]
+        names = [name for name in pred["channel_def"].values() if name != "background"]
+        organs = {name: [value] for value, name in enumerate(names, start=1)}
+        return cls(organs, multi_label=len(organs) == pred["num_channels"])
 
     def check_annotated(self, annotated: torch.Tensor) -> None:
         """Refuse cases of which not all organs are annotated, bool (..., organs), unless the task is multi-label.

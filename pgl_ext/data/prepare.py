@@ -21,7 +21,15 @@ from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError
 
-__all__ = ["check_items", "evaluation_cases", "prepare_cases", "prepare_items", "prepare_volumes", "resolve_bad"]
+__all__ = [
+    "check_items",
+    "evaluation_cases",
+    "listed_cases",
+    "prepare_cases",
+    "prepare_items",
+    "prepare_volumes",
+    "resolve_bad",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +116,7 @@ def prepare_cases(
         ValueError: folder or list are missing or empty, a case occurs twice, an organ is annotated in no case, the
             split is impossible, no good case is left to train or validate on, or ``split_path`` holds another split.
     """
-    cases = _listed_cases(dataset_dir, data_list_file_path, data_list_key, annotated_key)
+    cases = listed_cases(dataset_dir, data_list_file_path, data_list_key, annotated_key)
     settings = {
         "seed": seed,
         "label_fraction": label_fraction,
@@ -136,9 +144,13 @@ def prepare_cases(
     return usable
 
 
-def _listed_cases(
-    dataset_dir: str | None, data_list_file_path: str | Sequence[str] | None, key: str, annotated_key: str | None
+def listed_cases(
+    dataset_dir: str | None,
+    data_list_file_path: str | Sequence[str] | None,
+    key: str = "training",
+    annotated_key: str | None = None,
 ) -> list[dict]:
+    """The labelled cases of a data list or folder; see :func:`prepare_cases`."""
     if not data_list_file_path and dataset_dir and _has_lists(os.path.join(dataset_dir, "dataset.json")):
         data_list_file_path = os.path.join(dataset_dir, "dataset.json")
         if rank_and_world_size()[0] == 0:

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.config import PathLike
 
+from pgl_ext.data.prepare import listed_cases
 from pgl_ext.errors import few
+from pgl_ext.files import read_json
+from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["annotated_field", "found_structures", "listed_structures"]
+__all__ = ["annotated_field", "found_structures", "listed_structures", "task_of_data"]
+
+
+def task_of_data(
+    organs: Mapping[str, Sequence[int] | int] | None = None,
+    background_values: Sequence[int] = (0,),
+    multi_label: bool = False,
+    dataset_dir: PathLike | None = None,
+    data_list_file_path: PathLike | Sequence[PathLike] | None = None,
+    data_list_key: str = "training",
+    metadata: PathLike | None = None,
+) -> SegmentationTask:
+    """The task that settings describe, or where they name no organs, the data.
+
+    Args:
+        organs, background_values, multi_label: see :class:`SegmentationTask`.
+        dataset_dir, data_list_file_path, data_list_key: the cases. Structures are what the list's ``labels`` name, else
+            the values of the label maps; where some overlap, each is decided by itself.
+        metadata: of the bundle, which tells the channels of the network where there are no data: in checks of bundles,
+            in MONAI Label, and where a federation starts.
+
+    Raises:
+        ValueError: there is nothing that names a structure.
+    """
+    if organs is not None:
+        return SegmentationTask(organs, background_values, multi_label)
+    if not dataset_dir and not data_list_file_path and metadata is not None and os.path.isfile(metadata):
+        return SegmentationTask.of_channels(read_json(metadata))
+    lists = data_list_file_path or os.path.join(dataset_dir or "", "dataset.json")
+    first = Path(lists if isinstance(lists, (str, os.PathLike)) else lists[0])
+    structures = listed_structures(read_json(first, "Data list"), first) if first.is_file() else {}
+    structures = structures or found_structures(listed_cases(dataset_dir, data_list_file_path, data_list_key))
+    used = [value for values in structures.values() for value in values]
+    return SegmentationTask(structures, background_values, multi_label or len(used) > len(set(used)))
 
 
 def listed_structures(content: Mapping[str, Any], source: Any) -> dict[str, list[int]]:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from pgl_ext.files import read_json
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.bundles import bundle_folder
 from pgl_ext.tools.study.configs import config_path, merged_config
 from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, load_encoder, save_weights
 
@@ -89,6 +91,7 @@ def write_initial_model(
     Raises:
         ValueError: the network is of no family that records know, or the encoder does not fit.
     """
+    config = _with_organs(config)
     task = SegmentationTask(**{name: config[name] for name in _TASK})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -115,10 +118,18 @@ def _without_memory(classes: Mapping[str, type[FeatureNetwork]], architecture: M
         return build(classes, architecture, source)
 
 
+def _with_organs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a task; where it leaves the organs to the data, that of the bundle's metadata."""
+    if config["organs"] is not None:
+        return dict(config)
+    metadata = read_json(bundle_folder("pgl_segmentation") / "configs" / "metadata.json")
+    return {**config, **SegmentationTask.of_channels(metadata).description()}
+
+
 def _network(config: Mapping[str, Any]) -> torch.nn.Module:
     """The network of a config."""
     try:
-        return ConfigParser(deepcopy(dict(config))).get_parsed_content("network_def")
+        return ConfigParser(deepcopy(_with_organs(config))).get_parsed_content("network_def")
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"network_def, {config['network_def']}, can not be built: {error.__cause__ or error}. After small.yaml "

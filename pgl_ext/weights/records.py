@@ -232,13 +232,11 @@ class ModelRecord(_Record):
                 f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with "
                 "--model_path FILE."
             )
-        data_format = read_json(metadata)["network_data_format"]
-        image, pred = data_format["inputs"]["image"], data_format["outputs"]["pred"]
-        names = [name for name in pred["channel_def"].values() if name != "background"]
-        organs = {name: [value] for value, name in enumerate(names, start=1)}
-        arguments = {"in_channels": image["num_channels"], "out_channels": pred["num_channels"]}
+        content = read_json(metadata)
+        image, task = content["network_data_format"]["inputs"]["image"], SegmentationTask.of_channels(content)
+        arguments = {"in_channels": image["num_channels"], "out_channels": task.out_channels}
         return cls(
-            task={"organs": organs, "background_values": [0], "multi_label": len(organs) == pred["num_channels"]},
+            task=task.description(),
             network={"family": "resnet", "arguments": arguments},
             input=InputRecord(hu_window=[-1024, 325], patch_size=image["spatial_shape"]),
         )

@@ -79,7 +79,7 @@ class TestMetadata:
 
     def test_describes_the_default_task(self):
         """Of the configs, of models without a record, and of the metadata: the same."""
-        train = parsed(TRAIN)
+        train = parsed(TRAIN, bundle_root=str(TRAIN.parents[1]))
         output = self.metadata["network_data_format"]["outputs"]["pred"]
         record = ModelRecord.load_or_default("nowhere/model.pt", METADATA)
         task = SegmentationTask(**record.task)

@@ -104,7 +104,12 @@ def test_a_tumour_is_part_of_its_organ(name):
 def test_bcv_is_what_the_configs_are_set_to():
     alone = ConfigParser.load_config_file(SEGMENTATION_CONFIGS / "train.json")
     overlay = ConfigParser.load_config_file(SEGMENTATION_CONFIGS / "tasks" / "bcv.yaml")
-    of_the_paper = {"flip_prob": [0.5, 0.5, 0.5], "patches_per_case": 4, "validation_fraction": 0.2}
+    of_the_paper = {
+        "organs": overlay["organs"],
+        "flip_prob": [0.5, 0.5, 0.5],
+        "patches_per_case": 4,
+        "validation_fraction": 0.2,
+    }
     assert {key: value for key, value in overlay.items() if value != alone[key]} == {"test_cases": 15, **of_the_paper}
     assert list(overlay["organs"].values()) == list(range(1, 14))
 
