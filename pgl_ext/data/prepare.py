@@ -207,19 +207,28 @@ def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task
 def evaluation_cases(
     data_list_file_path: PathLike | None,
     dataset_dir: PathLike | None = None,
-    data_list_key: str = "validation",
+    data_list_key: str = "test",
     annotated_key: str | None = None,
+    split_path: PathLike | None = None,
 ) -> list[dict]:
-    """The labelled cases of a data list with a unique ``"name"`` each.
+    """The labelled cases of a data list, or without one the test cases of a training, with a unique ``"name"`` each.
 
-    Args, returns and errors are those of :func:`~pgl_ext.data.datalist.labelled_items`; a data list has to be given.
+    Args, returns and errors are those of :func:`~pgl_ext.data.datalist.labelled_items`, and:
+
+    Args:
+        split_path: the ``split.json`` of the training, which lists the cases that it held out to test on.
+
+    Raises:
+        ValueError: there is no list, and the training held out no cases.
     """
     if data_list_file_path is None:
-        raise ValueError(
-            "no list of test cases is given: set --data_list_file_path FILE --data_list_key KEY (of a probe "
-            "--test_data_list_file_path, --test_data_list_key) to a JSON data list with image and label of each case, "
-            "such as the split.json that training wrote."
-        )
+        if split_path is None or not os.path.isfile(split_path) or not read_json(split_path).get("test"):
+            raise ValueError(
+                "there are no test cases: give labelled ones with --data_list_file_path FILE --data_list_key KEY (of a "
+                "probe --test_data_list_file_path, --test_data_list_key), or hold some out in training with "
+                "--test_cases N; then its split.json, two folders above the model, lists them and is taken by itself."
+            )
+        data_list_file_path, data_list_key = split_path, "test"
     return named_items(labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key))
 
 

@@ -323,9 +323,20 @@ class TestEvaluationCases:
             "annotated": ["liver"],
         }
 
-    def test_a_data_list_is_needed(self):
+    def test_without_a_list_they_are_those_that_training_held_out(self, tmp_path):
+        touch(tmp_path, "a.nii", "b.nii")
+        parts = {name: [{"image": f"{name}.nii", "label": "l.nii"}] for name in ("a", "b")}
+        split = {"training": parts["a"], "validation": parts["a"], "test": parts["b"]}
+        (tmp_path / "split.json").write_text(json.dumps(split))
+        (case,) = evaluation_cases(None, data_list_key="validation", split_path=tmp_path / "split.json")
+        assert case["image"] == str(tmp_path / "b.nii")
+
+    @pytest.mark.parametrize("split", [None, {"test": [], "validation": [{"image": "a.nii", "label": "l.nii"}]}])
+    def test_validation_cases_are_never_taken_for_test_cases(self, tmp_path, split):
+        if split:
+            (tmp_path / "split.json").write_text(json.dumps(split))
         with pytest.raises(ValueError, match="--data_list_file_path"):
-            evaluation_cases(None)
+            evaluation_cases(None, split_path=tmp_path / "split.json")
 
 
 class TestCheckItems:
