@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class CheckpointFolder:
 
 @dataclass(eq=False, repr=False)
 class CheckpointHandler:
-    """Saves, resumes, and stops on SIGTERM; the first process alone writes.
+    """Saves, resumes, and stops on SIGTERM and Ctrl-C; the first process alone writes.
 
     A checkpoint holds the network (online and target), optimiser, schedule, loss scaler, the state of every object
     given, step and epoch, the sampler's position and the random states of every process. Files hold tensors and plain
@@ -132,6 +133,12 @@ class CheckpointHandler:
         engine.add_event_handler(Events.COMPLETED, self.save)
 
     def _start(self, engine: Engine) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, partial(_request_stop, engine))
+            # Otherwise it is ignored, as a script's background jobs do.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, partial(_request_stop, engine))
+                engine.add_event_handler(Events.COMPLETED, signal.signal, signal.SIGINT, signal.default_int_handler)
         if engine.state.iteration > 0:
             # A further run in the same process, such as a round of federated learning: the next batches, not the first.
             self.sampler.start_step = engine.state.iteration
@@ -139,8 +146,6 @@ class CheckpointHandler:
         # Added only now, so that it comes after every other handler's: what validation at the end of the epoch finds,
         # such as the best score so far, belongs into the checkpoint.
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: setattr(engine, "stop_requested", True))
         if self.resume:
             self._load(engine)
         elif self.overwrite:
@@ -257,6 +262,14 @@ class CheckpointHandler:
             first_step = Events.ITERATION_STARTED(once=content["step"] + 1)
             engine.add_event_handler(first_step, lambda: _set_random_state(random_states[self.rank]))
         logger.info("resumed from %s at step %d", path, content["step"])
+
+
+def _request_stop(engine: Engine, number: int, frame: object) -> None:
+    """Handle a signal: the trainer ends its step, saves, and ends. A second Ctrl-C is not waited for."""
+    engine.stop_requested, engine.stop_status = True, 128 + number
+    # Torchrun sends a second one by itself.
+    if number == signal.SIGINT and launched_rank_and_world_size()[1] == 1:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _random_state() -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -92,6 +93,7 @@ class StepTrainer(SupervisedTrainer):
         self.max_non_finite = max_non_finite
         self.read_errors = 0
         self.stop_requested = False  # by a signal to this process
+        self.stop_status = 128 + signal.SIGTERM  # with which it then ends, as shells count it
         self.stop_agreed = False  # by any process, known to all
         self._non_finite = 0
         super().__init__(
@@ -111,12 +113,12 @@ class StepTrainer(SupervisedTrainer):
         """Train until the end, or until a stop is requested.
 
         Raises:
-            SystemExit: with status 143 where a signal stopped the run before its end.
+            SystemExit: where a signal stopped the run before its end; with status 143 for SIGTERM, 130 for Ctrl-C.
         """
         # Not Trainer.run: it makes a new loss scaler, which would forget a resumed one's state.
         super(Trainer, self).run()
         if self.stop_agreed and self.state.iteration < self.state.max_epochs * self.state.epoch_length:
-            raise SystemExit(143)
+            raise SystemExit(self.stop_status)
 
     def compute_loss(self, batch: dict) -> dict[str, torch.Tensor]:
         """``"loss"``, a scalar to minimise, and further scalars to log."""

@@ -52,6 +52,9 @@ def report_root_cause() -> None:
 
 def _print_cause(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     cause = root_cause(error)
+    if isinstance(error, KeyboardInterrupt) and not os.environ.get("PGL_TRACEBACK"):
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return
     if not isinstance(cause, _ABOUT_THE_INPUT) or os.environ.get("PGL_TRACEBACK"):
         sys.__excepthook__(kind, error, traceback)
         return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
-__all__ = ["check_positive", "parse_bool"]
+__all__ = ["check_kind", "check_positive", "parse_bool"]
 
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -32,3 +33,54 @@ def check_positive(value: int, name: str, remedy: str) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}: {remedy}.")
     return value
+
+
+def check_kind(value: Any, default: Any, name: str) -> None:
+    """Check that a setting is of its default's kind: true or false, a number, text, or a list of as many numbers.
+
+    None and expressions always will do, as does anything where the default is none of these. Numbers are whole, and not
+    negative, where the default is. A list whose default has one number or none may have any length.
+
+    Args:
+        value: of the setting.
+        default: of the setting.
+        name: of the setting, for the message.
+
+    Raises:
+        ValueError: what was expected, and the value.
+    """
+    if value is None or _is_expression(value) or _is_expression(default):
+        return
+    if isinstance(default, bool):
+        parse_bool(value, name)
+    elif isinstance(default, Real):
+        _check_number(value, default, name)
+    elif isinstance(default, str) and not isinstance(value, str):
+        raise ValueError(f"{name} must be text, such as {default!r}, got {value!r}.")
+    elif isinstance(default, list) and all(map(_is_number, default)):
+        _check_numbers(value, default, name)
+
+
+def _check_number(value: Any, default: Real, name: str) -> None:
+    kind = Integral if isinstance(default, Integral) else Real
+    if not _is_number(value) or not isinstance(value, kind):
+        word = "a whole number" if kind is Integral else "a number"
+        raise ValueError(f"{name} must be {word}, such as {default}, got {value!r}.")
+    if value < 0 <= default:
+        raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def _check_numbers(value: Any, default: list, name: str) -> None:
+    is_list = isinstance(value, (list, tuple)) and all(_is_number(entry) or _is_expression(entry) for entry in value)
+    if not is_list or (len(default) > 1 and len(value) != len(default)):
+        words = f"{len(default)} numbers" if len(default) > 1 else "numbers"
+        raise ValueError(f"{name} must be a list of {words}, such as {default or [1, 2]}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_expression(value: Any) -> bool:
+    """Whether MONAI evaluates it, or puts something else in its place."""
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))

@@ -2,6 +2,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import os
 import random
 import signal
 from pathlib import Path
@@ -165,9 +166,11 @@ def assert_same(first, second, where: str = "") -> None:
 
 @pytest.fixture(autouse=True)
 def _keep_signal_handler():
-    previous = signal.getsignal(signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -176,11 +179,36 @@ def start(tmp_path, volumes, cache, make_pgl):
     return lambda name="run", **settings: Run(tmp_path / name, volumes, cache, make_pgl, **settings)
 
 
-def stopped(run: Run) -> Run:
+def stopped(run: Run, status: int = 143) -> Run:
     with pytest.raises(SystemExit) as stop:
         run.trainer.run()
-    assert stop.value.code == 143
+    assert stop.value.code == status
     return run
+
+
+class TestSignals:
+    def sent(self, run: Run, number: int, times: int = 1) -> Run:
+        """Sends itself a signal in its second step."""
+        event = Events.ITERATION_STARTED(once=2)
+        run.trainer.add_event_handler(event, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
+        return run
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_end_the_run_after_a_checkpoint(self, start, number, status):
+        run = stopped(self.sent(start(interval=100), number), status)
+        assert run.content()["step"] == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_second_one_of_ctrl_c_is_not_waited_for(self, start):
+        run = self.sent(start(interval=100), signal.SIGINT, times=2)
+        with pytest.raises(KeyboardInterrupt):
+            run.trainer.run()
+        assert run.handler.folder.paths() == []
+
+    def test_what_is_ignored_stays_so(self, start):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.sent(start(max_epochs=1), signal.SIGINT).trainer.run()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def describe(run: Run, **entries) -> None:

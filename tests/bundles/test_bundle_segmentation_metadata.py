@@ -191,10 +191,14 @@ class TestWorkflow:
         assert set(train["train"]) >= {"trainer", "dataset", "inferer", "handlers", "preprocessing"}
 
     def test_nothing_of_a_custom_package_is_imported_at_initialization(self):
-        """MONAI evaluates ``imports`` and ``initialize`` before a bundle's own folder can be imported from."""
+        """MONAI evaluates ``imports`` and ``initialize`` before a bundle's own folder can be imported from.
+
+        The check of names is left out there, and comes with what is run.
+        """
         for path in (BUNDLE / "configs").glob("*.json"):
             config = json.loads(path.read_text())
-            assert "pgl_ext" not in json.dumps([config.get("imports"), config.get("initialize")]), path.name
+            steps = [step for step in config.get("initialize", []) if "_disabled_" not in step]
+            assert "pgl_ext" not in json.dumps([config.get("imports"), steps]), path.name
 
     def test_images_are_prepared_as_in_training_everywhere(self):
         blocks = {

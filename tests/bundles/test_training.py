@@ -148,6 +148,20 @@ def test_sigterm_saves_within_an_epoch_and_resumes(volumes, straight, tmp_path):
     assert_same_weights(checkpoints(straight)[-1], checkpoints(out)[-1])
 
 
+def test_ctrl_c_saves_and_ends_in_one_line(volumes, tmp_path):
+    out = tmp_path / "out"
+    arguments = training_arguments(dataset_dir=volumes, output_dir=out, checkpoint_interval=100, num_workers=1)
+    process = start(arguments, tmp_path, tmp_path / "log")
+    wait_for(lambda: (out / "views.png").is_file(), process, tmp_path / "log")
+    # As from a terminal, to all processes: those that load first.
+    for child in (*psutil.Process(process.pid).children(recursive=True), process):
+        child.send_signal(signal.SIGINT)
+    assert process.wait(TOO_LONG) == 130, tail(tmp_path / "log")
+    assert len(checkpoints(out)) == 1
+    assert "continue with --resume true" in tail(tmp_path / "log")
+    assert "Traceback" not in tail(tmp_path / "log")
+
+
 def test_two_processes(volumes, tmp_path):
     files = [str(CONFIGS / name) for name in ("train.json", "small.yaml", "multi_gpu_train.json")]
     overrides = {"dataset_dir": str(volumes), "output_dir": str(tmp_path / "out"), "config_file": files}
