@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pgl_ext.config_check import StrictWorkflow
+
 __all__ = ["BundleRun", "option_settings"]
 
 
@@ -33,12 +35,26 @@ class BundleRun:
 
     @property
     def line(self) -> list[str]:
-        """The command and its arguments."""
-        start = ["python", "-m"] if self.processes == 1 else ["torchrun", "--standalone", "--nproc_per_node"]
-        start += [] if self.processes == 1 else [str(self.processes), "-m"]
+        """The command and its arguments, as a user would type it."""
+        start = (
+            ["python"] if self.processes == 1 else ["torchrun", "--standalone", f"--nproc_per_node={self.processes}"]
+        )
+        return [*start, "-m", "monai.bundle", "run", *([self.section] * bool(self.section)), *self._options]
+
+    @property
+    def _strict(self) -> list[str]:
+        """The same through the workflow that knows every name, also of parts that are not there."""
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        workflow = ["run_workflow", "--workflow_name", f"{StrictWorkflow.__module__}.{StrictWorkflow.__name__}"]
+        section = ["--run_id", self.section] if self.section else []
+        start = start if self.processes > 1 else []
+        return [sys.executable, *start, "-m", "monai.bundle", *workflow, *section, *self._options]
+
+    @property
+    def _options(self) -> list[str]:
         files = self.configs[0] if len(self.configs) == 1 else str(list(self.configs)).replace("', '", "','")
-        options = [text for name, value in self.settings.items() for text in (f"--{name}", _option_text(value))]
-        return [*start, "monai.bundle", "run", *([self.section] * bool(self.section)), "--config_file", files, *options]
+        settings = [text for name, value in self.settings.items() for text in (f"--{name}", _option_text(value))]
+        return ["--config_file", files, *settings]
 
     def run(self) -> None:
         """Print the command, carry it out, and wait for it.
@@ -47,9 +63,7 @@ class BundleRun:
             SystemExit: with its status, where it fails; what went wrong it has said itself.
         """
         print(f"$ {' '.join(map(_quoted, self.line))}", flush=True)
-        program, *arguments = self.line
-        module = [] if program == "python" else ["-m", "torch.distributed.run"]
-        process = subprocess.Popen([sys.executable, *module, *arguments])
+        process = subprocess.Popen(self._strict)
         # Ctrl-C reaches both; the workflow saves a checkpoint, and is waited for.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
