@@ -100,7 +100,7 @@ def study(
     Args:
         file: study file.
         out: folder of the study.
-        bundles: folder of pgl_pretrain and pgl_segmentation, if not beside the package.
+        bundles: folder of pgl_pretrain and pgl_segmentation; by default those that come with the package.
         jobs: runs at a time; by default one on each GPU, or one.
         dry_run: only list the runs and estimate the time.
     """
@@ -109,6 +109,21 @@ def study(
     # fire leaves true, null and the like as text.
     values = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in overrides.items()}
     return run_study(file, out, bundles, jobs, parse_bool(dry_run, "dry_run"), values)
+
+
+def config(bundle: str | None = None, *names: str) -> str:
+    """Print the path of a config of a bundle, for --config_file of `monai.bundle run`, or which configs there are.
+
+    Args:
+        bundle: pgl_pretrain or pgl_segmentation; studies has the study files.
+        names: of its configs, or of files in the working directory; several are printed as a list. None: list them.
+    """
+    from pgl_ext.tools.bundles import config_names, config_paths
+
+    if not names:
+        return "\n".join(config_names(bundle))
+    paths = config_paths(bundle, names)
+    return paths[0] if len(paths) == 1 else str(paths)
 
 
 def package(
@@ -146,7 +161,7 @@ def _words(text: str | Sequence[str] | None) -> Sequence[str] | None:
 
 
 def main() -> None:
-    commands = (phantom, export_encoder, export_decoder, compare, report, study, package)
+    commands = (phantom, export_encoder, export_decoder, compare, report, study, config, package)
     try:
         fire.Fire({command.__name__: command for command in commands}, name="pgl_ext")
     except (OSError, ValueError, ImportError) as error:
