@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["gather", "launched_rank_and_world_size", "local_world_size", "rank_and_world_size"]
+__all__ = ["gather", "launched_rank_and_world_size", "local_world_size", "rank_and_world_size", "usable_cores"]
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -24,6 +24,14 @@ def launched_rank_and_world_size() -> tuple[int, int]:
 def local_world_size() -> int:
     """How many training processes share this machine, as torchrun, or a study, says in the environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, which on a cluster are not all of the machine's."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
+    # Linux alone has the other.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gather(value: Any) -> list[Any]:

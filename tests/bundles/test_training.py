@@ -26,6 +26,7 @@ from programs import (
     tail,
     training_arguments,
     wait_for,
+    write_start_method,
 )
 
 from pgl_ext.tools.phantom import write_dataset
@@ -146,6 +147,15 @@ def test_sigterm_saves_within_an_epoch_and_resumes(volumes, straight, tmp_path):
     assert result.returncode == 0, result.stdout[-3000:]
     assert "damaged" in result.stdout
     assert_same_weights(checkpoints(straight)[-1], checkpoints(out)[-1])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_loading_processes_change_nothing_however_they_are_started(volumes, straight, tmp_path, method):
+    overlay = write_start_method(tmp_path, method)
+    files = {"dataset_dir": volumes, "cache_dir": straight / "cache", "output_dir": tmp_path / "out"}
+    result = run(training_arguments(overlay, **files, num_workers=2), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert_same_weights(checkpoints(straight)[-1], checkpoints(tmp_path / "out")[-1])
 
 
 def test_two_processes(volumes, tmp_path):
