@@ -1,13 +1,21 @@
-"""The processes of a distributed run."""
+"""The processes of a run, on one machine or several, and the cores that they have."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["gather", "launched_rank_and_world_size", "local_world_size", "rank_and_world_size", "usable_cores"]
+__all__ = [
+    "gather",
+    "launched_rank_and_world_size",
+    "local_world_size",
+    "rank_and_world_size",
+    "usable_cores",
+    "workers_are_forked",
+]
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -32,6 +40,12 @@ def usable_cores() -> int:
         return os.process_cpu_count() or 1
     # Linux alone has the other.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_are_forked() -> bool:
+    """Whether loading processes share this one's memory, as on Linux before Python 3.14; asked without settling the start method."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return method == "fork"
 
 
 def gather(value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pgl_ext.data.cache import VolumeCache, can_be_sent
 from pgl_ext.data.datalist import SOURCE_FIELDS, item_name
 from pgl_ext.data.memory import available_memory
-from pgl_ext.distributed import launched_rank_and_world_size, local_world_size, usable_cores
+from pgl_ext.distributed import launched_rank_and_world_size, local_world_size, usable_cores, workers_are_forked
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumeError
@@ -66,7 +66,7 @@ class VolumeDataset(Dataset):
         if memory_limit_gib is None:
             memory_limit_gib = 0.5 * available_memory() / local_world_size() / 2**30
         # A worker that is not forked would be sent a copy of its own.
-        self._in_memory = self._load(memory_limit_gib * 2**30) if _workers_are_forked() else {}
+        self._in_memory = self._load(memory_limit_gib * 2**30) if workers_are_forked() else {}
 
     def _load(self, limit: float) -> dict[int, np.ndarray]:
         volumes: dict[int, np.ndarray] = {}
@@ -310,7 +310,7 @@ class TrainingLoader(DataLoader):
     def __init__(
         self, dataset: Dataset, batch_sampler: Sampler, num_workers: int, device: torch.device | str = "cpu"
     ) -> None:
-        if num_workers and not _workers_are_forked() and not can_be_sent(dataset):
+        if num_workers and not workers_are_forked() and not can_be_sent(dataset):
             raise ValueError(
                 "the data set cannot be sent to loading processes, probably since a transform has a lambda: give it a "
                 "function that can be imported, or set --num_workers 0."
@@ -322,12 +322,6 @@ class TrainingLoader(DataLoader):
             worker_init_fn=delay_sigterm,
             pin_memory=torch.device(device).type == "cuda",
         )
-
-
-def _workers_are_forked() -> bool:
-    """Whether loading processes share this one's memory; asked without settling the start method."""
-    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    return method == "fork"
 
 
 def default_workers() -> int:
