@@ -43,7 +43,8 @@ def usable_cores() -> int:
 
 
 def workers_are_forked() -> bool:
-    """Whether loading processes share this one's memory, as on Linux before Python 3.14; asked without settling the start method."""
+    """Whether loading processes share this one's memory, as by default on Linux before Python 3.14."""
+    # Not get_start_method() alone, which would settle the default for good.
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return method == "fork"
 

@@ -33,6 +33,12 @@ def same(first: dict, second: dict) -> bool:
     return set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in ("views", "affines"))
 
 
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Loading processes would be forked, whatever this Python's default is."""
+    monkeypatch.setattr(module, "workers_are_forked", lambda: True)
+
+
 class TestVolumeDataset:
     def make(self, volumes, cache, **settings) -> VolumeDataset:
         return VolumeDataset(volumes, cache, transform(), **{"seed": 3, "memory_limit_gib": 1, **settings})
@@ -93,6 +99,7 @@ class TestVolumeDataset:
         assert len(dataset) == 5
         assert same(dataset[2], dataset[0, 2])
 
+    @pytest.mark.usefixtures("forked")
     def test_memory_holds_what_fits(self, volumes, cache, monkeypatch):
         bytes_each = cache.nbytes(volumes[0])
         dataset = self.make(volumes, cache, memory_limit_gib=2.5 * bytes_each / 2**30)
@@ -104,6 +111,7 @@ class TestVolumeDataset:
         assert all(same(dataset[0, index], from_memory[0, index]) for index in range(5))
         assert opened == [item["image"] for item in volumes[2:]]
 
+    @pytest.mark.usefixtures("forked")
     @pytest.mark.parametrize(("processes", "held"), [(1, 4), (2, 2)])
     def test_by_default_half_of_the_free_memory_is_shared_by_the_processes(
         self, volumes, cache, monkeypatch, processes, held
@@ -215,6 +223,7 @@ class TestVolumesThatVanish:
         assert len(self.pauses) == 2
         assert f"skipped {dataset.data[1]['image']}: RuntimeError" in caplog.text
 
+    @pytest.mark.usefixtures("forked")
     def test_a_damaged_cache_file_is_not_held_in_memory(self, dataset, cache, caplog):
         self.spoil(cache.path(dataset.data[1]))
         held = VolumeDataset(dataset.data, cache, transform(), memory_limit_gib=1)
