@@ -29,6 +29,9 @@ _STEPS = {"init_id": "initialize", "run_id": "run", "final_id": "finalize"}
 # What MONAI and MONAI Label read by these names, without a reference; of tracking, all that is not a handler.
 _READ_BY_MONAI = {"imports", "displayable_configs", *_STEPS.values()}
 _READ_BY_MONAI |= DEFAULT_MLFLOW_SETTINGS["configs"].keys() - DEFAULT_HANDLERS_ID.keys()
+# One plan (``pgl plan``) is for both bundles, and of these settings each reads but some.
+_OF_PLANS = {"organs", "background_values", "multi_label", "annotated_key", "patch_size", "view_size", "encoder"}
+_PLAN = "_desc_architecture"
 # A name this much like an argument is a slip, also where a target takes any other.
 _SLIP = 0.8
 
@@ -132,6 +135,7 @@ class _Names:
         self.locator = parser.locator
         self.parts = [part for _, part in _walk(parser.get())]
         self.read = {*_READ_BY_MONAI, *steps, *_references(parser.get())}
+        self.read |= _OF_PLANS if _PLAN in parser.get() else set()
         # By their last part; of names with the same one, the outermost. Entries of lists are not set by name.
         names = [name for name, _ in _walk(base) if not re.search(rf"{ID_SEP_KEY}\d+", name)]
         names.sort(key=lambda name: -name.count(ID_SEP_KEY))

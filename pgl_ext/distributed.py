@@ -1,13 +1,21 @@
-"""The processes of a distributed run."""
+"""The processes of a run, on one machine or several, and the cores that they have."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["gather", "launched_rank_and_world_size", "local_world_size", "rank_and_world_size"]
+__all__ = [
+    "gather",
+    "launched_rank_and_world_size",
+    "local_world_size",
+    "rank_and_world_size",
+    "usable_cores",
+    "workers_are_forked",
+]
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -24,6 +32,21 @@ def launched_rank_and_world_size() -> tuple[int, int]:
 def local_world_size() -> int:
     """How many training processes share this machine, as torchrun, or a study, says in the environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, which on a cluster are not all of the machine's."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
+    # Linux alone has the other.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_are_forked() -> bool:
+    """Whether loading processes share this one's memory, as by default on Linux before Python 3.14."""
+    # Not get_start_method() alone, which would settle the default for good.
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return method == "fork"
 
 
 def gather(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -77,6 +78,13 @@ def _arguments(section: str, folder: Path, files: Sequence[str], settings: Mappi
     for name, value in settings.items():
         arguments += [f"--{name.replace('#', '::')}", str(value)]
     return arguments
+
+
+def write_start_method(folder: Path, method: str) -> str:
+    """An overlay for both bundles that has loading processes started by ``fork``, ``spawn`` or ``forkserver``."""
+    path = folder / f"{method}.json"
+    path.write_text(json.dumps({"+initialize": [f"$torch.multiprocessing.set_start_method('{method}', force=True)"]}))
+    return str(path)
 
 
 def start(arguments: list[str], cwd: Path, log: Path) -> subprocess.Popen | WarmProcess:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ from packaging.utils import canonicalize_name
 from programs import ROOT
 
 from pgl_ext import __version__
+from pgl_ext.tools.packaging import package_bundles
+from pgl_ext.tools.phantom import write_dataset
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+_LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "output")
 
 
 def test_one_version_and_its_changes_are_told():
@@ -64,15 +68,40 @@ def test_tested_versions_lie_in_the_ranges_that_are_allowed():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, since building leaves files behind."""
+    """Built from a copy, since building leaves files behind; in it lies what a training left in a bundle."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(ROOT / "pgl_ext", source / "pgl_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pgl_ext", "bundles", "studies", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=_LEFT_BEHIND)
+    for name in (".gitignore", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    (source / "bundles" / "pgl_pretrain" / "output").mkdir()
+    (source / "bundles" / "pgl_pretrain" / "output" / "model.pt").touch()
     pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, source)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    """A folder that the wheel is installed in."""
+    target = tmp_path_factory.mktemp("site")
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    return target
+
+
+@pytest.fixture
+def python(site, tmp_path) -> Callable[..., str]:
+    """Runs ``python ARGUMENTS`` with the installed package, in an empty folder, and returns what it prints."""
+
+    def call(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(site), "PAGER": "cat"}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return call
 
 
 def pip(*arguments: object) -> None:
@@ -81,28 +110,41 @@ def pip(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 @pytest.mark.slow
-def test_wheel_holds_every_file_of_the_package(wheel):
+def test_wheel_holds_package_bundles_and_studies_that_anybody_can_run(wheel):
     assert wheel.name == f"pgl_ext-{__version__}-py3-none-any.whl"
-    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pgl_ext").rglob("*") if path.is_file()}
-    files = {name for name in files if "__pycache__" not in name}
+    files = {f"pgl_ext/{name}" for name in files_in(ROOT / "pgl_ext")}
     assert {"pgl_ext/py.typed", "pgl_ext/tools/templates/report.html"} <= files
+    shipped = "pgl_ext/tools/shipped"
+    files |= {f"{shipped}/bundles/{name}" for name in files_in(ROOT / "bundles") if "/output/" not in name}
+    studies = ("methods.yaml", "phantom.yaml", *(path.name for path in ROOT.glob("studies/paper*.yaml")))
+    files |= {f"{shipped}/studies/{name}" for name in studies}
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == files
 
 
 @pytest.mark.slow
-def test_wheel_runs_where_it_is_installed(wheel, tmp_path):
-    target = tmp_path / "site"
-    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
-
-    def python(*arguments: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(target), "PAGER": "cat"}
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout + done.stderr
-
+def test_wheel_runs_where_it_is_installed(python, site):
     where = python("-c", "import pgl_ext.methods, pgl_ext.tools.report; print(pgl_ext.tools.report.__file__)").strip()
-    assert Path(where).is_relative_to(target)
+    assert Path(where).is_relative_to(site)
     assert "export_encoder" in python("-m", "pgl_ext", "--help")
+
+
+@pytest.mark.slow
+def test_wheel_packages_what_the_repository_does(python, tmp_path):
+    python("-m", "pgl_ext", "package", "--out", "dist")
+    package_bundles([], tmp_path / "expected")
+    assert files_in(tmp_path / "dist") == files_in(tmp_path / "expected")
+
+
+@pytest.mark.slow
+def test_wheel_plans_a_study_with_its_bundles(python, site, tmp_path):
+    file = python("-m", "pgl_ext", "config", "studies", "phantom.yaml").strip()
+    assert Path(file).is_relative_to(site)
+    write_dataset(tmp_path / "phantoms", 12, shape=(32, 32, 16), test_cases=1)
+    assert "0 of " in python("-m", "pgl_ext", "study", file, "--out", "study", "--dry_run")

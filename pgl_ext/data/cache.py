@@ -24,7 +24,7 @@ from pgl_ext.errors import transform_error
 from pgl_ext.files import write_atomically
 from pgl_ext.transforms.checks import BadVolumeError, check_volume
 
-__all__ = ["VolumeCache"]
+__all__ = ["VolumeCache", "can_be_sent"]
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class VolumeCache:
 
     def _prepare_missing(self, items: list[dict]) -> Iterator[tuple[str, str | None]]:
         workers = min(self.num_workers, len(items))
-        if workers and not _can_be_sent(self):
+        if workers and not can_be_sent(self):
             logger.warning("The preprocessing cannot be sent to worker processes (a lambda?): working in this one.")
             workers = 0
         # Not fork: the calling process may hold CUDA, and has threads.
@@ -202,7 +202,7 @@ class VolumeCache:
         try:
             self._write(item)
         except Exception as error:  # raised in the calling process, where it is not wrapped in the loader's words
-            if get_worker_info() is not None and not _can_be_sent(error):
+            if get_worker_info() is not None and not can_be_sent(error):
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             return item_name(item), error
         return item_name(item), None
@@ -308,7 +308,7 @@ def _open_file(path: Path) -> blosc2.NDArray | None:
         return None
 
 
-def _can_be_sent(value: object) -> bool:
+def can_be_sent(value: object) -> bool:
     """Whether another process receives an object as it is."""
     try:
         pickle.loads(pickle.dumps(value))

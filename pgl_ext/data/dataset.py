@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pgl_ext.data.cache import VolumeCache
+from pgl_ext.data.cache import VolumeCache, can_be_sent
 from pgl_ext.data.datalist import SOURCE_FIELDS, item_name
 from pgl_ext.data.memory import available_memory
-from pgl_ext.distributed import launched_rank_and_world_size, local_world_size
+from pgl_ext.distributed import launched_rank_and_world_size, local_world_size, usable_cores, workers_are_forked
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumeError
@@ -36,8 +37,9 @@ _POINTS_PER_ORGAN = 10_000
 class VolumeDataset(Dataset):
     """Samples of cached volumes, such as pairs of views, each a function of (seed, epoch, index) alone.
 
-    The same samples come whatever the number of workers, and after a resume. Volumes are held in memory as long as they
-    fit; the others' crops are read from the cache.
+    The same samples come whatever the number of workers and the way that they are started, and after a resume. Volumes
+    are held in memory as long as they fit, where workers are forked and so share it (on Linux before Python 3.14); the
+    others' crops are read from the cache.
 
     Args:
         data: items of a data list.
@@ -63,10 +65,10 @@ class VolumeDataset(Dataset):
         self.seed = seed
         if memory_limit_gib is None:
             memory_limit_gib = 0.5 * available_memory() / local_world_size() / 2**30
-        self._in_memory = self._load(memory_limit_gib * 2**30)
+        # A worker that is not forked would be sent a copy of its own.
+        self._in_memory = self._load(memory_limit_gib * 2**30) if workers_are_forked() else {}
 
     def _load(self, limit: float) -> dict[int, np.ndarray]:
-        # Loaded before the workers are forked: they share these pages with this process.
         volumes: dict[int, np.ndarray] = {}
         for index, item in enumerate(self.data):
             limit -= self.cache.nbytes(item)
@@ -300,11 +302,19 @@ class TrainingLoader(DataLoader):
         batch_sampler: an :class:`EpochBatchSampler`.
         num_workers: loading processes; 0: load in this one.
         device: that the batches go to; memory is pinned for GPUs.
+
+    Raises:
+        ValueError: the data set cannot be sent to workers that are not forked.
     """
 
     def __init__(
         self, dataset: Dataset, batch_sampler: Sampler, num_workers: int, device: torch.device | str = "cpu"
     ) -> None:
+        if num_workers and not workers_are_forked() and not can_be_sent(dataset):
+            raise ValueError(
+                "the data set cannot be sent to loading processes, probably since a transform has a lambda: give it a "
+                "function that can be imported, or set --num_workers 0."
+            )
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
@@ -316,20 +326,23 @@ class TrainingLoader(DataLoader):
 
 def default_workers() -> int:
     """Loading processes for a training: one per core that it may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) // local_world_size())
+    return min(8, usable_cores() // local_world_size())
 
 
 def delay_sigterm(worker: int) -> None:
     """For ``worker_init_fn``: let a loading process go on for 30 s after a SIGTERM of others than its training process.
 
     Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
-    and saves a checkpoint, which it could not do if those that load for it ended at once.
+    and saves a checkpoint, which it could not do if those that load for it ended at once. On macOS and Windows they do,
+    since these do not tell who sent a signal.
     """
     # Ctrl-C in a terminal goes to all processes too; the training one ends those that load for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A handler would not be told who sent the signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_after_sigterm, args=(os.getppid(),), daemon=True).start()
+    if hasattr(signal, "sigtimedwait"):  # a handler would not be told either
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # Not os.getppid(), which may be a server that forks processes.
+        training = multiprocessing.parent_process().pid
+        threading.Thread(target=_end_after_sigterm, args=(training,), daemon=True).start()
 
 
 def _end_after_sigterm(parent: int) -> None:

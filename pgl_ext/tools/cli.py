@@ -328,6 +328,23 @@ def info(file: Annotated[Path, typer.Argument(help="File of weights, or the fold
 
 
 @app.command(rich_help_panel=_MORE)
+def config(
+    bundle: Annotated[str | None, typer.Argument(help="pgl_pretrain, pgl_segmentation or studies.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Of its configs, or files in the working directory.")
+    ] = None,
+) -> None:
+    """Print the path of a config, as --config_file of 'monai.bundle run' takes it; without names, which there are."""
+    from pgl_ext.tools.bundles import config_names, config_paths
+
+    if bundle is None or not names:
+        print("\n".join(config_names(bundle)))
+    else:
+        paths = config_paths(bundle, names)
+        print(paths[0] if len(paths) == 1 else paths)
+
+
+@app.command(rich_help_panel=_MORE)
 def phantom(
     out: Out,
     cases: Annotated[int, typer.Option(help="Number of training cases.")] = 12,

@@ -20,6 +20,7 @@ import yaml
 from pgl_ext import __version__
 from pgl_ext.networks.build import ENCODERS, build
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.bundles import bundle_folder
 from pgl_ext.tools.task_config import task_config, write_initial_model
 from pgl_ext.weights import EncoderRecord, ModelRecord
 
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 _PRETRAINING, _SEGMENTATION = "pgl_pretrain", "pgl_segmentation"
-_BUNDLES = [_PACKAGE.parent / "bundles" / name for name in (_PRETRAINING, _SEGMENTATION)]
 _SHARED = ("LICENSE", "configs", "docs")
 _HASHES = "SHA256SUMS"
 _METADATA = "configs/metadata.json"
@@ -59,7 +59,7 @@ def package_bundles(
     is the network that training would start from: the encoder's weights, where given, and a random decoder.
 
     Args:
-        bundles: folders of bundles; if empty, both of the repository.
+        bundles: folders of bundles; if empty, both that come with the package.
         out: folder to write; packages in it are replaced.
         model: model file of fine-tuning, its JSON beside it: ``models/model.pt`` of pgl_segmentation.
         encoder: encoder file of pre-training, its JSON beside it: ``models/pgl_encoder.pt`` of every bundle, and
@@ -78,7 +78,8 @@ def package_bundles(
         FileExistsError: in the place of a package lies something else.
         ValueError: version and changelog do not agree with the package's version, or what weights need is not given.
     """
-    folders = {Path(bundle).resolve().name: Path(bundle).resolve() for bundle in bundles or _BUNDLES}
+    bundles = bundles or [bundle_folder(name) for name in (_PRETRAINING, _SEGMENTATION)]
+    folders = {Path(bundle).resolve().name: Path(bundle).resolve() for bundle in bundles}
     if (model or overlays) and _SEGMENTATION not in folders:
         option = f"--model {model}" if model else f"--overlays {','.join(overlays)}"
         raise ValueError(

@@ -24,7 +24,8 @@ from pgl_ext.data.headers import Header, read_headers
 from pgl_ext.data.structures import annotated_field, found_structures, listed_structures
 from pgl_ext.files import read_json
 from pgl_ext.networks.base import SegmentationNetwork
-from pgl_ext.tools.study.configs import config_path, merged_config
+from pgl_ext.tools.bundles import config_path
+from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.transforms.load import LoadVolumed
 
 __all__ = ["ARCHITECTURES", "Data", "Plan", "make_plan", "read_data"]

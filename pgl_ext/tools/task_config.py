@@ -18,8 +18,8 @@ from pgl_ext.files import read_json
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.task import SegmentationTask
-from pgl_ext.tools.bundles import bundle_folder
-from pgl_ext.tools.study.configs import config_path, merged_config
+from pgl_ext.tools.bundles import bundle_folder, config_path
+from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, load_encoder, save_weights
 
 __all__ = ["task_config", "write_initial_model"]

@@ -11,10 +11,9 @@ import yaml
 
 from pgl_ext.evaluation.summary import AVERAGE, number_text
 from pgl_ext.files import read_csv, read_json, write_text
-from pgl_ext.tools.bundles import bundle_folder
+from pgl_ext.tools.bundles import bundle_folder, config_path
 from pgl_ext.tools.launch import BundleRun
 from pgl_ext.tools.plan import Data, Plan, make_plan
-from pgl_ext.tools.study.configs import config_path
 from pgl_ext.tools.task_config import task_config
 from pgl_ext.weights import EncoderRecord
 

@@ -23,6 +23,7 @@ from programs import (
     start,
     tail,
     wait_for,
+    write_start_method,
 )
 
 from pgl_ext.errors import root_cause
@@ -216,6 +217,13 @@ def test_sigterm_saves_and_resumes(straight, arguments, tmp_path):
     result = run([*arguments(out, checkpoint_interval=100), "--resume", "true"], cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert_same_run(straight[0], out)
+
+
+def test_loading_processes_that_are_not_forked_change_nothing(straight, settings, tmp_path):
+    overlay = write_start_method(tmp_path, "spawn")
+    result = run(fine_tuning_arguments(overlay, **settings(tmp_path / "out", num_workers=2)), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert_same_run(straight[0], tmp_path / "out")
 
 
 def test_early_stop_ends_the_run_for_good(settings, here, caplog, tmp_path):

@@ -26,6 +26,7 @@ from programs import (
     tail,
     training_arguments,
     wait_for,
+    write_start_method,
 )
 
 from pgl_ext.tools.phantom import write_dataset
@@ -160,6 +161,15 @@ def test_ctrl_c_saves_and_ends_in_one_line(volumes, tmp_path):
     assert len(checkpoints(out)) == 1
     assert "continue with --resume true" in tail(tmp_path / "log")
     assert "Traceback" not in tail(tmp_path / "log")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_loading_processes_change_nothing_however_they_are_started(volumes, straight, tmp_path, method):
+    overlay = write_start_method(tmp_path, method)
+    files = {"dataset_dir": volumes, "cache_dir": straight / "cache", "output_dir": tmp_path / "out"}
+    result = run(training_arguments(overlay, **files, num_workers=2), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert_same_weights(checkpoints(straight)[-1], checkpoints(tmp_path / "out")[-1])
 
 
 def test_two_processes(volumes, tmp_path):

@@ -1,5 +1,7 @@
 import itertools
 import math
+import multiprocessing
+import pickle
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,12 @@ def transform() -> Compose:
 
 def same(first: dict, second: dict) -> bool:
     return set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in ("views", "affines"))
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Loading processes would be forked, whatever this Python's default is."""
+    monkeypatch.setattr(module, "workers_are_forked", lambda: True)
 
 
 class TestVolumeDataset:
@@ -91,6 +99,7 @@ class TestVolumeDataset:
         assert len(dataset) == 5
         assert same(dataset[2], dataset[0, 2])
 
+    @pytest.mark.usefixtures("forked")
     def test_memory_holds_what_fits(self, volumes, cache, monkeypatch):
         bytes_each = cache.nbytes(volumes[0])
         dataset = self.make(volumes, cache, memory_limit_gib=2.5 * bytes_each / 2**30)
@@ -102,6 +111,7 @@ class TestVolumeDataset:
         assert all(same(dataset[0, index], from_memory[0, index]) for index in range(5))
         assert opened == [item["image"] for item in volumes[2:]]
 
+    @pytest.mark.usefixtures("forked")
     @pytest.mark.parametrize(("processes", "held"), [(1, 4), (2, 2)])
     def test_by_default_half_of_the_free_memory_is_shared_by_the_processes(
         self, volumes, cache, monkeypatch, processes, held
@@ -116,6 +126,34 @@ class TestVolumeDataset:
         for index in range(5):
             dataset[0, index]
         assert len(opened) == 5 - held
+
+
+class TestStartMethods:
+    """Of loading processes; tests of whole programs start them."""
+
+    @pytest.fixture(params=["spawn", "forkserver"])
+    def method(self, request, monkeypatch) -> None:
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: request.param)
+
+    @pytest.mark.usefixtures("method")
+    def test_no_volumes_are_sent_to_processes_that_are_not_forked(self, volumes, cache):
+        dataset = VolumeDataset(volumes, cache, transform(), memory_limit_gib=1)
+        assert len(pickle.dumps(dataset)) < cache.nbytes(volumes[0])
+        assert same(pickle.loads(pickle.dumps(dataset))[1, 3], dataset[1, 3])
+
+    def test_the_default_is_not_settled_by_asking(self, volumes, cache, monkeypatch):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None if allow_none else "asked")
+        for methods, held in ((["fork", "spawn"], 5), (["forkserver", "spawn", "fork"], 0)):
+            monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda methods=methods: methods)
+            assert len(VolumeDataset(volumes, cache, transform(), memory_limit_gib=1)._in_memory) == held
+
+    @pytest.mark.usefixtures("method")
+    def test_a_lambda_is_refused_with_what_to_do(self, volumes, cache):
+        dataset = VolumeDataset(volumes, cache, Compose([Lambdad("image", lambda image: image)]))
+        sampler = EpochBatchSampler(len(volumes), 2, max_epochs=1)
+        with pytest.raises(ValueError, match="a function that can be imported, or set --num_workers 0"):
+            TrainingLoader(dataset, sampler, num_workers=1)
+        TrainingLoader(dataset, sampler, num_workers=0)
 
 
 class TestVolumesThatVanish:
@@ -185,6 +223,7 @@ class TestVolumesThatVanish:
         assert len(self.pauses) == 2
         assert f"skipped {dataset.data[1]['image']}: RuntimeError" in caplog.text
 
+    @pytest.mark.usefixtures("forked")
     def test_a_damaged_cache_file_is_not_held_in_memory(self, dataset, cache, caplog):
         self.spoil(cache.path(dataset.data[1]))
         held = VolumeDataset(dataset.data, cache, transform(), memory_limit_gib=1)
@@ -409,8 +448,7 @@ class TestSamplerErrors:
 
 
 LOADING = """
-import os, signal, subprocess
-import numpy as np
+import multiprocessing, os, subprocess
 from torch.utils.data import Dataset
 from pgl_ext.data.dataset import EpochBatchSampler, TrainingLoader
 
@@ -420,29 +458,37 @@ class Numbers(Dataset):
             raise TypeError("of a transform")
         return {{"epoch": key[0], "process": os.getpid()}}
 
-epochs = []
-for batch in TrainingLoader(Numbers(), EpochBatchSampler(4, 2, max_epochs=8), num_workers=1):
-    if not epochs:  # a signal that another process sends
-        subprocess.run(["kill", "-TERM", str(int(batch["process"][0]))], check=True)
-    epochs += batch["epoch"].tolist()
-print(epochs)
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}")
+    epochs = []
+    for batch in TrainingLoader(Numbers(), EpochBatchSampler(4, 2, max_epochs=8), num_workers=1):
+        if not epochs:  # a signal that another process sends
+            subprocess.run(["kill", "-TERM", str(int(batch["process"][0]))], check=True)
+        epochs += batch["epoch"].tolist()
+    print(epochs)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 class TestLoadingProcesses:
-    def run(self, bad_epoch: int | None) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", LOADING.format(bad_epoch=bad_epoch)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+    @pytest.fixture
+    def run(self, tmp_path, method) -> Callable[[int | None], subprocess.CompletedProcess]:
+        def call(bad_epoch: int | None) -> subprocess.CompletedProcess:
+            script = tmp_path / "loading.py"
+            script.write_text(LOADING.format(bad_epoch=bad_epoch, method=method))
+            return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
 
-    def test_go_on_after_sigterm_to_the_whole_job(self):
-        done = self.run(None)
+        return call
+
+    def test_go_on_after_sigterm_to_the_whole_job(self, run):
+        done = run(None)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split("\n")[0] == str([epoch for epoch in range(8) for _ in range(4)])
 
-    def test_end_with_the_training_that_an_error_stops(self):
+    def test_end_with_the_training_that_an_error_stops(self, run):
         """And not half a minute later, with a message about their end instead of the error."""
-        done = self.run(1)
+        done = run(1)
         assert done.returncode == 1
         assert "TypeError: of a transform" in done.stderr.strip().splitlines()[-1]
 

@@ -1,11 +1,14 @@
+import ast
 import subprocess
 import sys
 
 import pytest
 import torch
+from programs import ROOT
 
 from pgl_ext import __version__
 from pgl_ext.tools import phantom
+from pgl_ext.tools.bundles import config_names
 from pgl_ext.tools.cli import app, main
 from pgl_ext.weights import EncoderRecord, load_encoder
 
@@ -81,6 +84,14 @@ def test_phantom_passes_its_arguments_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(phantom, "write_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or "list.json")
     assert run("phantom", tmp_path, "--cases=3", "--seed=5", "--test_cases=2").strip() == "list.json"
     assert calls == [((tmp_path, 3), {"seed": 5, "test_cases": 2})]
+
+
+def test_config_prints_what_config_file_takes(run):
+    folder = ROOT / "bundles" / "pgl_pretrain" / "configs"
+    assert run("config", "pgl_pretrain", "train.json") == f"{folder / 'train.json'}\n"
+    several = run("config", "pgl_pretrain", "train.json", "small.yaml")
+    assert ast.literal_eval(several) == [str(folder / "train.json"), str(folder / "small.yaml")]
+    assert run("config", "pgl_pretrain").splitlines() == config_names("pgl_pretrain")
 
 
 @pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])

@@ -44,9 +44,8 @@ def test_the_line_that_is_printed_is_what_a_shell_would_run(capfd, monkeypatch):
 
 def test_several_processes_go_through_torchrun():
     line = BundleRun("training", ["a.json"], processes=4).line
-    assert line == [
-        "torchrun", "--standalone", "--nproc_per_node=4", "-m", "monai.bundle", "run", "training", "--config_file", "a.json",
-    ]  # fmt: skip
+    assert line[:5] == ["torchrun", "--standalone", "--nproc_per_node=4", "-m", "monai.bundle"]
+    assert line[5:] == ["run", "training", "--config_file", "a.json"]
 
 
 @pytest.mark.parametrize(("status", "code"), [(3, 3), (-15, 143)])

@@ -14,7 +14,8 @@ from pgl_ext.data.datalist import item_name, labelled_items, load_datalist
 from pgl_ext.data.find import find_volumes
 from pgl_ext.data.split import split_cases
 from pgl_ext.files import write_text
-from pgl_ext.tools.study.configs import Command, changed, config_path
+from pgl_ext.tools.bundles import config_path
+from pgl_ext.tools.study.configs import Command, changed
 from pgl_ext.tools.study.runs import Rates
 from pgl_ext.weights.records import flat_entries
 

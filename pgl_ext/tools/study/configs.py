@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from monai.bundle.utils import merge_kv
 
 from pgl_ext.files import write_json
 
-__all__ = ["Command", "changed", "config_path", "merged_config"]
+__all__ = ["Command", "changed", "merged_config"]
 
 Layer = str | Mapping[str, Any]
 """A config file, or settings by id that override those before."""
@@ -79,18 +78,6 @@ def merged_config(layers: Sequence[Layer]) -> ConfigParser:
         for name, value in (ConfigParser.load_config_file(layer) if is_file else layer).items():
             merge_kv(parser, name, value)
     return parser
-
-
-def config_path(name: str, folder: str | os.PathLike) -> str:
-    """A config file of a bundle's folder, or else one that the working directory has.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    for path in (Path(folder) / name, Path(os.path.abspath(name))):
-        if path.is_file():
-            return str(path)
-    raise FileNotFoundError(f"the config {name} is neither in {folder} nor in the working directory: correct its name.")
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.tools.study.commands import (
     absolute,
     check_unseen,
@@ -27,7 +28,6 @@ from pgl_ext.tools.study.study_file import labels_to_compare, read_study_file
 __all__ = ["Study"]
 
 _INPUT = ("spacing", "hu_window")
-_BUNDLES = Path(__file__).parents[3] / "bundles"
 
 
 class Study:
@@ -36,7 +36,7 @@ class Study:
     Args:
         file: see :func:`pgl_ext.tools.study.study_file.read_study_file`, also for what is raised.
         folder: of the runs.
-        bundles: folder of ``pgl_pretrain`` and ``pgl_segmentation``; by default the one beside the package.
+        bundles: folder of ``pgl_pretrain`` and ``pgl_segmentation``; by default those that come with the package.
         overrides: of entries of the study file.
 
     Attributes:
@@ -77,7 +77,7 @@ class Study:
             raise ValueError(
                 f"some of the methods {self.methods} would share a folder, of {sorted(folders)}: rename them."
             )
-        bundles = Path(os.path.abspath(bundles or _BUNDLES))
+        bundles = Path(os.path.abspath(bundles or bundles_folder()))
         self._pretraining = pretraining_commands(content, self._pretraining_folder, bundles)
         base, self._evaluation = segmentation_commands(content, self.folder, bundles)
         if self._pretraining:  # all have the same scans

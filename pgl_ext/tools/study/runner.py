@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pgl_ext.distributed import usable_cores
 from pgl_ext.tools.study.configs import Command
 from pgl_ext.tools.study.fingerprint import differences, fingerprint
 from pgl_ext.tools.study.runs import Run, bundle_command
@@ -72,8 +73,7 @@ class Runner:
         self.jobs = jobs
         self.failures: dict[str, str] = {}
         self._gpus = _gpus()
-        # A share of the cores that this process may use, which on a cluster are not all.
-        self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // jobs))
+        self._threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // jobs))
         self._waiting = [run for run in self.runs if not run.is_finished]
         self._running: dict[int, Iterator[bool]] = {}  # by slot
         self._processes: list[subprocess.Popen] = []

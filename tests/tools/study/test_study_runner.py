@@ -353,7 +353,7 @@ def test_each_job_has_a_gpu_and_its_share_of_the_cores(
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("pgl_ext.tools.study.runner.usable_cores", lambda: 8)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert default_jobs() == max(1, gpus)
