@@ -11,7 +11,7 @@ SCORES.csv, by default `verdict_scores.csv` beside this file, has the columns se
 seeds of random weights on 14 labelled cases of MSD Task04, hippocampus, from the repository's folder (the data as
 `studies/hippocampus_small.yaml` says, some 40 minutes on one CPU core):
 
-    python -m pgl_ext study studies/hippocampus_labels.yaml --out RUNS --methods "{'random': {'encoder': None}}" \
+    pgl study studies/hippocampus_labels.yaml --out RUNS --methods "{'random': {'encoder': None}}" \
         --labelled_cases "[14]" --seeds "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"
     cut -d, -f3-6 RUNS/study.csv > benchmarks/verdict_scores.csv
 """

@@ -296,7 +296,7 @@ def read_comparison(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """
     path = Path(folder) / "compare.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: run 'python -m pgl_ext compare ... --out {folder}'.")
+        raise FileNotFoundError(f"{path} does not exist: run 'pgl compare ... --out {folder}'.")
     return [
         {name: row[name] for name in _NAMES}
         | {name: float(row.get(name, "1" if name == "seeds" else "") or "nan") for name in _NUMBERS}

@@ -1,6 +1,6 @@
 """What is done with packaged bundles in processes of their own: ``python packaged_checks.py CHECK FOLDER ...``.
 
-FOLDER is what `python -m pgl_ext package` has written. Any other copy of the package fails in these processes.
+FOLDER is what `pgl package` has written. Any other copy of the package fails in these processes.
 """
 
 from __future__ import annotations

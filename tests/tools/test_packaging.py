@@ -94,7 +94,7 @@ class TestContents:
             for option in re.findall(r"--config_file \"?\[?([^\]\s\"]+)", text):
                 for name in option.replace("'", "").split(","):
                     assert (bundle / name).is_file() or name == "simsiam.yaml", f"{path}: {name}"
-            for command in re.findall(r"python -m pgl_ext (\w+)", text):
+            for command in re.findall(r"pgl (\w+)", text):
                 assert callable(getattr(cli, command))
 
     def test_no_personal_paths(self, bundle):

@@ -529,11 +529,13 @@ def test_command_line(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("pgl_ext.tools.study.run.run_study", lambda *args: calls.append(args) or "done")
     options = ["--pretraining#settings#spacing", "[4, 4, 3]", "--methods#PGL w/o F#settings#amp", "false"]
-    options += ["--fine_tuning#settings#hu_window", "null", "--title", "Mine", "--jobs", "2", "--dry_run", "false"]
-    monkeypatch.setattr("sys.argv", ["pgl_ext", "study", "study.yaml", "--out", "runs", *options])
-    main()
+    options += ["--fine_tuning#settings#hu_window", "null", "--title", "Mine", "--jobs", "2", "--dry_run"]
+    monkeypatch.setattr("sys.argv", ["pgl", "study", "study.yaml", "--out", "runs", *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
     ((*arguments, overrides),) = calls
-    assert arguments == ["study.yaml", "runs", None, 2, False]
+    assert arguments == [Path("study.yaml"), Path("runs"), None, 2, True]
     assert overrides == {
         "pretraining#settings#spacing": [4, 4, 3],
         "methods#PGL w/o F#settings#amp": False,
