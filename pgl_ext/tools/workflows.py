@@ -36,6 +36,7 @@ __all__ = [
 _INPUT = ("spacing", "hu_window")
 # Families whose fine-tuning has recipes in configs/start: those with instance or group norm.
 _WITH_RECIPE = ("dynunet", "segresnet")
+_WITH_ADAMW = ("mae", "pgl_mae")
 
 
 def _configs(bundle: str) -> Path:
@@ -122,6 +123,7 @@ def pretraining(
     """
     configs = _configs("pgl_pretrain")
     overlays = [*plan.configs, *([] if method == "pgl" else [f"methods/{method}.yaml"])]
+    overlays += ["small_adamw.yaml"] if plan.small and method in _WITH_ADAMW else []
     names = ["train.json", *overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]
     files = [*(config_path(name, configs) for name in names), write_plan(plan, out)]
     return BundleRun("training", files, {**data.settings, "output_dir": str(out), **settings}, processes)
@@ -135,7 +137,8 @@ def fine_tuning_plan(data: Data, architecture: str, small: bool | None, pretrain
 
 def fine_tuning_configs(plan: Plan, family: str, pretrained: bool) -> list[str]:
     """The config files of a fine-tuning but for the plan, in their order."""
-    start = [f"start/{'pretrained' if pretrained else 'random'}.yaml"] if family in _WITH_RECIPE else []
+    start = [f"start/{'pretrained' if pretrained else 'random'}.yaml", *["start/small.yaml"] * plan.small]
+    start = start if family in _WITH_RECIPE else []
     return [config_path(name, _configs("pgl_segmentation")) for name in ("train.json", *plan.configs, *start)]
 
 

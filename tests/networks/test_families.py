@@ -249,4 +249,8 @@ def test_overlays_of_both_bundles_are_one_network(name):
             networks.append(parser.get_parsed_content(key))
     first, second = networks
     assert inspect.getmodule(type(first)).__name__ == f"pgl_ext.networks.{name.removesuffix('_small')}"
-    assert {**first.arguments, "out_channels": 2} == second.arguments
+    assert (first.encoder_keys(), first.decoder_keys()) == (second.encoder_keys(), second.decoder_keys())
+    of_outputs = {"out_channels", "deep_supervision", "deep_supr_num"}
+    assert first.arguments.keys() == second.arguments.keys()
+    for argument in first.arguments.keys() - of_outputs:
+        assert first.arguments[argument] == second.arguments[argument], argument
