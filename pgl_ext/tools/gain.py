@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pgl_ext.evaluation.summary import AVERAGE, number_text
+from pgl_ext.evaluation.verdict import LEAST_SEEDS
 from pgl_ext.files import write_text
 from pgl_ext.tools.plan import Data, Plan
 from pgl_ext.tools.study.configs import merged_config
@@ -20,13 +21,13 @@ from pgl_ext.tools.study.runs import model_file as study_model_file
 from pgl_ext.tools.workflows import Pretrained, fine_tuning_configs, write_plan
 from pgl_ext.weights import ModelRecord, load_state, save_weights
 
-__all__ = ["answer", "gain_study", "run_gain", "test_count"]
+__all__ = ["answer", "gain_study", "held_out", "run_gain"]
 
 RANDOM, PRETRAINED = "random", "pre-trained"
 _SHARES_OF_STEPS = (0.25, 0.5, 0.75)  # after which models are kept and tested
 
 
-def test_count(cases: int) -> int:
+def held_out(cases: int) -> int:
     """How many of some labelled cases are held out to test on: a third, and at least five.
 
     Raises:
@@ -59,39 +60,36 @@ def gain_study(
         plan: settings for the data.
         pretrained: the weights.
         seeds: of each start.
-        test_cases: how many to hold out; None: see :func:`test_count`.
+        test_cases: how many to hold out; None: see :func:`held_out`.
         labelled_cases: how many of the others to train on; None: all.
         settings: further ones of both.
 
     Returns:
         the file.
     """
-    held_out = test_count(len(data.items)) if test_cases is None else test_cases
-    family = pretrained.record.architecture["family"]
-    random, start = (fine_tuning_configs(plan, family, weights) for weights in (False, True))
-    shared = [name for name in random if name in start]
-    files = [*shared, write_plan(plan, out)]
+    count = held_out(len(data.items)) if test_cases is None else test_cases
+    (base, random), (_, start) = (fine_tuning_configs(plan, weights) for weights in (False, True))
+    files = [*base, write_plan(plan, out)]
     config = merged_config([*files, dict(settings)])
+    # Of epochs that are passes over the cases the number of steps is not known here.
+    counted = config["patches_per_case"] is None
     steps = int(config["max_epochs"]) * int(config["steps_per_epoch"])
+    kept = [round(share * steps) for share in _SHARES_OF_STEPS] if counted else []
     content = {
         "title": "Does pre-training pay here?",
         "fine_tuning": {
             "configs": files,
-            "random_start": [name for name in random if name not in shared],
-            "pretrained_start": [name for name in start if name not in shared],
-            "settings": {
-                **data.settings,
-                **settings,
-                "kept_steps": [round(share * steps) for share in _SHARES_OF_STEPS],
-            },
+            "random_start": random,
+            "pretrained_start": start,
+            "settings": {**data.settings, **settings, "kept_steps": kept},
         },
-        "test": {"cases": held_out},
+        "test": {"cases": count},
         "methods": {
             RANDOM: {"encoder": None},
             PRETRAINED: {"encoder": str(pretrained.encoder), "decoder": str(pretrained.decoder or "") or False},
         },
         "reference": RANDOM,
-        "labelled_cases": [labelled_cases or len(data.items) - held_out],
+        "labelled_cases": [labelled_cases or len(data.items) - count],
         "seeds": list(range(seeds)),
     }
     write_text(out / "study.yaml", yaml.safe_dump(content, sort_keys=False))
@@ -105,10 +103,11 @@ def answer(results: Results) -> str:
     difference, low, high = (100 * row[name] for name in ("difference", "ci95_low", "ci95_high"))
     where = f"On {row['paired_cases']} test cases"
     interval = f"95 % interval {number_text(low, 1)} to {number_text(high, 1)}, {row['paired_seeds']} seeds"
-    if row["paired_seeds"] < 3:
+    if row["paired_seeds"] < LEAST_SEEDS:
+        seeds = "one seed" if row["paired_seeds"] == 1 else f"{row['paired_seeds']} seeds"
         return (
-            f"{where}, pre-training gave {difference:+.1f} Dice in {row['paired_seeds']} seeds, which is no verdict: "
-            "single trainings differ by their seed; three seeds or more tell."
+            f"{where}, pre-training gave {difference:+.1f} Dice with {seeds}, which is no verdict: single trainings "
+            "differ by their seed; three seeds or more tell."
         )
     if low <= 0 <= high:
         return (
@@ -116,7 +115,9 @@ def answer(results: Results) -> str:
         )
     steps = steps_to_reach(results, labels, PRETRAINED)
     end = max(noted["steps"] for run, noted in results.finished if not run.is_pretraining)
-    share = f" and reaches random's final Dice after {steps / end:.0%} of its steps" if low > 0 and steps else ""
+    share = (
+        f" and reaches random's final Dice after {100 * steps / end:.0f} % of its steps" if low > 0 and steps else ""
+    )
     return f"{where}, pre-training gives {difference:+.1f} Dice ({interval}){share}."
 
 

@@ -104,14 +104,14 @@ class Plan:
         settings: by name, as ``train.json`` has them.
         reasons: by name of the setting, a remark beside it.
         head: remarks above all.
-        architecture: a key of :data:`ARCHITECTURES`, or None: as recorded beside the weights.
+        architecture: a key of :data:`ARCHITECTURES`.
         small: whether the presets for a CPU go before.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     head: list[str] = field(default_factory=list)
-    architecture: str | None = "dynunet"
+    architecture: str = "dynunet"
     small: bool = False
 
     def set(self, name: str, value: Any, reason: str) -> None:
@@ -147,9 +147,9 @@ class Plan:
         return "\n".join(lines) + "\n"
 
 
-def overlays(architecture: str | None, small: bool) -> list[str]:
+def overlays(architecture: str, small: bool) -> list[str]:
     """The files in ``configs/`` of an architecture and of the preset for a CPU, in their order."""
-    name = ARCHITECTURES.get(architecture or "")
+    name = ARCHITECTURES[architecture]
     files = [f"networks/{name}.yaml"] if name else []
     return [*files, *(["small.yaml"] * small), *([f"networks/{name}_small.yaml"] if name and small else [])]
 
@@ -178,7 +178,7 @@ def make_plan(
     if architecture not in ARCHITECTURES:
         raise ValueError(f"the architecture {architecture!r} is not known: choose one of {', '.join(ARCHITECTURES)}.")
     has_gpu = torch.cuda.is_available()
-    plan = Plan(architecture=None if record else architecture, small=not has_gpu if small is None else small)
+    plan = Plan(architecture=architecture, small=not has_gpu if small is None else small)
     headers = read_headers(data.items)
     plan.head += [f"Planned for {data.source}: {_summary(data, headers)}", *_device(has_gpu)]
     for name, value in (record or {}).items():
@@ -309,9 +309,10 @@ def _saved_bytes(network: SegmentationNetwork, patch: Sequence[int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(torch.zeros(1, network.arguments["in_channels"], *patch, device="meta"))
+        # Two, since batch norm refuses a single value for each channel.
+        network(torch.zeros(2, network.arguments["in_channels"], *patch, device="meta"))
     weights = {id(parameter) for parameter in network.parameters()}
-    return sum(t.numel() * t.element_size() for id_, t in kept.items() if id_ not in weights)
+    return sum(t.numel() * t.element_size() for id_, t in kept.items() if id_ not in weights) // 2
 
 
 def _yaml(value: Any) -> str:

@@ -79,7 +79,18 @@ class Pretrained:
         """Settings of fine-tuning that follow from the record: how scans are prepared, and the network."""
         settings = {name: getattr(self.record.input, name) for name in _INPUT}
         config = task_config(_configs("pgl_segmentation"), (), encoder=self.encoder)
-        return {**settings, **{name: config[name] for name in ("encoder", "network_def")}}
+        if self.architecture == "resnet50":
+            return {**settings, "encoder": config["encoder"]}
+        network = config["network_def"]
+        if "deep_supervision" in network:  # which has no weights of its own yet
+            network |= {"deep_supervision": True, "deep_supr_num": max(1, min(3, len(network["filters"]) - 3))}
+        return {**settings, "network_def": network}
+
+    @property
+    def architecture(self) -> str:
+        """Of the network, as ``--architecture`` names it."""
+        family = self.record.architecture["family"]
+        return "resnet50" if family == "resnet" else family
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Refuse settings that contradict the record.
@@ -131,15 +142,17 @@ def pretraining(
 
 def fine_tuning_plan(data: Data, architecture: str, small: bool | None, pretrained: Pretrained | None) -> Plan:
     """The plan of a fine-tuning; of pre-trained weights network and preparation are theirs."""
-    record = None if pretrained is None else pretrained.settings()
-    return make_plan(data, _configs("pgl_segmentation"), architecture, small, record)
+    configs = _configs("pgl_segmentation")
+    if pretrained is None:
+        return make_plan(data, configs, architecture, small)
+    return make_plan(data, configs, pretrained.architecture, small, pretrained.settings())
 
 
-def fine_tuning_configs(plan: Plan, family: str, pretrained: bool) -> list[str]:
-    """The config files of a fine-tuning but for the plan, in their order."""
+def fine_tuning_configs(plan: Plan, pretrained: bool) -> tuple[list[str], list[str]]:
+    """The config files of a fine-tuning but for the plan: of any start, and of the recipe of one, which come after."""
     start = [f"start/{'pretrained' if pretrained else 'random'}.yaml", *["start/small.yaml"] * plan.small]
-    start = start if family in _WITH_RECIPE else []
-    return [config_path(name, _configs("pgl_segmentation")) for name in ("train.json", *plan.configs, *start)]
+    names = ["train.json", *plan.configs], start if plan.architecture in _WITH_RECIPE else []
+    return tuple([config_path(name, _configs("pgl_segmentation")) for name in part] for part in names)
 
 
 def fine_tuning(
@@ -154,8 +167,8 @@ def fine_tuning(
         pretrained: the weights; None: random ones.
         settings: further ones, which override all others.
     """
-    family = plan.architecture if pretrained is None else pretrained.record.architecture["family"]
-    files = [*fine_tuning_configs(plan, family, pretrained is not None), write_plan(plan, out)]
+    base, start = fine_tuning_configs(plan, pretrained is not None)
+    files = [*base, *start, write_plan(plan, out)]
     weights = {} if pretrained is None else pretrained.weights
     return BundleRun("training", files, {**data.settings, "output_dir": str(out), **weights, **settings})
 
