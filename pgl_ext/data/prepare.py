@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from monai.config import PathLike
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, named_items, source_names
 from pgl_ext.data.find import find_cases, find_volumes
+from pgl_ext.data.seen import seen_text
 from pgl_ext.data.split import recorded_split, split_cases, split_volumes, write_split
 from pgl_ext.distributed import gather, rank_and_world_size
 from pgl_ext.errors import transform_error
@@ -210,6 +211,7 @@ def evaluation_cases(
     data_list_key: str = "test",
     annotated_key: str | None = None,
     split_path: PathLike | None = None,
+    seen: Collection[str] = (),
 ) -> list[dict]:
     """The labelled cases of a data list, or without one the test cases of a training, with a unique ``"name"`` each.
 
@@ -217,6 +219,7 @@ def evaluation_cases(
 
     Args:
         split_path: the ``split.json`` of the training, which lists the cases that it held out to test on.
+        seen: digests of scans that the network has seen; a warning names test scans among them.
 
     Raises:
         ValueError: there is no list, and the training held out no cases.
@@ -229,7 +232,11 @@ def evaluation_cases(
                 "--test_cases N; then its split.json, two folders above the model, lists them and is taken by itself."
             )
         data_list_file_path, data_list_key = split_path, "test"
-    return named_items(labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key))
+    cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
+    text = seen_text(cases, seen)
+    if text:
+        logger.warning("%s", text)
+    return named_items(cases)
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def run_gain(file: Path, out: Path, jobs: int | None = None) -> list[str]:
         f"Tables, curves and report: {out / 'report.html'}.",
         f"Model for 'pgl segment': {out / 'models' / 'model.pt'}, {why}.",
     ]
-    return [*written, answer(results)]
+    return [*written, *([study.note] * bool(study.note)), answer(results)]
 
 
 def _best_model(results: Results) -> tuple[Path, str]:

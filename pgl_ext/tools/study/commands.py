@@ -27,6 +27,7 @@ __all__ = [
     "rates_to_choose",
     "segmentation_commands",
     "settings_of_labels",
+    "test_items",
 ]
 
 _SET_BY_STUDY = (
@@ -140,7 +141,7 @@ def check_unseen(pretraining: Command, evaluation: Command) -> None:
         scans = load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))
     else:
         scans = find_volumes(config["dataset_dir"]) if config["dataset_dir"] else []
-    test = _cases(evaluation, "test")
+    test = test_items(evaluation)
     paths = {_resolved(scan) for scan in scans}
     by_size: dict[int, list[str]] = {}
     for scan in scans:
@@ -195,7 +196,7 @@ def segmentation_commands(content: Mapping[str, Any], folder: Path, bundles: Pat
     if "annotated_key" not in content["test"]["settings"]:
         evaluation = evaluation.with_settings(annotated_key=fine_tuning.config()["annotated_key"])
     cases = _cases(fine_tuning, "fine_tuning")
-    both = {item_name(case) for case in cases} & {item_name(case) for case in _cases(evaluation, "test")}
+    both = {item_name(case) for case in cases} & {item_name(case) for case in test_items(evaluation)}
     if both:
         raise ValueError(
             f"{len(both)} test cases are among the labelled ones, such as {min(both)}: give another list or "
@@ -245,6 +246,11 @@ def settings_of_labels(content: Mapping[str, Any], base: Command, labels: float)
     if patches is not None:
         settings["patches_per_case"] = max(1, round(patches / len(split["training"])))
     return {"test_cases": 0, **settings}, len(split["validation"])
+
+
+def test_items(evaluation: Command) -> list[dict]:
+    """The labelled cases that an evaluation is on."""
+    return _cases(evaluation, "test")
 
 
 def _cases(command: Command, place: str) -> list[dict]:

@@ -12,6 +12,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from pgl_ext.tools.bundles import bundles_folder
+from pgl_ext.data.seen import seen_scans, seen_text
 from pgl_ext.tools.study.commands import (
     absolute,
     check_unseen,
@@ -20,6 +21,7 @@ from pgl_ext.tools.study.commands import (
     rates_to_choose,
     segmentation_commands,
     settings_of_labels,
+    test_items,
 )
 from pgl_ext.tools.study.configs import Command
 from pgl_ext.tools.study.runs import AS_SET, Rates, Run, evaluation_folder, model_file
@@ -163,14 +165,17 @@ class Study:
         return Run(folder, name, method, seed, tuple(commands), labels, rates, pretraining)
 
     def _remarks(self, fine_tuning: ConfigParser) -> list[str]:
-        """Sentences on what a reader of the scores of all pre-trained methods should know."""
+        """Sentences on what a reader of the scores of pre-trained methods should know."""
+        test = test_items(self._evaluation)
+        texts = {name: seen_text(test, seen_scans(entry.get("encoder"))) for name, entry in self._entries.items()}
+        remarks = [f"{name}: {text}" for name, text in texts.items() if text]
         if not self._pretraining:
-            return []
+            return remarks
         pretraining = next(iter(self._pretraining.values())).config()
         changes = [f"{n} {pretraining[n]}, then {fine_tuning[n]}" for n in _INPUT if pretraining[n] != fine_tuning[n]]
         if changes:
-            return [f"Pre-training and fine-tuning prepare scans differently: {'; '.join(changes)}."]
-        return []
+            remarks.append(f"Pre-training and fine-tuning prepare scans differently: {'; '.join(changes)}.")
+        return remarks
 
 
 def _settings_of_selection(content: Mapping[str, Any], base: Command, labels: float) -> dict[str, Any] | None:
