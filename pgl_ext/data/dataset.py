@@ -332,16 +332,14 @@ def default_workers() -> int:
 def delay_sigterm(worker: int) -> None:
     """For ``worker_init_fn``: let a loading process go on for 30 s after a SIGTERM of others than its training process.
 
-    Torchrun and cluster schedulers send the signal to all processes of a job. The training one then finishes its step
-    and saves a checkpoint, which it could not do if those that load for it ended at once. On macOS and Windows they do,
-    since these do not tell who sent a signal.
+    Torchrun and cluster schedulers send it to all processes of a job. The training one then finishes its step and saves
+    a checkpoint, which needs those that load for it. On macOS and Windows, which do not tell who sent it, they end.
     """
     # Ctrl-C in a terminal goes to all processes too; the training one ends those that load for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # a handler would not be told either
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        # Not os.getppid(), which may be a server that forks processes.
-        training = multiprocessing.parent_process().pid
+        training = multiprocessing.parent_process().pid  # not os.getppid(): a server may have forked this process
         threading.Thread(target=_end_after_sigterm, args=(training,), daemon=True).start()
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.data.seen import seen_scans, seen_text
+from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.tools.study.commands import (
     absolute,
     check_unseen,
