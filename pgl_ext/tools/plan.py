@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,7 +267,8 @@ def _plan_patch(plan: Plan, headers: Sequence[Header], configs: str | os.PathLik
     extents = np.array([header.shape for header in headers])
     if target is not None:
         extents = extents * np.array([header.spacing for header in headers]) / np.array(target)
-    network, batch = _network(plan, configs)
+    network, config = _network(plan, configs)
+    batch = int(config["batch_size"])
     multiple = np.lcm.reduce(np.array(network.feature_network.level_strides), axis=0)
 
     def fits(patch: np.ndarray) -> bool:
@@ -275,20 +278,27 @@ def _plan_patch(plan: Plan, headers: Sequence[Header], configs: str | os.PathLik
 
     patch = _largest_patch(np.median(extents, axis=0), multiple, fits)
     needed = batch * _PEAK * _saved_bytes(network, patch) / 2**30
+    steps = config["max_epochs"] * config["steps_per_epoch"]
+    if config["patches_per_case"] is None and (plan.small or torch.cuda.is_available()):
+        seconds = _seconds(network, patch)
+        plan.head.append(
+            f"Fine-tuning: {steps} steps of {batch} patches, about {steps * batch * seconds / 3600:.2g} h, at "
+            f"{seconds:.2g} s a patch, as measured just now."
+        )
     plan.set("patch_size", patch.tolist(), f"voxels; {batch} of them need some {needed:.2g} GiB (within 20 %)")
     # Crops for views are larger than these, up to 1.4 times.
     view = np.minimum(patch, np.maximum(multiple, np.median(extents, axis=0) / 1.2 // multiple * multiple))
     plan.set("view_size", view.astype(int).tolist(), "voxels, of pre-training")
 
 
-def _network(plan: Plan, configs: str | os.PathLike) -> tuple[SegmentationNetwork, int]:
-    """The network of the plan, without values, and the batch size of fine-tuning."""
+def _network(plan: Plan, configs: str | os.PathLike) -> tuple[SegmentationNetwork, Mapping[str, Any]]:
+    """The network of the plan, without values, and the merged config of fine-tuning."""
     files = [config_path(name, configs) for name in ("train.json", *plan.configs)]
     names = ("network_def", "encoder", "organs", "background_values", "multi_label")
     settings = {"organs": {"structure": 1}, **plan.settings}
     config = merged_config([*files, {name: settings[name] for name in names if name in settings}])
     with torch.device("meta"):
-        return config.get_parsed_content("network_def").train(), int(config["batch_size"])
+        return config.get_parsed_content("network_def").train(), config
 
 
 def _largest_patch(median: np.ndarray, multiple: np.ndarray, fits: Callable[[np.ndarray], bool]) -> np.ndarray:
@@ -313,6 +323,18 @@ def _saved_bytes(network: SegmentationNetwork, patch: Sequence[int]) -> int:
         network(torch.zeros(2, network.arguments["in_channels"], *patch, device="meta"))
     weights = {id(parameter) for parameter in network.parameters()}
     return sum(t.numel() * t.element_size() for id_, t in kept.items() if id_ not in weights) // 2
+
+
+def _seconds(network: SegmentationNetwork, patch: Sequence[int]) -> float:
+    """Seconds that a training step takes for one patch on the device that trains, the second time."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = deepcopy(network).to_empty(device=device)
+    images = torch.zeros(2, network.arguments["in_channels"], *patch, device=device)
+    for _ in range(2):
+        start = time.perf_counter()
+        network(images).sum().backward()
+        torch.cuda.synchronize() if device.type == "cuda" else None
+    return (time.perf_counter() - start) / len(images)
 
 
 def _yaml(value: Any) -> str:
