@@ -53,7 +53,7 @@ def data_list(tmp_path):
         nib.save(nib.Nifti1Image(label, affine), folder / "label.nii.gz")
         entries.append({key: f"patient {number}/{key.replace('image', 'scan')}.nii.gz" for key in ("image", "label")})
     path = tmp_path / "data" / "dataset.json"
-    path.write_text(json.dumps({"validation": entries}))
+    path.write_text(json.dumps({"test": entries}))
     return path
 
 
@@ -97,7 +97,7 @@ def read_csv(path: Path) -> list[dict]:
 
 def test_the_model_knows_which_field_says_what_is_annotated(tmp_path, data_list):
     content = json.loads(data_list.read_text())
-    for entry in content["validation"]:
+    for entry in content["test"]:
         entry["contoured"] = ["muscle"]
     data_list.write_text(json.dumps(content))
     evaluator(tmp_path, data_list, recorded={"annotated_key": "contoured"}).run()
@@ -141,7 +141,7 @@ def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatc
     titles = {}
     monkeypatch.setattr("pgl_ext.figures.overlays.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
     content = json.loads(data_list.read_text())
-    for number, entry in enumerate(content["validation"]):
+    for number, entry in enumerate(content["test"]):
         path = data_list.parent / entry["label"]
         label = nib.load(path)
         values = np.asarray(label.dataobj).copy()
