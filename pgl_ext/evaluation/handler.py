@@ -39,7 +39,6 @@ __all__ = ["CASE_COLUMNS", "EvaluationReport"]
 logger = logging.getLogger(__name__)
 
 CASE_COLUMNS = ("case", "organ", *METRICS, "reference_ml", "predicted_ml", "status")
-_FILES = ("image", "series_uid", "label")
 
 
 @dataclass(eq=False, repr=False)
@@ -131,7 +130,7 @@ class EvaluationReport:
             AVERAGE: summary[AVERAGE],
             "organs": {name: summary[name] for name in self.task.names},
             "task": self.task.description(),
-            "files": {name: {key: case[key] for key in _FILES if key in case} for name, case in self.by_name.items()},
+            "files": self.by_name,
         }
         write_text(self.folder / "summary.json", json.dumps(content, indent=4) + "\n")
         write_csv(self.folder / "summary.csv", summary_rows(summary))

@@ -19,6 +19,7 @@ from pgl_ext.evaluation.handler import CASE_COLUMNS, EvaluationReport
 from pgl_ext.evaluation.metrics import organ_scores
 from pgl_ext.evaluation.summary import AVERAGE, case_means, confidence_interval, summarise
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.report import case_pictures
 from pgl_ext.transforms.checks import BadVolumesError
 from pgl_ext.weights import InputRecord, ModelRecord
 
@@ -134,6 +135,10 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
     assert [row["organ"] for row in read_csv(out / "summary.csv")] == [*ORGANS, AVERAGE]
     pictures = ["boxplots.png", *(f"overlays/{name}.png" for name in ("best", "median", "worst"))]
     assert all((out / name).stat().st_size > 5000 for name in pictures)
+    # A report finds all that it draws.
+    for entry in case_pictures({"a": out, "b": out}):
+        assert [picture[:15] for picture in entry["pictures"]] == ["data:image/png;"]
+        assert entry["remarks"] == []
 
 
 def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatch):
