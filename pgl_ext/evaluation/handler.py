@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,16 @@ from monai.utils import convert_to_numpy, convert_to_tensor
 
 from pgl_ext.data.prepare import check_items
 from pgl_ext.evaluation.metrics import METRICS, organ_scores
-from pgl_ext.evaluation.summary import AVERAGE, case_means, grouped, number_text, summarise, summary_rows, summary_table
+from pgl_ext.evaluation.summary import (
+    AVERAGE,
+    case_means,
+    grouped,
+    notable_cases,
+    number_text,
+    summarise,
+    summary_rows,
+    summary_table,
+)
 from pgl_ext.files import write_csv, write_nifti, write_text
 from pgl_ext.segmentation.cases import draw_case, segmented_items
 from pgl_ext.task import SegmentationTask
@@ -41,7 +49,8 @@ class EvaluationReport:
 
     - ``predictions/NAME.nii.gz``: label map on the grid of the image, with the values of the task's label files;
     - ``cases.csv``: Dice, IoU, HD and HD95 (mm) of each case and organ, see :mod:`pgl_ext.evaluation.metrics`;
-    - ``summary.csv``, ``summary.json``: mean, standard deviation and 95 % confidence interval per organ and of all;
+    - ``summary.csv``, ``summary.json``: mean, standard deviation and 95 % confidence interval per organ and of all; the
+      latter also where the files of the cases lie, for pictures in reports;
     - ``boxplots.png``: Dice and HD95;
     - ``overlays/best.png``, ``median.png``, ``worst.png``: reference and prediction, by the case's mean Dice.
 
@@ -121,6 +130,7 @@ class EvaluationReport:
             AVERAGE: summary[AVERAGE],
             "organs": {name: summary[name] for name in self.task.names},
             "task": self.task.description(),
+            "files": self.by_name,
         }
         write_text(self.folder / "summary.json", json.dumps(content, indent=4) + "\n")
         write_csv(self.folder / "summary.csv", summary_rows(summary))
@@ -139,11 +149,7 @@ class EvaluationReport:
     def _draw_overlays(self) -> None:
         """Draw the cases of the lowest, median and highest mean Dice."""
         dice = case_means(self.rows, "dice")
-        ordered = sorted((name for name in dice if math.isfinite(dice[name])), key=dice.__getitem__)
-        if not ordered:
-            return
-        chosen = {"worst": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "best": ordered[-1]}
-        for title, name in chosen.items():
+        for title, name in notable_cases(dice).items():
             case = self.by_name[name]
             files = {"reference": case["label"], "prediction": self._prediction_path(name)}
             maps = LoadVolumed(list(files))(files)

@@ -20,6 +20,7 @@ __all__ = [
     "finite_mean",
     "grouped",
     "interval_text",
+    "notable_cases",
     "number_text",
     "summarise",
     "summary_rows",
@@ -59,6 +60,12 @@ def case_means(rows: Iterable[Mapping], metric: str) -> dict[str, float]:
     """Mean over the organs of each case, NaN where it has no value, of rows with ``"case"`` and the metric."""
     cases = grouped(rows, "case")
     return {case: finite_mean(row[metric] for row in case_rows) for case, case_rows in cases.items()}
+
+
+def notable_cases(scores: Mapping[str, float]) -> dict[str, str]:
+    """The ``best``, ``median`` (of an even number the lower) and ``worst`` case by their scores; NaN takes no part."""
+    ordered = sorted((case for case in scores if math.isfinite(scores[case])), key=scores.__getitem__)
+    return {"best": ordered[-1], "median": ordered[(len(ordered) - 1) // 2], "worst": ordered[0]} if ordered else {}
 
 
 def grouped(rows: Iterable[Mapping], column: str) -> dict[str, list[Mapping]]:

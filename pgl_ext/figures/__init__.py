@@ -1,4 +1,5 @@
 """Pictures: training curves, aligned views, segmentations over their scans.
 
-Volumes are shown as arrays in RAS order: x to the right, y (anterior) or z (superior) up.
+Volumes are arrays in RAS order. Views are shown as such, x to the right and y (anterior) up; segmented scans as
+radiologists see them, the patient's right on the left.
 """

@@ -31,13 +31,16 @@ __all__ = [
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#777777"
 
 _ORGANS = (
-    "#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#9a6324", "#b18cff",
-    "#469990", "#ffb3c1", "#c9a227", "#8c1c3a",
+    "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2",  # of Okabe and Ito
+    "#e6194b", "#7fff50", "#9a6324", "#b18cff", "#ffb3c1", "#f032e6", "#8c1c3a",
 )  # fmt: skip
 
 
 def organ_colors(count: int) -> np.ndarray:
-    """Colours (count, 3), RGB in [0, 1], that can be told apart on grey: the first 14 chosen, further ones hues."""
+    """Colours (count, 3), RGB in [0, 1], that can be told apart on grey: the first 14 chosen, further ones hues.
+
+    The first 7 can be told apart by colour-blind people too. A structure has the same colour however many there are.
+    """
     chosen = [to_rgb(color) for color in _ORGANS[:count]]
     # Steps of the golden ratio keep any number of hues apart.
     further = [hsv_to_rgb(((0.05 + 0.618034 * number) % 1.0, 0.55, 0.95)) for number in range(count - len(chosen))]

@@ -8,18 +8,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from pgl_ext import __version__
 from pgl_ext.evaluation.metrics import METRICS
-from pgl_ext.evaluation.summary import AVERAGE, interval_text, number_text
+from pgl_ext.evaluation.summary import AVERAGE, case_means, interval_text, notable_cases, number_text
 from pgl_ext.files import read_json, write_text
-from pgl_ext.tools.compare import comparison_tables, read_comparison, verdicts
+from pgl_ext.segmentation.cases import draw_case
+from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.compare import comparison_tables, read_comparison, read_scores, verdicts
+from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["render_page", "write_report"]
+__all__ = ["case_pictures", "render_page", "write_report"]
 
+_RUNS_PER_PICTURE = 3
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -89,11 +94,65 @@ def write_report(
         title=title,
         note=note,
         runs=evaluated,
+        cases=case_pictures({run.name: run.folder / "evaluation" for run in evaluated}),
         best=lambda row, metric: _best(evaluated, row, metric),
         pretraining=None if pretraining is None else Path(pretraining),
         encoder=read_json(encoder) if pretraining is not None and encoder.is_file() else {},
         comparison=None if comparison is None else _comparison(Path(comparison)),
     )
+
+
+def case_pictures(evaluations: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Pictures of the best, median and worst case of the first evaluation, by mean Dice, as all runs segment them.
+
+    They are drawn from the predictions in the evaluations' folders, and from the scans and label maps where the first
+    evaluation found them.
+
+    Args:
+        evaluations: output folder of each evaluation by the name of its run, all of one task.
+
+    Returns:
+        For each case its ``heading``, ``pictures`` (data URLs; each of the reference and up to three runs), ``runs``
+        that they show, and ``remarks`` on what is missing.
+    """
+    dice = {name: _dice_of_cases(folder) for name, folder in evaluations.items()}
+    first = next(iter(dice), None)
+    notable = notable_cases(dice[first]) if dice else {}
+    entries = []
+    for case in dict.fromkeys(notable.values()):
+        words = " and ".join(word for word, name in notable.items() if name == case).capitalize()
+        paths = {name: folder / "predictions" / f"{case}.nii.gz" for name, folder in evaluations.items()}
+        runs = [name for name, path in paths.items() if path.is_file()]
+        absent = ", ".join(name for name in paths if name not in runs)
+        entry = {"heading": f"{words} case of {first} by mean Dice: {case}", "pictures": [], "runs": ", ".join(runs)}
+        entry["remarks"] = [f"Without a prediction of this case: {absent}."] if absent else []
+        try:
+            for start in range(0, len(runs), _RUNS_PER_PICTURE):
+                shown = runs[start : start + _RUNS_PER_PICTURE]
+                columns = {f"{name}\nmean Dice {number_text(dice[name].get(case))}": paths[name] for name in shown}
+                entry["pictures"].append(_draw(evaluations[first], case, columns))
+        except (OSError, ValueError) as error:
+            entry["remarks"].append(f"There is no picture: {error}")
+        entries.append(entry)
+    return entries
+
+
+def _dice_of_cases(evaluation: Path) -> dict[str, float]:
+    scores = read_scores(evaluation, ["dice"])
+    return case_means([{"case": case, **values} for (case, _), values in scores.items()], "dice")
+
+
+def _draw(evaluation: Path, case: str, predictions: Mapping[str, Path]) -> str | None:
+    """A data URL of a case's reference beside predictions, by title of the column."""
+    summary = read_json(evaluation / "summary.json")
+    item = summary.get("files", {}).get(case)
+    if item is None:
+        raise ValueError(f"{evaluation} does not say where the scan lies, as of an older version: evaluate again.")
+    files = {"reference": item["label"], **predictions}
+    with TemporaryDirectory() as folder:
+        picture = Path(folder) / "case.png"
+        draw_case(item, LoadVolumed(list(files))(files), SegmentationTask(**summary["task"]), picture, case)
+        return _picture(picture)
 
 
 def render_page(template: str, out: str | os.PathLike, **content: Any) -> Path:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import matplotlib.image
+import nibabel as nib
 import numpy as np
 import pytest
 
 from pgl_ext.figures.base import figure_to_array, organ_colors
 from pgl_ext.figures.overlays import plot_overlay
+from pgl_ext.segmentation.cases import draw_case
+from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.phantom import LABELS, generate_case
+from pgl_ext.transforms.load import LoadVolumed
 
 SHAPE = (30, 24, 12)
 SPACING = (1.0, 1.5, 4.0)
@@ -33,7 +37,7 @@ def test_slices_and_proportions(image, masks):
     panels = np.array(figure.axes).reshape(3, 2)
     expected = [image[:, :, 3], image[:, 7, :], image[5]]
     for row, cut, size in zip(panels, expected, [(30, 36), (30, 48), (36, 48)], strict=True):
-        shown = row[1].images[0].get_array()  # rows go up: the second axis of the plane
+        shown = row[1].images[0].get_array()[:, ::-1]  # rows go up: the second axis of the plane, the first to the left
         assert shown.shape[:2] == cut.T.shape
         # Where nothing is predicted, the picture is the grey slice.
         grey = np.clip((cut.T - np.quantile(image, 0.005)) / np.ptp(np.quantile(image, (0.005, 0.995))), 0, 1)
@@ -50,10 +54,59 @@ def test_organs_are_tinted_with_the_colour_of_the_legend(image, masks):
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["first", "second"]
     axial = figure.axes[0].images[0].get_array()
-    for patch, (x, y) in zip(legend.get_patches(), [(4, 6), (12, 7)], strict=True):
+    for patch, (x, y) in zip(legend.get_patches(), [(25, 6), (17, 7)], strict=True):
         color = np.array(patch.get_facecolor()[:3])
         np.testing.assert_allclose(axial[y, x] / axial[y, x].max(), color / color.max(), atol=1e-6)
     assert (axial[20, 20] == 0).all()
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "PIR", "SLA"])
+def test_the_right_anterior_superior_corner_is_up_on_the_left(tmp_path, monkeypatch, axcodes):
+    """In all planes of the picture, whatever the order of the file's axes; none of their other corners is."""
+    figures = []
+    monkeypatch.setattr("pgl_ext.figures.overlays.save_figure", lambda figure, path: figures.append(figure))
+    affine, shape = np.zeros((4, 4)), []
+    for column, letter in enumerate(axcodes):
+        axis = next(number for number, ends in enumerate(("RL", "AP", "SI")) if letter in ends)
+        affine[axis, column] = SPACING[axis] * (1 if letter in "RAS" else -1)
+        shape.append(SHAPE[axis])
+    affine[:, 3] = (40, -30, 7, 1)
+    # The place of each voxel in the patient, mm to the right, to the front and up.
+    places = np.einsum("ij,jxyz->ixyz", affine[:3, :3], np.indices(shape)) + affine[:3, 3].reshape(3, 1, 1, 1)
+    farthest = places.max((1, 2, 3), keepdims=True)
+    marked = (places > farthest - np.reshape(SPACING, (3, 1, 1, 1)) * 3.5).all(0).astype(np.uint8)
+    for name, voxels in (("image", 100 * marked), ("label", marked)):
+        nib.save(nib.Nifti1Image(voxels, affine), tmp_path / f"{name}.nii.gz")
+    maps = LoadVolumed("reference")({"reference": tmp_path / "label.nii.gz"})
+    draw_case({"image": tmp_path / "image.nii.gz"}, maps, SegmentationTask({"liver": 1}), tmp_path / "o.png", "")
+    (figure,) = figures
+    picture = figure_to_array(figure).astype(int)
+    color = np.array(figure.legends[0].get_patches()[0].get_facecolor()[:3]) * 255
+    for axes, letters in zip(figure.axes, ("RLAP", "RLSI", "APSI"), strict=True):
+        box = axes.get_window_extent()
+        left, right, up, down = box.x0 + 6, box.x1 - 6, len(picture) - box.y1 + 6, len(picture) - box.y0 - 6
+        corners = [picture[round(row), round(column)] for row in (up, down) for column in (left, right)]
+        np.testing.assert_allclose(corners[0], 0.65 * 255 + 0.35 * color, atol=2)
+        assert not np.any(corners[1:])
+        texts = {text.get_text(): text.get_window_extent() for text in axes.texts}
+        places = [texts[letter] for letter in letters]
+        assert places[0].x1 < box.x0 + 0.2 * box.width
+        assert places[1].x0 > box.x1 - 0.2 * box.width
+        assert places[2].y0 > places[0].y1 > places[0].y0 > places[3].y1
+
+
+@pytest.mark.parametrize(("size", "text"), [(300, "50 mm"), (90, "20 mm"), (47, "10 mm"), (9.5, "2 mm")])
+def test_the_bar_is_as_long_as_it_says(size, text):
+    """The axial panel is 30 voxels wide, in all ``size`` mm."""
+    spacing = (size / 30, size / 40, size / 20)
+    figure = plot_overlay(np.zeros(SHAPE), {"prediction": np.zeros((1, *SHAPE), dtype=bool)}, ["liver"], spacing)
+    figure_to_array(figure)
+    axes = figure.axes[0]
+    (bar,), (label,) = axes.lines, [t for t in axes.texts if t.get_text().endswith("mm")]
+    assert label.get_text() == text
+    ends = bar.get_transform().transform(bar.get_xydata())
+    millimetres = np.ptp(ends[:, 0]) / axes.get_window_extent().width * size
+    assert millimetres == pytest.approx(float(text.split()[0]))
 
 
 def test_a_volume_of_one_slice(tmp_path):
@@ -82,6 +135,7 @@ def test_colours_are_distinct():
     distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + np.eye(40)
     assert colors.shape == (40, 3)
     assert distances.min() > 0.02
+    assert np.array_equal(organ_colors(3), colors[:3])  # those of a structure do not depend on how many there are
     assert distances[:14, :14].min() > 0.2
     assert organ_colors(0).shape == (0, 3)
 

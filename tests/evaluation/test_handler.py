@@ -19,6 +19,7 @@ from pgl_ext.evaluation.handler import CASE_COLUMNS, EvaluationReport
 from pgl_ext.evaluation.metrics import organ_scores
 from pgl_ext.evaluation.summary import AVERAGE, case_means, confidence_interval, summarise
 from pgl_ext.task import SegmentationTask
+from pgl_ext.tools.report import case_pictures
 from pgl_ext.transforms.checks import BadVolumesError
 from pgl_ext.weights import InputRecord, ModelRecord
 
@@ -53,7 +54,7 @@ def data_list(tmp_path):
         nib.save(nib.Nifti1Image(label, affine), folder / "label.nii.gz")
         entries.append({key: f"patient {number}/{key.replace('image', 'scan')}.nii.gz" for key in ("image", "label")})
     path = tmp_path / "data" / "dataset.json"
-    path.write_text(json.dumps({"validation": entries}))
+    path.write_text(json.dumps({"test": entries}))
     return path
 
 
@@ -97,7 +98,7 @@ def read_csv(path: Path) -> list[dict]:
 
 def test_the_model_knows_which_field_says_what_is_annotated(tmp_path, data_list):
     content = json.loads(data_list.read_text())
-    for entry in content["validation"]:
+    for entry in content["test"]:
         entry["contoured"] = ["muscle"]
     data_list.write_text(json.dumps(content))
     evaluator(tmp_path, data_list, recorded={"annotated_key": "contoured"}).run()
@@ -134,6 +135,10 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
     assert [row["organ"] for row in read_csv(out / "summary.csv")] == [*ORGANS, AVERAGE]
     pictures = ["boxplots.png", *(f"overlays/{name}.png" for name in ("best", "median", "worst"))]
     assert all((out / name).stat().st_size > 5000 for name in pictures)
+    # A report finds all that it draws.
+    for entry in case_pictures({"a": out, "b": out}):
+        assert [picture[:15] for picture in entry["pictures"]] == ["data:image/png;"]
+        assert entry["remarks"] == []
 
 
 def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatch):
@@ -141,7 +146,7 @@ def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatc
     titles = {}
     monkeypatch.setattr("pgl_ext.figures.overlays.plot_overlay", lambda *args: titles.update({args[4].stem: args[5]}))
     content = json.loads(data_list.read_text())
-    for number, entry in enumerate(content["validation"]):
+    for number, entry in enumerate(content["test"]):
         path = data_list.parent / entry["label"]
         label = nib.load(path)
         values = np.asarray(label.dataobj).copy()

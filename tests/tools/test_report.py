@@ -5,12 +5,15 @@ import json
 import shutil
 import subprocess
 
+import nibabel as nib
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from pgl_ext.evaluation.summary import summarise
+from pgl_ext.files import write_csv
 from pgl_ext.task import SegmentationTask
-from pgl_ext.tools.report import write_report
+from pgl_ext.tools.report import case_pictures, write_report
 
 TASK = SegmentationTask({"liver": 1, "spleen <left>": 2})
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -23,13 +26,27 @@ def picture(path):
     figure.savefig(path)
 
 
-def make_run(folder, dice: float, encoder: str | None = None):
-    """The files of a fine-tuning run with its evaluation on three cases."""
+def make_cases(folder) -> dict[str, dict[str, str]]:
+    """Scans and label maps of three cases, by name as an evaluation notes them."""
+    folder.mkdir(exist_ok=True)
+    cases = {}
+    for number in range(3):
+        cases[f"case_{number}"] = {key: str(folder / f"{key}_{number}.nii.gz") for key in ("image", "label")}
+        label = np.zeros((12, 10, 8), dtype=np.uint8)
+        label[2:6, 2:6, 2 + number], label[7:10, 5:8, 2 + number] = 1, 2
+        for key, voxels in (("image", 100 * label), ("label", label)):
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), cases[f"case_{number}"][key])
+    return cases
+
+
+def make_run(folder, dice: float, encoder: str | None = None, order=(0, 1, 2)):
+    """The files of a fine-tuning run with its evaluation on three cases, from the worst to the best in an order."""
+    files = make_cases(folder.parent / "cases")
     rows = [
         {
             "case": f"case_{number}",
             "organ": organ,
-            **{"dice": dice + 0.01 * number, "iou": 0.5, "hd_mm": 9.0, "hd95_mm": 4.0, "status": "ok"},
+            **{"dice": dice + 0.01 * order.index(number), "iou": 0.5, "hd_mm": 9.0, "hd95_mm": 4.0, "status": "ok"},
         }
         for number in range(3)
         for organ in TASK.names
@@ -40,6 +57,7 @@ def make_run(folder, dice: float, encoder: str | None = None):
         "average": summary["average"],
         "organs": {name: summary[name] for name in TASK.names},
         "task": TASK.description(),
+        "files": files,
     }
     model = {
         "pretrained_encoder": encoder,
@@ -50,7 +68,11 @@ def make_run(folder, dice: float, encoder: str | None = None):
     for path, value in (("evaluation/summary.json", content), ("models/model.json", model)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(value))
-    for name in ("metrics.png", "evaluation/boxplots.png", "evaluation/overlays/best.png"):
+    write_csv(folder / "evaluation" / "cases.csv", rows)
+    (folder / "evaluation" / "predictions").mkdir()
+    for name, case in files.items():
+        shutil.copy(case["label"], folder / "evaluation" / "predictions" / f"{name}.nii.gz")
+    for name in ("metrics.png", "evaluation/boxplots.png"):
         picture(folder / name)
     return folder
 
@@ -84,9 +106,15 @@ class _Reader(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
         self.links, self.text, self.open = [], [], []
+        self.tags, self.attributes, self.alternatives, self.loose_tables = set(), set(), [], 0
 
     def handle_starttag(self, tag, attributes):
         self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+        self.alternatives += [value for name, value in attributes if name == "alt"]
+        self.loose_tables += tag == "table" and self.parent != {"class": "scroll"}
+        self.parent = dict(attributes)
         if tag not in ("meta", "link", "img"):
             self.open.append(tag)
 
@@ -123,10 +151,90 @@ def test_content(report):
 def test_nothing_lies_outside_the_file(report):
     reader = _Reader()
     reader.feed(report.read_text(encoding="utf-8"))
-    assert len(reader.links) == 9  # icon, comparison, two overlays, box plots and curves each, pre-training
+    assert len(reader.links) == 10  # icon, comparison, three cases, box plots and curves each, pre-training
     assert all(link.startswith("data:") for link in reader.links)
     assert "@import" not in report.read_text(encoding="utf-8")
     assert "url(" not in report.read_text(encoding="utf-8")
+
+
+def test_names_are_text_and_tables_scroll(tmp_path):
+    name = """"><script>alert('1')</script><i onclick="x"""
+    runs = {name: make_run(tmp_path / "a", 0.5), "b": make_run(tmp_path / "b", 0.5)}
+    reader = _Reader()
+    reader.feed(write_report(tmp_path / "report.html", runs, title=name, note=name).read_text(encoding="utf-8"))
+    assert reader.open == []
+    assert not reader.tags & {"script", "i"}
+    assert reader.attributes <= {"alt", "charset", "class", "colspan", "content", "href", "lang", "name", "rel", "src"}
+    assert name in reader.alternatives
+    assert name in reader.text
+    assert reader.loose_tables == 0
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn instead of pictures: for each its title and the titles of its columns."""
+    pictures = []
+
+    def draw(item, maps, task, path, title):
+        assert next(iter(maps)) == "reference"
+        assert title.split("_")[1] in item["image"]
+        pictures.append((title, [column.replace("\n", " ") for column in maps]))
+        path.write_bytes(b"picture")
+
+    monkeypatch.setattr("pgl_ext.tools.report.draw_case", draw)
+    return pictures
+
+
+def evaluations(tmp_path, **orders) -> dict:
+    return {name: make_run(tmp_path / name, 0.5, order=order) / "evaluation" for name, order in orders.items()}
+
+
+def test_cases_are_those_of_the_first_run(tmp_path, drawn):
+    entries = case_pictures(evaluations(tmp_path, a=(2, 0, 1), b=(0, 1, 2)))
+    assert [entry["heading"] for entry in entries] == [
+        f"{word} case of a by mean Dice: case_{number}" for word, number in (("Best", 1), ("Median", 0), ("Worst", 2))
+    ]
+    assert drawn == [
+        ("case_1", ["reference", "a mean Dice 0.520", "b mean Dice 0.510"]),
+        ("case_0", ["reference", "a mean Dice 0.510", "b mean Dice 0.500"]),
+        ("case_2", ["reference", "a mean Dice 0.500", "b mean Dice 0.520"]),
+    ]
+    assert not any(entry["remarks"] for entry in entries)
+
+
+def test_many_runs_have_several_pictures(tmp_path, drawn):
+    entries = case_pictures(evaluations(tmp_path, **dict.fromkeys("abcd", (0, 1, 2))))
+    assert [len(entry["pictures"]) for entry in entries] == [2, 2, 2]
+    assert [[column[0] for column in columns] for _, columns in drawn[:2]] == [list("rabc"), list("rd")]
+
+
+def test_what_is_missing_of_cases_is_said(tmp_path, drawn):
+    folders = evaluations(tmp_path, a=(0, 1, 2), b=(0, 1, 2))
+    (folders["b"] / "predictions" / "case_2.nii.gz").unlink()
+    (tmp_path / "cases" / "label_0.nii.gz").unlink()
+    best, median, worst = case_pictures(folders)
+    assert best["remarks"] == ["Without a prediction of this case: b."]
+    assert [title for title, _ in drawn] == ["case_2", "case_1"]
+    assert median["remarks"] == []
+    assert "label_0.nii.gz" in worst["remarks"][0]
+    assert worst["pictures"] == []
+
+
+def test_an_evaluation_of_an_older_version_has_no_pictures(tmp_path, drawn):
+    run = make_run(tmp_path / "a", 0.5)
+    path = run / "evaluation" / "summary.json"
+    content = json.loads(path.read_text())
+    del content["files"]
+    path.write_text(json.dumps(content))
+    page = write_report(tmp_path / "report.html", {"a": run}).read_text(encoding="utf-8")
+    assert "does not say where the scan lies" in page
+    assert drawn == []
+
+
+# --- what cannot be reported ----------------------------------------------------------------------------------------
 
 
 def test_an_unfinished_run_is_named(tmp_path):
@@ -172,5 +280,5 @@ def test_in_a_browser(report, tmp_path):
     assert "CONSOLE" not in result.stderr
     title = result.stdout.split("<title>")[1].split("</title>")[0]
     decoded, requests = json.loads(title)
-    assert decoded == [True] * 8
+    assert decoded == [True] * 9
     assert [url for url in requests if not url.startswith("data:")] == []

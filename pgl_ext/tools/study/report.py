@@ -11,10 +11,10 @@ from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.evaluation.verdict import verdict
 from pgl_ext.files import write_csv, write_text
-from pgl_ext.tools.report import render_page
+from pgl_ext.tools.report import case_pictures, render_page
 from pgl_ext.tools.study.efficiency import EFFICIENCY_NOTES, curve_rows, efficiency_tables
 from pgl_ext.tools.study.results import REPORTED, Results
-from pgl_ext.tools.study.runs import Run, labels_text
+from pgl_ext.tools.study.runs import Run, evaluation_folder, labels_text
 from pgl_ext.tools.tables import Table, difference_texts, score_text
 
 __all__ = ["NOTES", "paper_tables", "verdicts", "write_study_report", "write_tables"]
@@ -126,11 +126,15 @@ def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], fai
     Returns:
         the file.
     """
+    study = results.study
+    pictured = [run for run in results.scores if (run.labels, run.seed) == (study.labels[-1], study.seeds[0])]
+    pictured.sort(key=lambda run: run.method != study.reference)
     return render_page(
         "study.html",
-        results.study.folder / "report.html",
-        title=results.study.title,
-        note=results.study.note,
+        study.folder / "report.html",
+        title=study.title,
+        note=study.note,
+        cases=case_pictures({run.method: evaluation_folder(run.folder) for run in pictured}),
         results=results,
         verdicts=verdicts(results),
         tables=paper_tables(results),

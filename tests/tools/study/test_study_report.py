@@ -360,6 +360,20 @@ def test_page(study):
         assert text in page
 
 
+def test_cases_are_those_of_the_most_labels_and_the_first_seed(tmp_path, monkeypatch):
+    """The reference is first; so the cases are its best, median and worst."""
+    methods = {"A": {"encoder": None}, "B": {}, "C": {}}
+    study = make_study(tmp_path, methods=methods, reference="B", labelled_cases=[3, 5], seeds=[1, 2])
+    for run in study.runs({}):
+        if run.name != "fine_tuning/C/5_cases/seed_1":
+            finish(run, None if run.is_pretraining else BASE)
+    shown = []
+    monkeypatch.setattr("pgl_ext.tools.study.report.case_pictures", lambda folders: shown.append(folders) or [])
+    assert "The same cases" not in write_study_report(results_of(study), [], {}).read_text()
+    folders = {name: study.folder / "fine_tuning" / name / "5_cases/seed_1/evaluation" for name in "BA"}
+    assert list(shown[0].items()) == list(folders.items())
+
+
 def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
     finish_all(study)
     curves = {0: {40: 0.3, 80: 0.6}, 1: {40: 0.5, 80: 0.7}, 2: {40: 0.4}}  # the last one stopped early
