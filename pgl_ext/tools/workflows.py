@@ -223,8 +223,8 @@ def result_of_fine_tuning(out: Path) -> list[str]:
 
 def result_of_evaluation(out: Path) -> list[str]:
     """What an evaluation has written, and its scores."""
-    average = read_json(out / "summary.json")[AVERAGE]
-    return [f"Wrote {out / 'summary.json'}, cases.csv and pictures.", f"Mean Dice: {number_text(average['dice'])}."]
+    dice = read_json(out / "summary.json")[AVERAGE]["dice"]["mean"]
+    return [f"Wrote {out / 'summary.json'}, cases.csv and pictures.", f"Mean Dice: {number_text(dice)}."]
 
 
 def recorded(path: str | os.PathLike) -> dict[str, Any]:
