@@ -132,7 +132,7 @@ def test_wheel_holds_package_bundles_and_studies_that_anybody_can_run(wheel):
 def test_wheel_runs_where_it_is_installed(python, site):
     where = python("-c", "import pgl_ext.methods, pgl_ext.tools.report; print(pgl_ext.tools.report.__file__)").strip()
     assert Path(where).is_relative_to(site)
-    assert "export_encoder" in python("-m", "pgl_ext", "--help")
+    assert "pretrain" in python("-m", "pgl_ext", "--help")
 
 
 @pytest.mark.slow

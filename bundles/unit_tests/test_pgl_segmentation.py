@@ -66,6 +66,7 @@ class TestSegmentation(unittest.TestCase):
                 "evaluate.json",
                 "eval",
                 data_list_file_path=os.path.join(self.output_dir, "split.json"),
+                data_list_key="validation",
                 output_dir=evaluation,
                 model_path=model,
             ),
