@@ -35,7 +35,7 @@ demo: $(VENV)/.commands
 	$(PGL) phantom $(DEMO_DIR)/scans --cases 12 --seed 1
 	$(PGL) phantom $(DEMO_DIR)/data --cases 12 --test_cases 4
 	rm -rf $(DEMO_DIR)/pretrained $(DEMO_DIR)/gain $(DEMO_DIR)/segmented
-	$(PGL) pretrain $(DEMO_DIR)/scans $(DEMO_DIR)/pretrained --spacing "[6, 6, 6]" --max_epochs 10
+	$(PGL) pretrain $(DEMO_DIR)/scans $(DEMO_DIR)/pretrained --spacing "[6, 6, 6]" --max_epochs 6
 	$(PGL) gain $(DEMO_DIR)/data $(DEMO_DIR)/gain --pretrained $(DEMO_DIR)/pretrained --seeds 1 --labelled_cases 3 \
 		--max_epochs 3
 	$(PGL) segment $(DEMO_DIR)/gain $(DEMO_DIR)/data/dataset.json $(DEMO_DIR)/segmented
