@@ -94,11 +94,13 @@ def plan(
     make a plan themselves unless one is given.
     """
     from pgl_ext.files import write_text
-    from pgl_ext.tools.plan import read_data
+    from pgl_ext.tools.bundles import bundle_folder
+    from pgl_ext.tools.plan import expected_time, read_data
     from pgl_ext.tools.workflows import Pretrained
 
     weights = None if pretrained is None else Pretrained(pretrained)
     made = _plan(None, read_data(data, data_list_key), architecture, preset, weights)
+    made.head += expected_time(made, bundle_folder("pgl_segmentation") / "configs")
     if out is None:
         print(made.text(), end="")
     else:

@@ -30,7 +30,7 @@ from pgl_ext.tools.bundles import config_path
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["ARCHITECTURES", "Data", "Plan", "make_plan", "read_data"]
+__all__ = ["ARCHITECTURES", "Data", "Plan", "expected_time", "make_plan", "read_data"]
 
 ARCHITECTURES = {"resnet50": None, "dynunet": "dynunet", "segresnet": "segresnet"}
 """Overlays in ``configs/networks`` by architecture; the paper's network needs none."""
@@ -278,13 +278,6 @@ def _plan_patch(plan: Plan, headers: Sequence[Header], configs: str | os.PathLik
 
     patch = _largest_patch(np.median(extents, axis=0), multiple, fits)
     needed = batch * _PEAK * _saved_bytes(network, patch) / 2**30
-    steps = config["max_epochs"] * config["steps_per_epoch"]
-    if config["patches_per_case"] is None and (plan.small or torch.cuda.is_available()):
-        seconds = _seconds(network, patch)
-        plan.head.append(
-            f"Fine-tuning: {steps} steps of {batch} patches, about {steps * batch * seconds / 3600:.2g} h, at "
-            f"{seconds:.2g} s a patch, as measured just now."
-        )
     plan.set("patch_size", patch.tolist(), f"voxels; {batch} of them need some {needed:.2g} GiB (within 20 %)")
     # Crops for views are larger than these, up to 1.4 times.
     view = np.minimum(patch, np.maximum(multiple, np.median(extents, axis=0) / 1.2 // multiple * multiple))
@@ -323,6 +316,20 @@ def _saved_bytes(network: SegmentationNetwork, patch: Sequence[int]) -> int:
         network(torch.zeros(2, network.arguments["in_channels"], *patch, device="meta"))
     weights = {id(parameter) for parameter in network.parameters()}
     return sum(t.numel() * t.element_size() for id_, t in kept.items() if id_ not in weights) // 2
+
+
+def expected_time(plan: Plan, configs: str | os.PathLike) -> list[str]:
+    """How long fine-tuning takes here, in a sentence; nothing where that is not known, or takes long to measure."""
+    network, config = _network(plan, configs)
+    if config["patches_per_case"] is not None or not (plan.small or torch.cuda.is_available()):
+        return []
+    steps, batch = config["max_epochs"] * config["steps_per_epoch"], int(config["batch_size"])
+    seconds = _seconds(network, plan.settings["patch_size"])
+    hours = steps * batch * seconds / 3600
+    return [
+        f"Fine-tuning: {steps} steps of {batch} patches, about {hours:.2g} h, at {seconds:.2g} s a patch, as measured "
+        "just now."
+    ]
 
 
 def _seconds(network: SegmentationNetwork, patch: Sequence[int]) -> float:
