@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _READ_ATTEMPTS = 3
 _SECONDS_BETWEEN_ATTEMPTS = 0.2
 _SECONDS_AFTER_SIGTERM = 30
+_TELLS_WHO_SENT_IT = hasattr(signal, "sigtimedwait")
 _POINTS_PER_ORGAN = 10_000
 
 
@@ -323,6 +325,17 @@ class TrainingLoader(DataLoader):
             pin_memory=torch.device(device).type == "cuda",
         )
 
+    def __iter__(self) -> Iterator:
+        """Start the workers, all of whose threads inherit that SIGTERM is blocked, those of libraries included."""
+        if not self.num_workers or not _TELLS_WHO_SENT_IT:
+            return super().__iter__()
+        resource_tracker.ensure_running()  # which unblocks the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 def default_workers() -> int:
     """Loading processes for a training: one per core that it may use, at most 8."""
@@ -337,7 +350,7 @@ def delay_sigterm(worker: int) -> None:
     """
     # Ctrl-C in a terminal goes to all processes too; the training one ends those that load for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # a handler would not be told either
+    if _TELLS_WHO_SENT_IT:  # a handler would not be told either
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         training = multiprocessing.parent_process().pid  # not os.getppid(): a server may have forked this process
         threading.Thread(target=_end_after_sigterm, args=(training,), daemon=True).start()

@@ -470,7 +470,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 class TestLoadingProcesses:
     @pytest.fixture
     def run(self, tmp_path, method) -> Callable[[int | None], subprocess.CompletedProcess]:
