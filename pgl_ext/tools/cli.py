@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +100,7 @@ def plan(
     from pgl_ext.tools.workflows import Pretrained
 
     weights = None if pretrained is None else Pretrained(pretrained)
-    made = _plan(None, read_data(data, data_list_key), architecture, preset, weights)
+    made = _plan(None, read_data(data, data_list_key), architecture, preset, weights, {})
     made.head += expected_time(made, bundle_folder("pgl_segmentation") / "configs")
     if out is None:
         print(made.text(), end="")
@@ -129,8 +130,8 @@ def pretrain(
     from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import pretraining, result_of_pretraining
 
-    settings, data = _given(context), read_data(scans, data_list_key)
-    made = _plan(plan, data, architecture, preset, None)
+    settings, data = _given(context), read_data(scans, data_list_key, labelled=False)
+    made = _plan(plan, data, architecture, preset, None, settings)
     pretraining(data, _absolute(out), made, method, settings, gpus).run()
     _end(*result_of_pretraining(_absolute(out)), f"pgl gain CASES GAIN --pretrained {out}")
 
@@ -157,7 +158,7 @@ def finetune(
     weights = None if pretrained is None else Pretrained(pretrained)
     if weights is not None:
         weights.check(settings)
-    made = _plan(plan, data, architecture, preset, weights)
+    made = _plan(plan, data, architecture, preset, weights, settings)
     fine_tuning(data, _absolute(out), made, weights, settings).run()
     _end(*result_of_fine_tuning(_absolute(out)), f"pgl segment {out} SCANS SEGMENTED")
 
@@ -193,7 +194,7 @@ def gain(
     weights = Pretrained(pretrained)
     weights.check(settings)
     values = {name: yaml.safe_load(value) for name, value in settings.items()}
-    made, folder = _plan(plan, data, None, preset, weights), _absolute(out)
+    made, folder = _plan(plan, data, None, preset, weights, settings), _absolute(out)
     file = gain_study(data, folder, made, weights, seeds, test_cases, labelled_cases, values)
     print(f"$ pgl study {file} --out {folder}", flush=True)
     _end(*run_gain(file, folder, jobs), f"pgl segment {out} SCANS SEGMENTED")
@@ -205,9 +206,11 @@ def segment(context: typer.Context, model: Model, scans: Scans, out: Out, data_l
 
     Any setting of the bundle can be given too, as in --flip_axes "[0]".
     """
-    from pgl_ext.tools.workflows import inference, model_file
+    from pgl_ext.tools.workflows import inference, weights_file
 
-    inference(model_file(model), scans, _absolute(out), {"data_list_key": data_list_key, **_given(context)}).run()
+    inference(
+        weights_file(model, "model.pt"), scans, _absolute(out), {"data_list_key": data_list_key, **_given(context)}
+    ).run()
     _end(
         f"Wrote label maps and pictures to {out}.",
         f"pgl evaluate {model} CASES EVALUATION, where cases have label maps",
@@ -218,10 +221,10 @@ def segment(context: typer.Context, model: Model, scans: Scans, out: Out, data_l
 def evaluate(context: typer.Context, model: Model, cases: Cases, out: Out, data_list_key: Key = "test") -> None:
     """Score a model on labelled cases: Dice, IoU and surface distances of each case and structure."""
     from pgl_ext.tools.plan import read_data
-    from pgl_ext.tools.workflows import evaluation, model_file, result_of_evaluation
+    from pgl_ext.tools.workflows import evaluation, result_of_evaluation, weights_file
 
     data = read_data(cases, data_list_key, labelled=True)
-    evaluation(model_file(model), data, _absolute(out), _given(context)).run()
+    evaluation(weights_file(model, "model.pt"), data, _absolute(out), _given(context)).run()
     _end(*result_of_evaluation(_absolute(out)), f"pgl compare {out} OTHER_EVALUATION")
 
 
@@ -276,10 +279,11 @@ def study(
     What is finished is not run again, and what was interrupted goes on. Any entry of the file can be given, as in
     --pretraining#settings#max_epochs 2.
     """
-    from pgl_ext.tools.study.run import run_study
+    from pgl_ext.tools.study.run import planned_runs, run_study
 
     values = {name: yaml.safe_load(value) for name, value in _given(context).items()}
-    print(run_study(file, out, None, jobs, dry_run, values))
+    given = (file, out, None, jobs, values)
+    print(planned_runs(*given) if dry_run else run_study(*given)[0])
 
 
 @app.command(rich_help_panel=_MORE)
@@ -372,17 +376,24 @@ _renamed("export_decoder", "export CHECKPOINT OUT --part decoder")
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _plan(file: Path | None, data: Any, architecture: Architecture | None, preset: Preset | None, weights: Any) -> Any:
+def _plan(
+    file: Path | None,
+    data: Any,
+    architecture: Architecture | None,
+    preset: Preset | None,
+    weights: Any,
+    given: Mapping[str, str],
+) -> Any:
     """The plan in a file, or else one made for the data."""
     from pgl_ext.tools.plan import Plan
-    from pgl_ext.tools.workflows import fine_tuning_plan
+    from pgl_ext.tools.workflows import plan_of
 
     if file is not None:
         if architecture or preset:
             raise ValueError(f"--plan {file} says what architecture and preset are: edit it, or leave them out.")
         return Plan.load(file)
     small = None if preset is None else preset is Preset.small
-    return fine_tuning_plan(data, (architecture or Architecture.dynunet).value, small, weights)
+    return plan_of(data, (architecture or Architecture.dynunet).value, small, weights, given)
 
 
 def _given(context: typer.Context) -> dict[str, str]:

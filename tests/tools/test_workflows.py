@@ -13,15 +13,7 @@ from pgl_ext.tools.gain import answer, gain_study, held_out
 from pgl_ext.tools.plan import Plan, read_data
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.plan import Study
-from pgl_ext.tools.workflows import (
-    Pretrained,
-    fine_tuning,
-    fine_tuning_plan,
-    inference,
-    model_file,
-    pretraining,
-    recorded,
-)
+from pgl_ext.tools.workflows import Pretrained, fine_tuning, inference, plan_of, pretraining, recorded, weights_file
 from pgl_ext.weights import EncoderRecord, InputRecord, save_decoder, save_encoder
 
 SMALL = {"in_channels": 1, "out_channels": 1, "filters": [4, 8, 8, 16], "strides": [1, 2, 2, 2]}
@@ -99,7 +91,7 @@ def test_pretraining_of_a_plan(data, tmp_path):
     ],
 )
 def test_fine_tuning_of_a_plan(data, tmp_path, architecture, small, expected):
-    plan = fine_tuning_plan(data, architecture, small, None)
+    plan = plan_of(data, architecture, small, None, {})
     run = fine_tuning(data, tmp_path / "out", plan, None, {})
     assert names(run.configs)[:-1] == expected
 
@@ -107,7 +99,7 @@ def test_fine_tuning_of_a_plan(data, tmp_path, architecture, small, expected):
 def test_fine_tuning_from_weights_builds_the_network_that_they_are_of(data, weights, tmp_path):
     """The plan is made for the weights, and what MONAI makes of the configs loads them."""
     pretrained = Pretrained(weights)
-    run = fine_tuning(data, tmp_path / "out", fine_tuning_plan(data, "resnet50", True, pretrained), pretrained, {})
+    run = fine_tuning(data, tmp_path / "out", plan_of(data, "resnet50", True, pretrained, {}), pretrained, {})
     assert "start/pretrained.yaml" in names(run.configs)
     config = merged_config([*run.configs, dict(run.settings)])
     assert config["spacing"] == [2, 2, 3]
@@ -133,13 +125,13 @@ def test_weights_of_the_papers_encoder(data, tmp_path):
     save_encoder(encoder, tmp_path / "e.pt", EncoderRecord(architecture=encoder.architecture, input=INPUT))
     pretrained = Pretrained(tmp_path / "e.pt")
     assert pretrained.decoder is None
-    run = fine_tuning(data, tmp_path / "out", fine_tuning_plan(data, "dynunet", True, pretrained), pretrained, {})
+    run = fine_tuning(data, tmp_path / "out", plan_of(data, "dynunet", True, pretrained, {}), pretrained, {})
     network = merged_config([*run.configs, dict(run.settings)]).get_parsed_content("network")
     assert torch.equal(network.encoder.conv1.weight, encoder.conv1.weight)
 
 
 def test_what_holds_no_weights(tmp_path):
-    for function in (Pretrained, model_file, recorded):
+    for function in (Pretrained, weights_file, recorded):
         with pytest.raises(FileNotFoundError, match=str(tmp_path)):
             function(tmp_path)
 
@@ -167,7 +159,7 @@ def test_too_few_cases_to_hold_some_out():
 
 def test_a_gain_is_a_study_of_both_starts(data, weights, tmp_path):
     pretrained = Pretrained(weights)
-    plan = fine_tuning_plan(data, "dynunet", True, pretrained)
+    plan = plan_of(data, "dynunet", True, pretrained, {})
     file = gain_study(data, tmp_path / "gain", plan, pretrained, 3, None, None, {})
     study = Study(file, tmp_path / "gain")
     assert (study.methods, study.seeds, study.labels) == (["random", "pre-trained"], [0, 1, 2], [4])
@@ -179,6 +171,14 @@ def test_a_gain_is_a_study_of_both_starts(data, weights, tmp_path):
     for name in ("network_def", "spacing", "patch_size", "organs", "max_epochs", "steps_per_epoch", "batch_size"):
         assert random[name] == start[name], name
     assert yaml.safe_load(file.read_text())["test"] == {"cases": 5}
+
+
+def test_a_gain_of_a_folder_without_a_list(data, weights, tmp_path):
+    (tmp_path / "dataset.json").unlink()
+    found, pretrained = read_data(tmp_path, labelled=True), Pretrained(weights)
+    plan = plan_of(found, "dynunet", True, pretrained, {})
+    file = gain_study(found, tmp_path / "gain", plan, pretrained, 3, None, None, {})
+    assert len(Study(file, tmp_path / "gain").runs({})) == 6
 
 
 class Results:

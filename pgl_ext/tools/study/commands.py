@@ -11,7 +11,7 @@ from typing import Any
 
 from pgl_ext.code_digest import digest
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist
-from pgl_ext.data.find import find_volumes
+from pgl_ext.data.find import find_cases, find_volumes
 from pgl_ext.data.split import split_cases
 from pgl_ext.files import write_text
 from pgl_ext.tools.bundles import config_path
@@ -21,13 +21,13 @@ from pgl_ext.weights.records import flat_entries
 
 __all__ = [
     "absolute",
+    "cases_of",
     "check_unseen",
     "fine_tuning_commands",
     "pretraining_commands",
     "rates_to_choose",
     "segmentation_commands",
     "settings_of_labels",
-    "test_items",
 ]
 
 _SET_BY_STUDY = (
@@ -141,7 +141,7 @@ def check_unseen(pretraining: Command, evaluation: Command) -> None:
         scans = load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))
     else:
         scans = find_volumes(config["dataset_dir"]) if config["dataset_dir"] else []
-    test = test_items(evaluation)
+    test = cases_of(evaluation, "test")
     paths = {_resolved(scan) for scan in scans}
     by_size: dict[int, list[str]] = {}
     for scan in scans:
@@ -195,8 +195,8 @@ def segmentation_commands(content: Mapping[str, Any], folder: Path, bundles: Pat
         fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, content["test"]["cases"], folder)
     if "annotated_key" not in content["test"]["settings"]:
         evaluation = evaluation.with_settings(annotated_key=fine_tuning.config()["annotated_key"])
-    cases = _cases(fine_tuning, "fine_tuning")
-    both = {item_name(case) for case in cases} & {item_name(case) for case in test_items(evaluation)}
+    cases = cases_of(fine_tuning, "fine_tuning")
+    both = {item_name(case) for case in cases} & {item_name(case) for case in cases_of(evaluation, "test")}
     if both:
         raise ValueError(
             f"{len(both)} test cases are among the labelled ones, such as {min(both)}: give another list or "
@@ -241,20 +241,22 @@ def settings_of_labels(content: Mapping[str, Any], base: Command, labels: float)
     config = base.config()
     settings = {"labelled_cases": None, "label_fraction": 1.0}
     settings["labelled_cases" if isinstance(labels, int) else "label_fraction"] = labels
-    split = split_cases(_cases(base, "fine_tuning"), validation_fraction=config["validation_fraction"], **settings)
+    split = split_cases(cases_of(base, "fine_tuning"), validation_fraction=config["validation_fraction"], **settings)
     patches = content["fine_tuning"]["patches_per_epoch"]
     if patches is not None:
         settings["patches_per_case"] = max(1, round(patches / len(split["training"])))
     return {"test_cases": 0, **settings}, len(split["validation"])
 
 
-def test_items(evaluation: Command) -> list[dict]:
-    """The labelled cases that an evaluation is on."""
-    return _cases(evaluation, "test")
+def cases_of(command: Command, place: str) -> list[dict]:
+    """The cases that fine-tunings draw theirs from (place ``"fine_tuning"``), or that evaluations are on (``"test"``).
 
-
-def _cases(command: Command, place: str) -> list[dict]:
+    Raises:
+        ValueError: the settings name none.
+    """
     config = command.config()
+    if place == "fine_tuning" and config["dataset_dir"] and not config["data_list_file_path"]:
+        return find_cases(config["dataset_dir"])
     if not config["data_list_file_path"]:
         raise ValueError(
             f"{place} has no data_list_file_path: set it under {place}: settings, to a JSON list of image and label of "
@@ -265,7 +267,7 @@ def _cases(command: Command, place: str) -> list[dict]:
 
 def _hold_out(fine_tuning: Command, evaluation: Command, count: int, folder: Path) -> tuple[Command, Command]:
     """Hold test cases out of the labelled ones, the same ones in all runs."""
-    cases = _cases(fine_tuning, "fine_tuning")
+    cases = cases_of(fine_tuning, "fine_tuning")
     # Relative, so that the list is the same where the data have been moved.
     dataset_dir = os.path.commonpath([os.path.dirname(case[name]) for case in cases for name in ("image", "label")])
     cases = [case | {name: os.path.relpath(case[name], dataset_dir) for name in ("image", "label")} for case in cases]

@@ -11,17 +11,17 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from pgl_ext.data.seen import seen_scans, seen_text
+from pgl_ext.data.seen import patients_text, seen_scans, seen_text
 from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.tools.study.commands import (
     absolute,
+    cases_of,
     check_unseen,
     fine_tuning_commands,
     pretraining_commands,
     rates_to_choose,
     segmentation_commands,
     settings_of_labels,
-    test_items,
 )
 from pgl_ext.tools.study.configs import Command
 from pgl_ext.tools.study.runs import AS_SET, Rates, Run, evaluation_folder, model_file
@@ -90,7 +90,7 @@ class Study:
         self._of_selection = _settings_of_selection(content, base, self.labels[-1])
         config = base.config()
         self.kept_steps = sorted(config["kept_steps"])
-        self.note = " ".join([str(content["note"]), *self._remarks(config)]).strip()
+        self.note = " ".join([str(content["note"]), *self._remarks(config, cases_of(base, "fine_tuning"))]).strip()
 
     def runs(self, rates: Mapping[str, Rates]) -> list[Run]:
         """All runs in the order to run them: one seed of all methods after another, pre-training before its use.
@@ -164,11 +164,12 @@ class Study:
             commands.append(self._evaluation.with_settings(**{name: str(path) for name, path in files.items()}))
         return Run(folder, name, method, seed, tuple(commands), labels, rates, pretraining)
 
-    def _remarks(self, fine_tuning: ConfigParser) -> list[str]:
+    def _remarks(self, fine_tuning: ConfigParser, training: list[dict]) -> list[str]:
         """Sentences on what a reader of the scores of pre-trained methods should know."""
-        test = test_items(self._evaluation)
+        test = cases_of(self._evaluation, "test")
         texts = {name: seen_text(test, seen_scans(entry.get("encoder"))) for name, entry in self._entries.items()}
         remarks = [f"{name}: {text}" for name, text in texts.items() if text]
+        remarks += filter(None, [patients_text({"training": training, "test": test})])
         if not self._pretraining:
             return remarks
         pretraining = next(iter(self._pretraining.values())).config()
