@@ -228,6 +228,37 @@ def evaluate(context: typer.Context, model: Model, cases: Cases, out: Out, data_
     _end(*result_of_evaluation(_absolute(out)), f"pgl compare {out} OTHER_EVALUATION")
 
 
+@app.command(context_settings=_SETTINGS, rich_help_panel=_MORE)
+def probe(
+    context: typer.Context,
+    cases: Cases,
+    out: Out,
+    pretrained: PretrainedOption = None,
+    architecture: ArchitectureOption = None,
+    preset: PresetOption = None,
+    plan: PlanFile = None,
+    test_key: Annotated[
+        str, typer.Option("--test_data_list_key", help="List of the cases to score on.")
+    ] = "validation",
+    data_list_key: Key = "training",
+) -> None:
+    """How good are an encoder's features before fine-tuning? A linear classifier on some labelled cases, in minutes.
+
+    Without --pretrained: of random weights, to compare with. Any setting can be given too, as in --labelled_cases 3.
+    """
+    from pgl_ext.tools import workflows
+    from pgl_ext.tools.plan import read_data
+
+    settings, data = _given(context), read_data(cases, data_list_key, labelled=True)
+    weights = None if pretrained is None else workflows.Pretrained(pretrained)
+    if weights is not None:
+        weights.check(settings)
+    made = _plan(plan, data, architecture, preset, weights, settings)
+    values = {"test_data_list_key": test_key, **settings}
+    workflows.probe(data, _absolute(out), made, weights, values).run()
+    _end(*workflows.result_of_evaluation(_absolute(out)), f"pgl compare {out} OTHER_PROBE")
+
+
 # --- tools ----------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "inference",
     "plan_of",
     "pretraining",
+    "probe",
     "recorded",
     "result_of_evaluation",
     "result_of_fine_tuning",
@@ -191,6 +192,14 @@ def weights_file(path: str | os.PathLike, *names: str) -> Path:
             f"{path} holds no {' or '.join(names)}: give such a file, or the folder that {wrote} wrote."
         )
     return found[0]
+
+
+def probe(data: Data, out: Path, plan: Plan, pretrained: Pretrained | None, settings: Mapping[str, Any]) -> BundleRun:
+    """Fit a linear classifier on an encoder's features, and score it; args as of :func:`fine_tuning`."""
+    files = [*fine_tuning_configs(plan, False)[0], write_plan(plan, out)]
+    files.append(config_path("probe.yaml", _configs("pgl_segmentation")))
+    weights = {} if pretrained is None else {"pretrained_encoder": str(pretrained.encoder)}
+    return BundleRun("probing", files, {**data.settings, "output_dir": str(out), **weights, **settings})
 
 
 def inference(model: Path, scans: str | os.PathLike, out: Path, settings: Mapping[str, Any]) -> BundleRun:

@@ -13,7 +13,16 @@ from pgl_ext.tools.gain import answer, gain_study, held_out
 from pgl_ext.tools.plan import Plan, read_data
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.plan import Study
-from pgl_ext.tools.workflows import Pretrained, fine_tuning, inference, plan_of, pretraining, recorded, weights_file
+from pgl_ext.tools.workflows import (
+    Pretrained,
+    fine_tuning,
+    inference,
+    plan_of,
+    pretraining,
+    probe,
+    recorded,
+    weights_file,
+)
 from pgl_ext.weights import EncoderRecord, InputRecord, save_decoder, save_encoder
 
 SMALL = {"in_channels": 1, "out_channels": 1, "filters": [4, 8, 8, 16], "strides": [1, 2, 2, 2]}
@@ -220,3 +229,15 @@ class Results:
 def test_answers(monkeypatch, results, sentence):
     monkeypatch.setattr("pgl_ext.tools.gain.steps_to_reach", lambda *_: results.sooner)
     assert answer(results) == sentence
+
+
+def test_a_probe_fits_on_what_fine_tuning_would_have(data, weights, tmp_path):
+    pretrained = Pretrained(weights)
+    plan = plan_of(data, "dynunet", True, pretrained, {})
+    run = probe(data, tmp_path / "out", plan, pretrained, {"labelled_cases": "3", "test_data_list_key": "training"})
+    assert run.section == "probing"
+    config = merged_config([*run.configs, dict(run.settings)])
+    assert config["pretrained_encoder"] == str(weights / "models/pgl_encoder.pt")
+    assert config["spacing"] == INPUT.spacing
+    assert config["network_def"]["filters"] == SMALL["filters"]
+    assert config.get_parsed_content("evaluation#cases")[0]["label"] == data.items[0]["label"]
