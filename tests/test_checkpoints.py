@@ -66,6 +66,19 @@ class TestCheckpointFolder:
         for damaged, message in zip((empty, garbage, truncated), messages, strict=True):
             assert str(damaged) in message
 
+    def test_one_flipped_bit_of_a_weight_is_found(self, tmp_path, caplog):
+        folder = CheckpointFolder(tmp_path)
+        for step in (1, 2):
+            folder.write({"step": step, "weights": torch.full((1000,), 0.3)}, step)
+        before, damaged = folder.paths()
+        content = bytearray(damaged.read_bytes())
+        content[content.find(torch.full((9,), 0.3).numpy().tobytes()) + 3] ^= 0x40
+        damaged.write_bytes(content)
+        assert torch.load(damaged, weights_only=True)["weights"].max() > 1e30  # PyTorch itself reads it
+        assert folder.newest_intact()[0] == before
+        assert f"{damaged} can not be read" in caplog.text
+        assert "checksum" in caplog.text
+
     def test_nothing_intact(self, tmp_path):
         folder = CheckpointFolder(tmp_path)
         with pytest.raises(FileNotFoundError, match="no intact checkpoint") as error:
