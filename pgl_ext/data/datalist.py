@@ -167,16 +167,17 @@ def labelled_items(
             None: every label map shows all organs.
 
     Returns:
-        Cases in the file's order: ``{"image": absolute path, "label": absolute path}``, plus ``"series_uid"`` where
-        given and ``"annotated"``, a list of names, with an ``annotated_key``.
+        Cases in the file's order: ``{"image": absolute path, "label": absolute path}``, plus ``"series_uid"`` and
+        ``"patient"`` where given and ``"annotated"``, a list of names, with an ``annotated_key``.
 
     Raises:
         ValueError: the list cannot be used (see :func:`load_datalist`), or entries lack a label or, with an
             ``annotated_key``, the names of the annotated organs. All such entries are named at once.
     """
     cases, problems = [], []
-    for item in load_datalist(data_list_file_path, dataset_dir, key, keep=("label", "annotated", annotated_key)):
-        case = {name: item[name] for name in ("image", "series_uid", "label") if name in item}
+    kept = ("label", "patient", "annotated", annotated_key)
+    for item in load_datalist(data_list_file_path, dataset_dir, key, keep=kept):
+        case = {name: item[name] for name in ("image", "series_uid", "label", "patient") if name in item}
         if not _is_path(case.get("label")):
             problems.append(f"{item_name(item)} has no single 'label' path, but {case.get('label')!r}")
         if annotated_key:

@@ -144,12 +144,17 @@ def finetune(
     architecture: ArchitectureOption = None,
     preset: PresetOption = None,
     plan: PlanFile = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Of the cases: a network for each, trained on the others, scored on it.")
+    ] = None,
     data_list_key: Key = "training",
 ) -> None:
     """Train a segmentation network on labelled cases, from pre-trained weights or from random ones.
 
-    Any setting of the bundle can be given too, as in --labelled_cases 5.
+    With --folds 5 it trains five, scores each case by the one that has not seen it, and goes on where it was stopped;
+    'pgl segment' averages them. Any setting of the bundle can be given too, as in --labelled_cases 5.
     """
+    from pgl_ext.tools.folds import train_folds
     from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import Pretrained, fine_tuning, result_of_fine_tuning
 
@@ -157,9 +162,13 @@ def finetune(
     weights = None if pretrained is None else Pretrained(pretrained)
     if weights is not None:
         weights.check(settings)
-    made = _plan(plan, data, architecture, preset, weights)
-    fine_tuning(data, _absolute(out), made, weights, settings).run()
-    _end(*result_of_fine_tuning(_absolute(out)), f"pgl segment {out} SCANS SEGMENTED")
+    made, folder = _plan(plan, data, architecture, preset, weights), _absolute(out)
+    if folds is None:
+        fine_tuning(data, folder, made, weights, settings).run()
+        result = result_of_fine_tuning(folder)
+    else:
+        result = train_folds(data, folder, made, weights, settings, folds)
+    _end(*result, f"pgl segment {out} SCANS SEGMENTED")
 
 
 @app.command(context_settings=_SETTINGS, rich_help_panel=_MAIN)

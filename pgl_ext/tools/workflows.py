@@ -174,12 +174,16 @@ def fine_tuning(
 
 
 def model_file(path: str | os.PathLike) -> Path:
-    """The model file that is meant by a file, or by the folder that a training wrote.
+    """The model file that is meant by a file, or by the folder that a training wrote; of one with folds the folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or folds are not finished.
     """
     path = Path(os.path.abspath(os.path.expanduser(path)))
+    if (path / "fold_0").is_dir():
+        if not (path / "evaluation" / "cases.csv").is_file():
+            raise FileNotFoundError(f"{path} holds folds that are not finished: repeat 'pgl finetune', which goes on.")
+        return path
     file = path if path.is_file() else path / "models" / "model.pt"
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no model: give a model file, or the folder that 'pgl finetune' wrote.")
@@ -194,12 +198,11 @@ def inference(model: Path, scans: str | os.PathLike, out: Path, settings: Mappin
     return BundleRun("", files, {**where, "model_path": str(model), "output_dir": str(out), **settings})
 
 
-def evaluation(model: Path, data: Data, out: Path, settings: Mapping[str, Any]) -> BundleRun:
-    """Score a model on labelled cases."""
+def evaluation(model: Path, data: Data | None, out: Path, settings: Mapping[str, Any]) -> BundleRun:
+    """Score a model on labelled cases; without them, on those that its training held out."""
     files = [config_path("evaluate.json", _configs("pgl_segmentation"))]
-    return BundleRun(
-        "evaluating", files, {**data.settings, "model_path": str(model), "output_dir": str(out), **settings}
-    )
+    where = {} if data is None else data.settings
+    return BundleRun("evaluating", files, {**where, "model_path": str(model), "output_dir": str(out), **settings})
 
 
 def result_of_pretraining(out: Path) -> list[str]:
@@ -230,7 +233,8 @@ def result_of_evaluation(out: Path) -> list[str]:
 def recorded(path: str | os.PathLike) -> dict[str, Any]:
     """What is recorded beside a file of weights, or beside those in the folder of a training."""
     path = Path(path)
-    models = [path] if path.is_file() else [path / "models" / name for name in ("model.pt", "pgl_encoder.pt")]
+    names = ("models/model.pt", "fold_0/models/model.pt", "models/pgl_encoder.pt")
+    models = [path] if path.is_file() else [path / name for name in names]
     found = [file.with_suffix(".json") for file in models if file.with_suffix(".json").is_file()]
     if not found:
         raise FileNotFoundError(
