@@ -250,8 +250,10 @@ def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
     return recorded.differences(here)
 
 
-def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: Any) -> None:
+def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Report what is loaded: with ``strict=False``, as MONAI Label loads, PyTorch says nothing of what is not."""
+    # It has a prefix where the network is part of a module, such as the average of its weights.
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     report = compare_states(state, network.state_dict())
     encoder_keys = set(network.encoder_keys())
     lacking = [key for key in report.missing if key in encoder_keys]
