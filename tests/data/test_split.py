@@ -103,7 +103,7 @@ class TestSplitCases:
 
 
 class TestFolds:
-    @pytest.mark.parametrize(("count", "folds"), [(2, 2), (7, 3), (10, 5), (11, 11)])
+    @pytest.mark.parametrize(("count", "folds"), [(4, 2), (7, 3), (10, 5), (11, 11)])
     @pytest.mark.parametrize("seed", [0, 1])
     def test_each_case_is_held_out_once(self, count, folds, seed):
         splits = [split_cases(cases(count), seed=seed, test_fold=(fold, folds)) for fold in range(folds)]
