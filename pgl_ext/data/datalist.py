@@ -175,10 +175,9 @@ def labelled_items(
             ``annotated_key``, the names of the annotated organs. All such entries are named at once.
     """
     cases, problems = [], []
-    for item in load_datalist(
-        data_list_file_path, dataset_dir, key, keep=("label", "patient", "annotated", annotated_key)
-    ):
-        case = {name: item[name] for name in ("image", "series_uid", "patient", "label") if name in item}
+    kept = ("label", "patient", "annotated", annotated_key)
+    for item in load_datalist(data_list_file_path, dataset_dir, key, keep=kept):
+        case = {name: item[name] for name in ("image", "series_uid", "label", "patient") if name in item}
         if not _is_path(case.get("label")):
             problems.append(f"{item_name(item)} has no single 'label' path, but {case.get('label')!r}")
         if annotated_key:

@@ -13,7 +13,7 @@ from monai.config import PathLike
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, named_items, source_names
 from pgl_ext.data.find import find_cases, find_volumes
-from pgl_ext.data.seen import patients_text, seen_text
+from pgl_ext.data.seen import patients_text, seen_scans, seen_text
 from pgl_ext.data.split import recorded_split, split_cases, split_volumes, write_split
 from pgl_ext.distributed import gather, rank_and_world_size
 from pgl_ext.errors import transform_error
@@ -23,6 +23,7 @@ from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumeError, BadVolumesError
 
 __all__ = [
+    "cases_of_models",
     "check_items",
     "evaluation_cases",
     "listed_cases",
@@ -94,6 +95,7 @@ def prepare_cases(
     split_path: str | None = None,
     skip_bad_files: bool = False,
     report_path: str | None = None,
+    test_fold: Sequence[int] | None = None,
 ) -> dict[str, list[dict]]:
     """The start-up scan of fine-tuning: find the cases, split them, check and cache those in use, record the split.
 
@@ -105,7 +107,7 @@ def prepare_cases(
         data_list_file_path: Decathlon-style JSON to use instead, or several.
         data_list_key: the list in the JSON.
         annotated_key: see :func:`labelled_items`.
-        test_cases, validation_fraction, label_fraction, labelled_cases, seed: see :func:`split_cases`.
+        test_cases, validation_fraction, label_fraction, labelled_cases, seed, test_fold: see :func:`split_cases`.
         split_path: JSON file for the split, see :func:`write_split`. Where it exists already, for the same settings and
             the same cases, its split is used.
 
@@ -124,6 +126,7 @@ def prepare_cases(
         "labelled_cases": labelled_cases,
         "validation_fraction": validation_fraction,
         "test_cases": test_cases,
+        "test_fold": test_fold,
     }
     recorded = split_path is not None and os.path.exists(split_path)
     split = recorded_split(split_path, settings, cases) if recorded else split_cases(cases, **settings)
@@ -244,6 +247,41 @@ def evaluation_cases(
 def _warn(text: str) -> None:
     if text:
         logger.warning("%s", text)
+
+
+def cases_of_models(
+    models: Sequence[PathLike],
+    data_list_file_path: PathLike | None = None,
+    dataset_dir: PathLike | None = None,
+    data_list_key: str = "test",
+    annotated_key: str | None = None,
+) -> list[dict]:
+    """The cases to evaluate trained networks on: of a data list, or those that the trainings held out.
+
+    Args:
+        models: the networks' files, two folders below the ``split.json`` of each training.
+        data_list_file_path, dataset_dir, data_list_key, annotated_key: see :func:`evaluation_cases`.
+
+    Returns:
+        Cases as of :func:`evaluation_cases`, and ``"models"``: the numbers, from 0, of those that are to segment each:
+        all of a data list's, else those whose trainings held it out.
+
+    Raises:
+        ValueError: see :func:`evaluation_cases`.
+    """
+    if data_list_file_path is not None:
+        seen = set().union(*map(seen_scans, models))
+        cases = evaluation_cases(data_list_file_path, dataset_dir, data_list_key, annotated_key, seen=seen)
+        return [{**case, "models": list(range(len(models)))} for case in cases]
+    by_name: dict[str, dict] = {}
+    for number, model in enumerate(models):
+        split = Path(model).absolute().parents[1] / "split.json"
+        held_out = evaluation_cases(
+            None, dataset_dir, annotated_key=annotated_key, split_path=split, seen=seen_scans(model)
+        )
+        for case in held_out:
+            by_name.setdefault(item_name(case), {**case, "models": []})["models"].append(number)
+    return named_items(list(by_name.values()))
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------

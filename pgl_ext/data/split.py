@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from monai.config import PathLike
@@ -53,6 +54,7 @@ def split_cases(
     label_fraction: float = 1.0,
     labelled_cases: int | None = None,
     seed: int = 0,
+    test_fold: Sequence[int] | None = None,
 ) -> dict[str, list[dict]]:
     """Split cases at random: some for testing, of the others the labelled ones, and of these some for validation.
 
@@ -70,6 +72,8 @@ def split_cases(
             there are as many.
         labelled_cases: their exact number, instead of ``label_fraction``.
         seed: of the random choice.
+        test_fold: (k, n): instead of ``test_cases``, the k-th of n equal parts, so that for k from 0 to n - 1 each case
+            is held out once. Those with the same ``"patient"`` are in one part.
 
     Returns:
         ``training``, ``validation``, ``test`` and ``unused``: lists of cases ordered by image.
@@ -78,8 +82,10 @@ def split_cases(
         ValueError: a setting is out of range or asks for more cases than there are.
     """
     ordered = sorted((dict(case) for case in cases), key=item_name)
-    count = _labelled_count(len(ordered), test_cases, label_fraction, labelled_cases)
     drawn = [ordered[index] for index in np.random.RandomState(seed).permutation(len(ordered))]
+    if test_fold is not None:
+        drawn, test_cases = _fold_first(drawn, test_fold, test_cases)
+    count = _labelled_count(len(ordered), test_cases, label_fraction, labelled_cases)
     test, labelled, unused = drawn[:test_cases], drawn[test_cases:][:count], drawn[test_cases + count :]
     if validation_fraction is None:
         validation_fraction = 0.2 if count >= 10 else 0.0
@@ -92,6 +98,26 @@ def split_cases(
         training = validation
     parts = zip(PARTS, (training, validation, test, unused), strict=True)
     return {name: sorted(listed, key=item_name) for name, listed in parts}
+
+
+def _fold_first(cases: Sequence[dict], test_fold: Sequence[int], test_cases: int) -> tuple[list[dict], int]:
+    """All cases, those of a fold before the others, and how many they are."""
+    fold, folds = test_fold if np.shape(test_fold) == (2,) else (None, None)
+    if folds not in range(2, len(cases) + 1) or fold not in range(folds) or test_cases:
+        raise ValueError(
+            f"test_fold must be [k, n], the k-th of n parts of the {len(cases)} cases, k from 0 to n - 1, and without "
+            f"test_cases, such as [0, 5], got {test_fold} with {test_cases} test_cases."
+        )
+    patients: dict[Any, list[dict]] = {}
+    for case in cases:
+        patients.setdefault(case.get("patient", item_name(case)), []).append(case)
+    if len(patients) < folds:
+        raise ValueError(f"the cases are of {len(patients)} patients, too few for {folds} folds: take fewer folds.")
+    parts: list[list[dict]] = [[] for _ in range(folds)]
+    for of_patient in patients.values():
+        min(parts, key=len).extend(of_patient)
+    test = parts.pop(fold)
+    return [*test, *itertools.chain(*parts)], len(test)
 
 
 def _labelled_count(total: int, test_cases: int, label_fraction: float, labelled_cases: int | None) -> int:
@@ -144,7 +170,7 @@ def recorded_split(path: PathLike, settings: Mapping[str, object], cases: Sequen
     try:
         content = read_json(path)
         split = {name: [dict(case) for case in content[name]] for name in PARTS}
-        recorded = {name: content[name] for name in settings}
+        recorded = {name: content.get(name) for name in settings}  # earlier versions had fewer settings
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is not a split written by an earlier run ({type(error).__name__}: {error}): remove it, or set "

@@ -1,9 +1,9 @@
-"""Sliding windows over whole volumes, and averaging over flips."""
+"""Sliding windows over whole volumes, and averaging over flips and networks."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class VolumeInferer(SlidingWindowInferer):
 class FlipInferer(Inferer):
     """Run another inferer on a volume and its mirror images, and average the probabilities, flipped back.
 
-    With n axes the network sees 2^n volumes. Use only axes along which training flipped: another network takes the left
+    Where there are several networks, as of the folds of a cross-validation, their probabilities are averaged too.
+    With n axes a network sees 2^n volumes. Use only axes along which training flipped: another network takes the left
     kidney of a mirrored scan for the right one. Without axes, the default, it is plain inference whose output are
     probabilities.
 
@@ -82,19 +83,33 @@ class FlipInferer(Inferer):
         self.axes = axes
 
     @torch.no_grad()
-    def __call__(self, inputs: torch.Tensor, network: _Network) -> torch.Tensor:
-        """Probabilities (B, out_channels, X, Y, Z), float32, of volumes (B, C, X, Y, Z)."""
-        inputs = convert_to_tensor(inputs)
-        probabilities = self._predict(inputs, network)
-        dims = [2 + axis for axis in self.axes]
-        for count in range(1, len(dims) + 1):
-            for flip in itertools.combinations(dims, count):
-                probabilities += self._predict(inputs.flip(flip), network).flip(flip)
-        return probabilities.div_(2 ** len(dims))
+    def __call__(
+        self, inputs: torch.Tensor, network: _Network | torch.nn.ModuleList, models: Iterable[int] | None = None
+    ) -> torch.Tensor:
+        """Segment volumes.
 
-    def _predict(self, inputs: torch.Tensor, network: _Network) -> torch.Tensor:
-        outputs = self.inferer(inputs, network).float()
+        Args:
+            inputs: (B, C, X, Y, Z).
+            network: one, or a list of several.
+            models: numbers, from 0, of those in the list that are averaged; None: all.
+
+        Returns:
+            Probabilities (B, out_channels, X, Y, Z), float32.
+        """
+        inputs = convert_to_tensor(inputs)
+        networks = network if isinstance(network, torch.nn.ModuleList) else [network]
+        networks = networks if models is None else [networks[int(number)] for number in models]
+        dims = [2 + axis for axis in self.axes]
+        flips = itertools.chain(*(itertools.combinations(dims, count) for count in range(len(dims) + 1)))
+        passes = list(itertools.product(networks, flips))
+        probabilities = self._predict(inputs, *passes[0])
+        for one in passes[1:]:
+            probabilities += self._predict(inputs, *one)
+        return probabilities.div_(len(passes))
+
+    def _predict(self, inputs: torch.Tensor, network: _Network, flip: tuple[int, ...]) -> torch.Tensor:
+        outputs = self.inferer(inputs.flip(flip) if flip else inputs, network).float()
         # In place and in slices: all classes of a whole scan are gigabytes, which need not be held twice.
         for slab in outputs.split(16, dim=2):
             slab.copy_(self.task.probabilities(slab))
-        return outputs
+        return outputs.flip(flip) if flip else outputs

@@ -145,12 +145,17 @@ def finetune(
     architecture: ArchitectureOption = None,
     preset: PresetOption = None,
     plan: PlanFile = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Of the cases: a network for each, trained on the others, scored on it.")
+    ] = None,
     data_list_key: Key = "training",
 ) -> None:
     """Train a segmentation network on labelled cases, from pre-trained weights or from random ones.
 
-    Any setting of the bundle can be given too, as in --labelled_cases 5.
+    With --folds 5 it trains five, scores each case by the one that has not seen it, and goes on where it was stopped;
+    'pgl segment' averages them. Any setting of the bundle can be given too, as in --labelled_cases 5.
     """
+    from pgl_ext.tools.folds import train_folds
     from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import Pretrained, fine_tuning, result_of_fine_tuning
 
@@ -158,9 +163,13 @@ def finetune(
     weights = None if pretrained is None else Pretrained(pretrained)
     if weights is not None:
         weights.check(settings)
-    made = _plan(plan, data, architecture, preset, weights, settings)
-    fine_tuning(data, _absolute(out), made, weights, settings).run()
-    _end(*result_of_fine_tuning(_absolute(out)), f"pgl segment {out} SCANS SEGMENTED")
+    made, folder = _plan(plan, data, architecture, preset, weights, settings), _absolute(out)
+    if folds is None:
+        fine_tuning(data, folder, made, weights, settings).run()
+        result = result_of_fine_tuning(folder)
+    else:
+        result = train_folds(data, folder, made, weights, settings, folds)
+    _end(*result, f"pgl segment {out} SCANS SEGMENTED")
 
 
 @app.command(context_settings=_SETTINGS, rich_help_panel=_MAIN)
@@ -206,11 +215,9 @@ def segment(context: typer.Context, model: Model, scans: Scans, out: Out, data_l
 
     Any setting of the bundle can be given too, as in --flip_axes "[0]".
     """
-    from pgl_ext.tools.workflows import inference, weights_file
+    from pgl_ext.tools.workflows import inference, model_file
 
-    inference(
-        weights_file(model, "model.pt"), scans, _absolute(out), {"data_list_key": data_list_key, **_given(context)}
-    ).run()
+    inference(model_file(model), scans, _absolute(out), {"data_list_key": data_list_key, **_given(context)}).run()
     _end(
         f"Wrote label maps and pictures to {out}.",
         f"pgl evaluate {model} CASES EVALUATION, where cases have label maps",
@@ -221,10 +228,10 @@ def segment(context: typer.Context, model: Model, scans: Scans, out: Out, data_l
 def evaluate(context: typer.Context, model: Model, cases: Cases, out: Out, data_list_key: Key = "test") -> None:
     """Score a model on labelled cases: Dice, IoU and surface distances of each case and structure."""
     from pgl_ext.tools.plan import read_data
-    from pgl_ext.tools.workflows import evaluation, result_of_evaluation, weights_file
+    from pgl_ext.tools.workflows import evaluation, model_file, result_of_evaluation
 
     data = read_data(cases, data_list_key, labelled=True)
-    evaluation(weights_file(model, "model.pt"), data, _absolute(out), _given(context)).run()
+    evaluation(model_file(model), data, _absolute(out), _given(context)).run()
     _end(*result_of_evaluation(_absolute(out)), f"pgl compare {out} OTHER_EVALUATION")
 
 

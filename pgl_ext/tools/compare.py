@@ -60,7 +60,7 @@ def read_scores(folder: str | os.PathLike, metrics: Sequence[str] = _COMPARED) -
     """The scores that an evaluation wrote.
 
     Args:
-        folder: the evaluation's ``output_dir``.
+        folder: the evaluation's ``output_dir``, or that of a training with its ``evaluation`` below.
         metrics: columns of its ``cases.csv`` to read, by default Dice and HD95.
 
     Returns:
@@ -72,6 +72,7 @@ def read_scores(folder: str | os.PathLike, metrics: Sequence[str] = _COMPARED) -
         ValueError: it lacks columns, holds no case, or holds one twice.
     """
     path = Path(folder) / "cases.csv"
+    path = path if path.is_file() else Path(folder) / "evaluation" / "cases.csv"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: give the output_dir of a complete evaluation (run evaluating of pgl_segmentation)."

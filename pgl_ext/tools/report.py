@@ -181,6 +181,7 @@ def render_page(template: str, out: str | os.PathLike, **content: Any) -> Path:
 
 def _read_run(name: str, folder: Path) -> _Run:
     model, summary = folder / "models" / "model.json", folder / "evaluation" / "summary.json"
+    model = model if model.is_file() else folder / "fold_0" / "models" / "model.json"
     for path, step in ((model, "run training"), (summary, "run evaluating --output_dir RUN/evaluation")):
         if not path.is_file():
             raise FileNotFoundError(f"run {name!r} has no {path}: finish '{step}' first.")

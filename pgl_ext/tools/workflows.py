@@ -23,6 +23,7 @@ __all__ = [
     "fine_tuning",
     "fine_tuning_configs",
     "inference",
+    "model_file",
     "plan_of",
     "pretraining",
     "probe",
@@ -186,12 +187,27 @@ def weights_file(path: str | os.PathLike, *names: str) -> Path:
     places = [folder / name for name in names for folder in (path / "models", path)]
     found = [file for file in ([path] if path.is_file() else places) if file.is_file()]
     if not found:
-        source = {"model.pt": "pgl finetune", "pgl_encoder.pt": "pgl pretrain"}
-        wrote = " or ".join(f"'{source[name]}'" for name in names)
+        wrote = {"model.pt": "'pgl finetune'", "pgl_encoder.pt": "'pgl pretrain'"}
+        known = [name for name in names if name in wrote]
         raise FileNotFoundError(
-            f"{path} holds no {' or '.join(names)}: give such a file, or the folder that {wrote} wrote."
+            f"{path} holds no {' or '.join(known)}: give such a file, or the folder that "
+            f"{' or '.join(map(wrote.get, known))} wrote."
         )
     return found[0]
+
+
+def model_file(path: str | os.PathLike) -> Path:
+    """The model file that is meant by a file, or by the folder that a training wrote; of one with folds the folder.
+
+    Raises:
+        FileNotFoundError: there is none, or folds are not finished.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    if not (path / "fold_0").is_dir():
+        return weights_file(path, "model.pt")
+    if not (path / "evaluation" / "cases.csv").is_file():
+        raise FileNotFoundError(f"{path} holds folds that are not finished: repeat 'pgl finetune', which goes on.")
+    return path
 
 
 def probe(data: Data, out: Path, plan: Plan, pretrained: Pretrained | None, settings: Mapping[str, Any]) -> BundleRun:
@@ -210,12 +226,11 @@ def inference(model: Path, scans: str | os.PathLike, out: Path, settings: Mappin
     return BundleRun("", files, {**where, "model_path": str(model), "output_dir": str(out), **settings})
 
 
-def evaluation(model: Path, data: Data, out: Path, settings: Mapping[str, Any]) -> BundleRun:
-    """Score a model on labelled cases."""
+def evaluation(model: Path, data: Data | None, out: Path, settings: Mapping[str, Any]) -> BundleRun:
+    """Score a model on labelled cases; without them, on those that its training held out."""
     files = [config_path("evaluate.json", _configs("pgl_segmentation"))]
-    return BundleRun(
-        "evaluating", files, {**data.settings, "model_path": str(model), "output_dir": str(out), **settings}
-    )
+    where = {} if data is None else data.settings
+    return BundleRun("evaluating", files, {**where, "model_path": str(model), "output_dir": str(out), **settings})
 
 
 def result_of_pretraining(out: Path) -> list[str]:
@@ -245,7 +260,7 @@ def result_of_evaluation(out: Path) -> list[str]:
 
 def recorded(path: str | os.PathLike) -> dict[str, Any]:
     """What is recorded beside a file of weights, or beside those in the folder of a training."""
-    record = weights_file(path, "model.pt", "pgl_encoder.pt").with_suffix(".json")
+    record = weights_file(path, "model.pt", "fold_0/models/model.pt", "pgl_encoder.pt").with_suffix(".json")
     if not record.is_file():
         raise FileNotFoundError(
             f"{record} is missing, the record beside the weights: copy both files, never one alone."

@@ -12,7 +12,7 @@ from pgl_ext.weights.loading import (
     load_pretrained,
     network_of,
 )
-from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord
+from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord, model_files
 
 __all__ = [
     "EncoderRecord",
@@ -27,6 +27,7 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "load_state",
+    "model_files",
     "network_of",
     "save_decoder",
     "save_encoder",

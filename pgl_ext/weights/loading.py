@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from monai.config import PathLike
+from monai.utils import ensure_tuple
 from torch import nn
 
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
@@ -141,19 +142,29 @@ def load_decoder(network: SegmentationNetwork, path: PathLike) -> LoadReport:
 
 
 def load_model(
-    network: nn.Module, path: PathLike, device: torch.device | str = "cpu", encoder_only: bool = False
+    network: nn.Module,
+    path: PathLike | Sequence[PathLike],
+    device: torch.device | str = "cpu",
+    encoder_only: bool = False,
 ) -> nn.Module:
     """Load a file of weights into the network it belongs to, all of its tensors.
 
     Args:
         network: moved to the device, and returned in evaluation mode.
-        path: model file, or encoder file where only the encoder is loaded, see :func:`load_encoder`.
+        path: model file, or encoder file where only the encoder is loaded, see :func:`load_encoder`; or several model
+            files, of which the first is loaded into the network.
         device, encoder_only: what the network is moved to, and what is loaded.
+
+    Returns:
+        the network; of several files a ``ModuleList`` of it and of those that are recorded beside the others.
 
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: it is damaged or does not fit.
     """
+    path, *others = ensure_tuple(path)
+    if others:
+        return nn.ModuleList([load_model(network, path, device), *(build_network(other, device) for other in others)])
     if encoder_only:
         load_encoder(network, path)
         return network.to(device).eval()
@@ -239,8 +250,10 @@ def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
     return recorded.differences(here)
 
 
-def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], *_: Any) -> None:
+def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Report what is loaded: with ``strict=False``, as MONAI Label loads, PyTorch says nothing of what is not."""
+    # It has a prefix where the network is part of a module, such as the average of its weights.
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     report = compare_states(state, network.state_dict())
     encoder_keys = set(network.encoder_keys())
     lacking = [key for key in report.missing if key in encoder_keys]

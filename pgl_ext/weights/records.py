@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from monai.config import PathLike
+from monai.utils import ensure_tuple
 
 from pgl_ext import __version__
 from pgl_ext.files import read_json
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries"]
+__all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries", "model_files"]
 
 _R = TypeVar("_R", bound="_Record")
 
@@ -216,15 +217,25 @@ class ModelRecord(_Record):
         return record
 
     @classmethod
-    def load_or_default(cls, path: PathLike, metadata: PathLike) -> ModelRecord:
+    def load_or_default(cls, path: PathLike | Sequence[PathLike], metadata: PathLike) -> ModelRecord:
         """Read the record beside a model file; where there is no file yet, that of the bundle's default task.
 
         The checks of bundles build the network of a bundle that comes without weights.
 
         Args:
-            path: model file.
+            path: model file, or several that are averaged.
             metadata: the bundle's ``metadata.json``, whose ``channel_def`` names the organs of the default network.
+
+        Raises:
+            FileNotFoundError: there is neither.
+            ValueError: a record is damaged, or several differ in how scans are prepared or in the task.
         """
+        path, *others = ensure_tuple(path)
+        if others:
+            first = cls.load(path)
+            for other in others:
+                first._check_same(cls.load(other), path, other)
+            return first
         if Path(path).with_suffix(".json").is_file() or Path(path).is_file():
             return cls.load(path)
         if not Path(metadata).is_file():
@@ -240,6 +251,26 @@ class ModelRecord(_Record):
             network={"family": "resnet", "arguments": arguments},
             input=InputRecord(hu_window=[-1024, 325], patch_size=image["spatial_shape"]),
         )
+
+    def _check_same(self, other: ModelRecord, path: PathLike, other_path: PathLike) -> None:
+        """Refuse another record whose network cannot be averaged with this one's."""
+        here, there = (
+            flat_entries({name: record.to_json()[name] for name in ("input", "task")}) for record in (self, other)
+        )
+        for name in sorted({**here, **there}):
+            if here.get(name) != there.get(name):
+                raise ValueError(
+                    f"{path} has the {name.replace('#', ' ')} {here.get(name)}, {other_path} has {there.get(name)}: "
+                    "networks that are averaged must be of one task, with scans prepared alike. Give those of one "
+                    "training with folds."
+                )
+
+
+def model_files(path: PathLike | Sequence[PathLike]) -> list[str]:
+    """The model files that are meant by one, by several, or by the folder of a training with folds."""
+    paths = [Path(part) for part in ensure_tuple(path)]
+    folds = len(list(paths[0].glob("fold_*"))) if len(paths) == 1 else 0
+    return [str(paths[0] / f"fold_{fold}" / "models" / "model.pt") for fold in range(folds)] or list(map(str, paths))
 
 
 def _read(weights: PathLike) -> tuple[Path, dict]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 
@@ -119,6 +120,26 @@ def test_a_rotated_oblique_nifti_scan(model, network, scan, tmp_path):
     np.testing.assert_allclose(nib.load(out / "phantom_uncertainty.nii.gz").get_fdata(), entropy, atol=1e-4)
     assert (out / "phantom_overlay.png").stat().st_size > 10_000
     assert not (out / "phantom_seg.dcm").exists()
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_probabilities_of_several_models_are_averaged(network, scan, tmp_path, as_folder):
+    torch.manual_seed(1)
+    networks = [network, copy.deepcopy(network)]
+    for parameter in networks[1].parameters():
+        parameter.data += 0.1 * parameter.data.std() * torch.randn_like(parameter) if parameter.numel() > 1 else 0
+    paths = [tmp_path / "run" / f"fold_{number}" / "models" / "model.pt" for number in range(2)]
+    files = [str(save_model(one, path)) for one, path in zip(networks, paths, strict=True)]
+    out = segment(
+        tmp_path / "run", tmp_path / "out", dataset_dir=str(scan), save_probabilities=True, overlays=False,
+        **({} if as_folder else {"model_path": files}),
+    )  # fmt: skip
+    each = [expected_probabilities(one, scan) for one in networks]
+    assert np.abs(each[0] - each[1]).max() > 0.1
+    probabilities = nib.load(out / "phantom_probabilities.nii.gz").get_fdata()
+    np.testing.assert_allclose(probabilities, np.mean(each, axis=0), atol=1e-4)
+    values = np.array([0, 1, 2, 4])[np.mean(each, axis=0).argmax(-1)]
+    assert (np.asarray(nib.load(out / "phantom_seg.nii.gz").dataobj) != values).mean() < 1e-3
 
 
 def test_another_spacing_returns_to_the_file(network, scan, tmp_path):

@@ -373,7 +373,11 @@ def test_one_flipped_bit_changes_nothing(tmp_path):
     crop = np.s_[:, 60:69, 3:30, 1:65]
     generator = np.random.default_rng(1)
     remade = 0
-    for place in [*range(0, 200, 3), *generator.integers(0, len(content), 40), *range(len(content) - 200, len(content), 5)]:
+    for place in [
+        *range(0, 200, 3),
+        *generator.integers(0, len(content), 40),
+        *range(len(content) - 200, len(content), 5),
+    ]:
         damaged = bytearray(content)
         damaged[place] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)

@@ -15,7 +15,14 @@ from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import labelled_items
 from pgl_ext.data.dataset import VolumeDataset
 from pgl_ext.data.find import find_cases
-from pgl_ext.data.prepare import check_items, evaluation_cases, prepare_cases, prepare_volumes, resolve_bad
+from pgl_ext.data.prepare import (
+    cases_of_models,
+    check_items,
+    evaluation_cases,
+    prepare_cases,
+    prepare_volumes,
+    resolve_bad,
+)
 from pgl_ext.data.split import split_cases
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
@@ -337,6 +344,37 @@ class TestEvaluationCases:
             (tmp_path / "split.json").write_text(json.dumps(split))
         with pytest.raises(ValueError, match="--data_list_file_path"):
             evaluation_cases(None, split_path=tmp_path / "split.json")
+
+
+class TestCasesOfModels:
+    @pytest.fixture
+    def models(self, tmp_path) -> list[Path]:
+        """Three trainings on scans of one name: two that held out x, and one that held out y and z."""
+        touch(tmp_path, *(f"{name}/scan.nii" for name in "xyz"))
+        entries = {name: {"image": f"../{name}/scan.nii", "label": f"../{name}/label.nii"} for name in "xyz"}
+        for number, held_out in enumerate(("x", "x", "yz")):
+            split = {"test": [entries[name] for name in held_out], "training": list(entries.values())}
+            (tmp_path / str(number)).mkdir()
+            (tmp_path / str(number) / "split.json").write_text(json.dumps(split))
+        return [tmp_path / str(number) / "models" / "model.pt" for number in range(3)]
+
+    def test_each_is_scored_by_those_that_held_it_out(self, models, tmp_path):
+        cases = cases_of_models(models)
+        assert [(case["name"], case["models"]) for case in cases] == [
+            ("x_scan", [0, 1]),
+            ("y_scan", [2]),
+            ("z_scan", [2]),
+        ]
+        assert [case["image"] for case in cases] == [str(tmp_path / name / "scan.nii") for name in "xyz"]
+
+    def test_those_of_a_list_are_scored_by_all(self, models, tmp_path):
+        entries = [{"image": "x/scan.nii", "label": "x/label.nii"}]
+        (case,) = cases_of_models(models, write_list(tmp_path / "list.json", entries, "test"))
+        assert case["models"] == [0, 1, 2]
+
+    def test_one_that_held_none_out(self, models, tmp_path):
+        with pytest.raises(ValueError, match="--data_list_file_path"):
+            cases_of_models([*models, tmp_path / "other" / "models" / "model.pt"])
 
 
 class TestCheckItems:

@@ -102,6 +102,52 @@ class TestSplitCases:
             split_cases(cases(5), **settings)
 
 
+class TestFolds:
+    @pytest.mark.parametrize(("count", "folds"), [(4, 2), (7, 3), (10, 5), (11, 11)])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_each_case_is_held_out_once(self, count, folds, seed):
+        splits = [split_cases(cases(count), seed=seed, test_fold=(fold, folds)) for fold in range(folds)]
+        assert sorted(itertools.chain(*(split["test"] for split in splits)), key=item_name) == cases(count)
+        for split in splits:
+            assert len(split["test"]) in (count // folds, -(-count // folds))
+            assert sorted(itertools.chain(*split.values()), key=item_name) == cases(count)
+
+    @pytest.mark.parametrize("scans", [[3, 1, 1, 2, 1, 4], [1] * 6, [5, 1, 1]])
+    def test_a_patient_is_never_on_both_sides(self, scans):
+        patients = itertools.chain(*([f"p{number}"] * count for number, count in enumerate(scans)))
+        items = [{**case, "patient": patient} for case, patient in zip(cases(sum(scans)), patients, strict=True)]
+        tested = []
+        for fold in range(3):
+            split = split_cases(items, seed=2, test_fold=(fold, 3))
+            test, others = ({case["patient"] for case in listed} for listed in (split["test"], split["training"]))
+            assert test
+            assert not test & others
+            tested += split["test"]
+        assert sorted(tested, key=item_name) == items
+
+    def test_few_of_the_others_can_be_taken_as_labelled(self):
+        split = split_cases(cases(20), labelled_cases=5, validation_fraction=0.2, test_fold=(1, 4))
+        assert sizes(split) == [4, 1, 5, 10]
+
+    @pytest.mark.parametrize(
+        ("test_fold", "settings", "message"),
+        [
+            ((3, 3), {}, r"got \(3, 3\)"),
+            ((0, 1), {}, "k-th of n"),
+            ((0, 6), {}, "parts of the 5 cases"),
+            (2, {}, "got 2 with"),
+            ((0, 3), {"test_cases": 2}, "with 2 test_cases"),
+        ],
+    )
+    def test_what_is_no_fold(self, test_fold, settings, message):
+        with pytest.raises(ValueError, match=message):
+            split_cases(cases(5), test_fold=test_fold, **settings)
+
+    def test_too_few_patients(self):
+        with pytest.raises(ValueError, match="of 2 patients, too few for 3 folds"):
+            split_cases([{**case, "patient": n % 2} for n, case in enumerate(cases(5))], test_fold=(0, 3))
+
+
 SETTINGS = {"seed": 3, "test_cases": 2}
 
 
@@ -110,6 +156,13 @@ class TestRecordedSplit:
         split = split_cases(cases(9), **SETTINGS)
         write_split(tmp_path / "out" / "split.json", SETTINGS, split)
         assert recorded_split(tmp_path / "out" / "split.json", SETTINGS, cases(9)) == split
+
+    def test_of_an_earlier_version_did_not_know_all_settings(self, tmp_path):
+        split = split_cases(cases(9), **SETTINGS)
+        write_split(tmp_path / "split.json", SETTINGS, split)
+        assert recorded_split(tmp_path / "split.json", {**SETTINGS, "test_fold": None}, cases(9)) == split
+        with pytest.raises(ValueError, match=r"test_fold was None and is \[0, 3\]"):
+            recorded_split(tmp_path / "split.json", {**SETTINGS, "test_fold": [0, 3]}, cases(9))
 
     def test_of_other_settings_or_cases_is_refused(self, tmp_path):
         write_split(tmp_path / "split.json", SETTINGS, split_cases(cases(9), **SETTINGS))

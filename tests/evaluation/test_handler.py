@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -68,20 +69,22 @@ class ByIntensity(torch.nn.Conv3d):
             self.bias.copy_(torch.tensor([0.0, 0, -1]))
 
 
-def evaluator(tmp_path: Path, data_list: Path, recorded: Mapping = {}, **overrides):
+RECORD = ModelRecord(
+    task={"organs": ORGANS, "background_values": [0], "multi_label": False},
+    network={"family": "resnet", "arguments": {"in_channels": 1, "out_channels": 3}},
+    input=InputRecord(patch_size=[16, 16, 16]),
+)
+
+
+def evaluator(tmp_path: Path, data_list: Path | None, recorded: Mapping = {}, **overrides):
     """The evaluator of the bundle with a network that is right by construction."""
     model = tmp_path / "models" / "model.pt"
     model.parent.mkdir(exist_ok=True)
-    record = ModelRecord(
-        task={"organs": ORGANS, "background_values": [0], "multi_label": False},
-        network={"family": "resnet", "arguments": {"in_channels": 1, "out_channels": 3}},
-        input=InputRecord(patch_size=[16, 16, 16]),
-        **recorded,
-    )
-    model.with_suffix(".json").write_text(json.dumps(record.to_json()))
+    model.with_suffix(".json").write_text(json.dumps(replace(RECORD, **recorded).to_json()))
     parser = ConfigParser()
     parser.read_config(CONFIG)
-    settings = {"model_path": str(model), "data_list_file_path": str(data_list), "output_dir": str(tmp_path / "out")}
+    settings = {"model_path": str(model), "output_dir": str(tmp_path / "out")}
+    settings["data_list_file_path"] = None if data_list is None else str(data_list)
     settings |= {"network": ByIntensity(), "device": torch.device("cpu"), **overrides}
     for key, value in settings.items():
         parser[key.replace("#", "::")] = value
@@ -104,6 +107,35 @@ def test_the_model_knows_which_field_says_what_is_annotated(tmp_path, data_list)
     evaluator(tmp_path, data_list, recorded={"annotated_key": "contoured"}).run()
     found = {(row["organ"], row["status"]) for row in read_csv(tmp_path / "out" / "cases.csv")}
     assert found == {("fat", "not annotated"), ("muscle", "ok")}
+
+
+@pytest.mark.parametrize("of_list", [False, True])
+def test_cases_of_folds_are_scored_by_the_network_that_has_not_seen_them(tmp_path, data_list, of_list):
+    """Only the network of fold 1 is right, which held out one of the three; on a list, both are averaged."""
+    cases = json.loads(data_list.read_text())["test"]
+    for fold, held_out in enumerate((cases[:2], cases[2:])):
+        folder = tmp_path / "run" / f"fold_{fold}"
+        (folder / "models").mkdir(parents=True)
+        (folder / "split.json").write_text(json.dumps({"test": held_out}))
+        (folder / "models" / "model.json").write_text(json.dumps(RECORD.to_json()))
+    right, wrong = ByIntensity(), ByIntensity()
+    wrong.weight.data.zero_()
+    settings = {"dataset_dir": str(data_list.parent), "network": torch.nn.ModuleList([wrong, right])}
+    evaluator(tmp_path, data_list if of_list else None, model_path=str(tmp_path / "run"), **settings).run()
+    dice = {row["case"]: [] for row in read_csv(tmp_path / "out" / "cases.csv")}
+    for row in read_csv(tmp_path / "out" / "cases.csv"):
+        dice[row["case"]].append(float(row["dice"]))
+    files = json.loads((tmp_path / "out" / "summary.json").read_text())["files"]
+    if of_list:
+        assert [case["models"] for case in files.values()] == [[0, 1]] * 3
+        assert min(dice["patient 0_scan"]) > 0
+    else:
+        assert {name: case["models"] for name, case in files.items()} == {
+            "patient 0_scan": [0],
+            "patient 1_scan": [0],
+            "patient 2_scan": [1],
+        }
+        assert dice == {"patient 0_scan": [0, 0], "patient 1_scan": [0, 0], "patient 2_scan": [1, 1]}
 
 
 @pytest.mark.parametrize("flip_axes", [[], [0, 1, 2]])

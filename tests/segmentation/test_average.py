@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from ignite.engine import Engine
+from made_weights import as_trained, small_network
 from torch import nn
 
 from pgl_ext.engines import TrainerEvents
 from pgl_ext.segmentation.average import WeightAverage
+from pgl_ext.weights import load_pretrained
 
 
 class Walk(nn.Module):
@@ -53,6 +55,15 @@ def test_is_the_exponential_average_of_what_the_weights_were(decay):
     assert average.network.twice.tolist() == pytest.approx([2 * value] * 3, rel=1e-5)
     assert int(average.network.count) == 29
     assert network.weight.tolist() == [29.0] * 3
+
+
+def test_of_a_network_that_checks_what_is_loaded_goes_on_after_a_resume():
+    """As in fine-tuning: a copy of the network checks what it is given too, under the names that it has there."""
+    average, other = (WeightAverage(load_pretrained(small_network("dynunet")), 0.9) for _ in range(2))
+    as_trained(average.network)
+    other.load_state_dict(average.state_dict())
+    for key, value in average.network.state_dict().items():
+        assert torch.equal(other.network.state_dict()[key], value), key
 
 
 def test_goes_on_after_a_resume():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.inferers import SimpleInferer, SlidingWindowInferer, sliding_window_inference
 
 from pgl_ext.segmentation.inferers import FlipInferer, VolumeInferer
 from pgl_ext.task import SegmentationTask
@@ -61,6 +61,31 @@ def test_flipping_the_scan_flips_the_result():
     for dims in ([2], [4], [2, 4]):
         torch.testing.assert_close(inferer(volume.flip(dims), network).flip(dims), result)
     assert (inferer(volume.flip([3]), network).flip([3]) - result).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("task", [ORGANS, OVERLAPPING])
+@pytest.mark.parametrize("chosen", [None, [0, 1, 2], [1], [torch.tensor([2]), torch.tensor([0])]])
+def test_networks_are_averaged_after_the_softmax(task, chosen):
+    """By hand: MONAI's sliding windows over the volume for each network, then the mean of the probabilities."""
+    torch.manual_seed(0)
+    networks = torch.nn.ModuleList(torch.nn.Conv3d(1, 3, 5, padding=2) for _ in range(3))
+    volume = 3 * torch.randn(1, 1, 30, 24, 17)
+    with torch.no_grad():
+        logits = [sliding_window_inference(volume, (16, 16, 8), 2, one, 0.25, "gaussian") for one in networks]
+    to_probabilities = torch.sigmoid if task.multi_label else lambda values: torch.softmax(values, 1)
+    used = range(3) if chosen is None else map(int, chosen)
+    expected = torch.stack([to_probabilities(logits[number]) for number in used]).mean(0)
+    found = FlipInferer(VolumeInferer((16, 16, 8), 2, 0.25), task)(volume, networks, models=chosen)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_flips_of_several_networks():
+    networks = torch.nn.ModuleList(PositionDependent((20, 5, 6)) for _ in range(2))
+    networks[1].weight.data.neg_()
+    volume = np.random.default_rng(0).normal(size=(1, 1, 20, 5, 6)).astype(np.float32)
+    found = FlipInferer(SimpleInferer(), ORGANS, (0, 2))(torch.from_numpy(volume), networks)
+    expected = np.mean([mean_over_flips(volume, network, ORGANS, (0, 2)) for network in networks], axis=0)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
 def test_network_sees_each_flip_once_and_the_scan_stays_as_it_is():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine
-from made_weights import as_trained, edit_json, encoder_record, input_record, model_record
+from made_weights import as_trained, edit_json, encoder_record, input_record, model_record, small_network
 from monai.handlers import CheckpointLoader
 from monai.networks.nets import ResNet
 from torch import nn
@@ -19,6 +19,7 @@ from pgl_ext.weights import (
     load_encoder,
     load_model,
     load_pretrained,
+    model_files,
     network_of,
     save_decoder,
     save_encoder,
@@ -425,3 +426,53 @@ class TestModelFiles:
         )
         with pytest.raises(ValueError, match=r"'attention'.*Install the version of pgl_ext"):
             build_network(model_file[0])
+
+
+class TestSeveralModels:
+    @pytest.fixture
+    def folds(self, tmp_path) -> list[Path]:
+        """Eleven, so that the order of their names is not that of their numbers; the last is of another family."""
+        paths = [tmp_path / f"fold_{number}" / "models" / "model.pt" for number in range(11)]
+        for number, path in enumerate(paths):
+            network = make_network(seed=number) if number < 10 else small_network("dynunet", out_channels=2)
+            save_weights(network.state_dict(), path, model_record(network, TASK))
+        return paths
+
+    def test_of_a_folder_they_are_its_folds_in_order(self, folds, tmp_path):
+        assert model_files(tmp_path) == model_files(str(tmp_path)) == model_files(folds) == list(map(str, folds))
+
+    def test_one_file_is_itself(self, folds, tmp_path):
+        assert model_files(folds[3]) == [str(folds[3])]
+        assert model_files(tmp_path / "none.pt") == [str(tmp_path / "none.pt")]
+
+    def test_each_has_the_weights_of_its_file(self, folds, tmp_path):
+        files = model_files(tmp_path)
+        networks = load_model(network_of(ModelRecord.load_or_default(files, METADATA)), files)
+        assert not any(network.training for network in networks)
+        for network, file in zip(networks, folds, strict=True):
+            for key, value in torch.load(file, weights_only=True).items():
+                assert torch.equal(network.state_dict()[key], value), (file, key)
+
+    @pytest.mark.parametrize(
+        ("entries", "message"),
+        [
+            (
+                {"input": {**SAME_INPUT, "patch_size": [32, 32, 16], "spacing": [1, 1, 2]}},
+                r"input spacing None, .*fold_2.* has \[1, 1, 2\]",
+            ),
+            (
+                {"input": {**SAME_INPUT, "patch_size": [32, 32, 16], "hu_window": None}},
+                r"input hu_window \[-1024, 325\], .*fold_2.* has None",
+            ),
+            ({"task": {**TASK.description(), "background_values": [9]}}, r"background_values \[0\], .*has \[9\]"),
+        ],
+    )
+    def test_of_other_input_or_another_task(self, folds, entries, message):
+        edit_json(folds[2], **entries)
+        with pytest.raises(ValueError, match=message):
+            ModelRecord.load_or_default(folds, METADATA)
+
+    def test_one_is_missing(self, folds):
+        folds[1].unlink()
+        with pytest.raises(FileNotFoundError, match="fold_1"):
+            load_model(make_network(seed=0), folds)
