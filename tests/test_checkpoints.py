@@ -321,6 +321,22 @@ class TestResume:
         assert [a + b for a, b in zip(first, second, strict=True)] == straight
         assert len({*straight[0], *straight[1]}) == 12
 
+    def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(self, start, monkeypatch):
+        whole = start("straight")
+        whole.trainer.run()
+        stopped(start("parts", stop_at=4))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        job = whole.folder.parent / "parts" / "checkpoints" / "job"
+        own = job.read_text()
+        job.write_text(own + " of another torchrun")
+        with pytest.raises(FileExistsError, match="already holds checkpoints"):
+            start("parts").trainer.run()
+        job.write_text(own)
+        again = start("parts")
+        again.trainer.run()
+        for key, value in whole.method.state_dict().items():
+            assert torch.equal(again.method.state_dict()[key], value), key
+
     def test_random_states_of_another_number_of_processes(self, start, caplog):
         run = stopped(start("parts", stop_at=4))
         content = run.content()

@@ -164,7 +164,12 @@ class VolumeCache:
             try:
                 self._paths[name] = self.path(item)
             except OSError as error:
-                bad[name] = str(error)
+                kept = self._listed.get(self._stem(item))
+                if kept:
+                    logger.warning("%s Going on with what is cached of it.", error)
+                    self._paths[name] = self.cache_dir / min(kept)
+                else:
+                    bad[name] = str(error)
             else:
                 if self._paths[name].name not in self._listed.get(self._stem(item), ()):
                     missing.append(dict(item))

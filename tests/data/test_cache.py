@@ -407,6 +407,19 @@ def test_only_the_chunks_of_a_crop_are_looked_at(tmp_path, monkeypatch):
         assert len(looked) == chunks, place
 
 
+def test_a_lost_scan_that_is_cached_is_used(tmp_path, caplog):
+    items = [save(tmp_path / f"{number}.nii") for number in range(2)]
+    before = VolumeCache(tmp_path / "cache", preprocessing())
+    before.prepare(items[:1])
+    voxels = before.open(items[0])[:]
+    for item in items:
+        os.unlink(item["image"])
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    assert cache.prepare(items).keys() == {item_name(items[1])}
+    assert f"{items[0]['image']} does not exist" in caplog.text
+    np.testing.assert_array_equal(cache.open(items[0])[:], voxels)
+
+
 def test_the_folder_is_listed_once(tmp_path, monkeypatch):
     items = [save(tmp_path / f"{number}.nii") for number in range(8)]
     cache = VolumeCache(tmp_path / "cache", preprocessing())
