@@ -183,7 +183,8 @@ def gain(
         int | None, typer.Option("--labelled_cases", help="To train on; default: all that are not held out.")
     ] = None,
     test_cases: Annotated[
-        int | None, typer.Option("--test_cases", help="To hold out; default: a third, at least 5.")
+        int | None,
+        typer.Option("--test_cases", help="To hold out; default: a third, at least 5; under 12 cases each third once."),
     ] = None,
     preset: PresetOption = None,
     plan: PlanFile = None,

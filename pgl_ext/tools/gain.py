@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,29 @@ from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.efficiency import steps_to_reach
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.run import run_study
-from pgl_ext.tools.study.runs import model_file as study_model_file
+from pgl_ext.tools.study.runs import Run, evaluation_folder, fold_folders, model_file
 from pgl_ext.tools.workflows import Pretrained, fine_tuning_configs, write_plan
 from pgl_ext.weights import ModelRecord, load_state, save_weights
 
 __all__ = ["answer", "gain_study", "held_out", "run_gain"]
 
 RANDOM, PRETRAINED = "random", "pre-trained"
+_FOLDS = 3
 _SHARES_OF_STEPS = (0.25, 0.5, 0.75)  # after which models are kept and tested
 
 
-def held_out(cases: int) -> int:
-    """How many of some labelled cases are held out to test on: a third, and at least five.
+def held_out(cases: int) -> dict[str, int]:
+    """How a study tests on some labelled cases: a third is held out, at least five; of fewer than 12 each third once.
+
+    Returns:
+        The number of ``cases``, or of ``folds``.
 
     Raises:
         ValueError: too few would be left to train on.
     """
-    count = max(5, cases // 3)
-    if cases - count < 3:
-        raise ValueError(
-            f"{cases} labelled cases are too few to train on some and test on at least five others: label more, or "
-            "hold out fewer with --test_cases."
-        )
-    return count
+    if cases < 5:
+        raise ValueError(f"{cases} labelled cases are too few to train on some and test on others: label at least 5.")
+    return {"folds": _FOLDS} if cases < 12 else {"cases": max(5, cases // 3)}
 
 
 def gain_study(
@@ -60,13 +61,14 @@ def gain_study(
         pretrained: the weights.
         seeds: of each start.
         test_cases: how many to hold out; None: see :func:`held_out`.
-        labelled_cases: how many of the others to train on; None: all.
+        labelled_cases: how many of those not held out to train on; None: all.
         settings: further ones of both.
 
     Returns:
         the file.
     """
-    count = held_out(len(data.items)) if test_cases is None else test_cases
+    test = held_out(len(data.items)) if test_cases is None else {"cases": test_cases}
+    labels = {"label_fractions": [1.0]} if "folds" in test else {"labelled_cases": [len(data.items) - test["cases"]]}
     (base, random), (_, start) = (fine_tuning_configs(plan, weights) for weights in (False, True))
     files = [*base, write_plan(plan, out)]
     config = merged_config([*files, dict(settings)])
@@ -82,13 +84,13 @@ def gain_study(
             "pretrained_start": start,
             "settings": {**data.settings, **settings, "kept_steps": kept},
         },
-        "test": {"cases": count},
+        "test": test,
         "methods": {
             RANDOM: {"encoder": None},
             PRETRAINED: {"encoder": str(pretrained.encoder), "decoder": str(pretrained.decoder or "") or False},
         },
         "reference": RANDOM,
-        "labelled_cases": [labelled_cases or len(data.items) - count],
+        **(labels if labelled_cases is None else {"labelled_cases": [labelled_cases]}),
         "seeds": list(range(seeds)),
     }
     write_text(out / "study.yaml", yaml.safe_dump(content, sort_keys=False))
@@ -100,7 +102,7 @@ def answer(results: Results) -> str:
     (labels,) = results.study.labels
     (row,) = results.select(labels=labels, metric="dice", organ=AVERAGE, method=PRETRAINED)
     difference, low, high = (100 * row[name] for name in ("difference", "ci95_low", "ci95_high"))
-    where = f"On {row['paired_cases']} test cases"
+    where = f"On {row['paired_cases']} {'cross-validated' if results.study.folds else 'test'} cases"
     interval = f"95 % interval {number_text(low, 1)} to {number_text(high, 1)}, {row['paired_seeds']} seeds"
     if row["paired_seeds"] < LEAST_SEEDS:
         seeds = "one seed" if row["paired_seeds"] == 1 else f"{row['paired_seeds']} seeds"
@@ -136,20 +138,22 @@ def run_gain(file: Path, out: Path, jobs: int | None = None) -> list[str]:
     """
     _, results = run_study(file, out, jobs=jobs)
     study = results.study
-    model, why = _best_model(results)
-    state, record = load_state(model), ModelRecord.load(model)
-    save_weights(state, out / "models" / "model.pt", record)
-    written = [
-        f"Tables, curves and report: {out / 'report.html'}.",
-        f"Model for 'pgl segment': {out / 'models' / 'model.pt'}, {why}.",
-    ]
+    best, why = _best_run(results)
+    folders = fold_folders(Path(), study.folds) if study.folds else [Path()]
+    for folder in folders:
+        model = model_file(best.folder / folder)
+        save_weights(load_state(model), model_file(out / folder), ModelRecord.load(model))
+    if study.folds:
+        shutil.copytree(evaluation_folder(best.folder), evaluation_folder(out), dirs_exist_ok=True)
+    models = f"the {study.folds} networks in {out}" if study.folds else model_file(out)
+    written = [f"Tables, curves and report: {out / 'report.html'}.", f"Model for 'pgl segment': {models}, {why}."]
     return [*written, *([study.note] * bool(study.note)), answer(results)]
 
 
-def _best_model(results: Results) -> tuple[Path, str]:
-    """The model with the best validation; where no case was left for it, a pre-trained one."""
+def _best_run(results: Results) -> tuple[Run, str]:
+    """The run with the best validation; where no case was left for it, a pre-trained one."""
     runs = [(noted["val_mean_dice"], run) for run, noted in results.finished]
     runs = [(dice, run) for dice, run in runs if run.method == PRETRAINED or dice is not None]
     dice, run = max(runs, key=lambda entry: -1.0 if entry[0] is None else entry[0])
     why = "no case was held out to choose by" if dice is None else f"the best on validation cases (Dice {dice:.3f})"
-    return study_model_file(run.folder), f"{run.method}, seed {run.seed}: {why}"
+    return run, f"{run.method}, seed {run.seed}: {why}"

@@ -125,11 +125,26 @@ def test_other_shapes_are_refused():
 )
 def test_chance_is_called_a_difference_in_one_of_twenty_draws_at_most(seeds, cases, of_seeds, of_cases):
     """Methods that do not differ, with these variances of seeds and cases; that of the error is 1."""
+    check_how_often_chance_is_called_a_difference(seeds, cases, of_seeds, of_cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "cases"), [(3, 8), (5, 5), (5, 11)])
+@pytest.mark.parametrize(("of_cases", "of_networks"), [(0, 0.3), (0, 3), (3, 3)])
+def test_also_where_each_seed_is_a_cross_validation(seeds, cases, of_cases, of_networks):
+    """A seed's cases are scored by three networks, each of which has a variance of its own."""
+    check_how_often_chance_is_called_a_difference(seeds, cases, 0.05, of_cases, of_networks)
+
+
+def check_how_often_chance_is_called_a_difference(seeds, cases, of_seeds, of_cases, of_networks=0.0):
     rng = np.random.default_rng(7)
     draws, called = 2000, 0
     for _ in range(draws):
         by_seed, by_case = rng.normal(0, of_seeds**0.5, (seeds, 1)), rng.normal(0, of_cases**0.5, cases)
         differences = by_seed + by_case + rng.normal(0, 1, (seeds, cases))
+        if of_networks:
+            folds = [rng.permutation(np.arange(cases) % 3) for _ in range(seeds)]
+            differences += [rng.normal(0, of_networks**0.5, 3)[fold] for fold in folds]
         found = paired_statistics(np.zeros((seeds, cases)), differences)
         assert (found["p"] < 0.05) == (not found["ci95_low"] <= 0 <= found["ci95_high"])
         called += found["p"] < 0.05

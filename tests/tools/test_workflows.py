@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from pgl_ext.data.split import split_cases
 from pgl_ext.networks import DynUNet, ResNetEncoder
 from pgl_ext.tools.gain import answer, gain_study, held_out
 from pgl_ext.tools.plan import Plan, read_data
@@ -156,20 +157,25 @@ def test_inference_on_a_folder_or_a_list(tmp_path, scans, key):
     assert run.section == ""
 
 
-@pytest.mark.parametrize(("cases", "count"), [(8, 5), (12, 5), (30, 10)])
+@pytest.mark.parametrize(("cases", "count"), [(12, 5), (30, 10)])
 def test_a_third_is_held_out_and_at_least_five(cases, count):
-    assert held_out(cases) == count
+    assert held_out(cases) == {"cases": count}
+
+
+@pytest.mark.parametrize("cases", [5, 8, 11])
+def test_of_few_cases_each_is_held_out_once(cases):
+    assert held_out(cases) == {"folds": 3}
 
 
 def test_too_few_cases_to_hold_some_out():
-    with pytest.raises(ValueError, match="7 labelled cases are too few"):
-        held_out(7)
+    with pytest.raises(ValueError, match="4 labelled cases are too few"):
+        held_out(4)
 
 
 def test_a_gain_is_a_study_of_both_starts(data, weights, tmp_path):
     pretrained = Pretrained(weights)
     plan = plan_of(data, "dynunet", True, pretrained, {})
-    file = gain_study(data, tmp_path / "gain", plan, pretrained, 3, None, None, {})
+    file = gain_study(data, tmp_path / "gain", plan, pretrained, 3, 5, None, {})
     study = Study(file, tmp_path / "gain")
     assert (study.methods, study.seeds, study.labels) == (["random", "pre-trained"], [0, 1, 2], [4])
     assert study.kept_steps == [250, 500, 750]
@@ -190,12 +196,37 @@ def test_a_gain_of_a_folder_without_a_list(data, weights, tmp_path):
     assert len(Study(file, tmp_path / "gain").runs({})) == 6
 
 
+def test_a_gain_on_few_cases_tests_each_once_with_each_seed(data, weights, tmp_path):
+    """All seeds and both starts on the same nine; the two starts are trained on the same of them."""
+    pretrained = Pretrained(weights)
+    plan = plan_of(data, "dynunet", True, pretrained, {})
+    study = Study(gain_study(data, tmp_path / "gain", plan, pretrained, 3, None, None, {}), tmp_path / "gain")
+    images = {item["image"] for item in data.items}
+    for seed in study.seeds:
+        splits = {}
+        for method in study.methods:
+            run = study.fine_tuning(method, 1.0, seed)
+            configs = [command.config() for command in run.commands if command.section == "training"]
+            names = ("labelled_cases", "label_fraction", "validation_fraction", "test_cases", "test_fold")
+            splits[method] = [
+                split_cases(data.items, seed=config["split_seed"], **{name: config[name] for name in names})
+                for config in configs
+            ]
+            tested = [case["image"] for split in splits[method] for case in split["test"]]
+            assert (len(tested), set(tested)) == (9, images)
+            for split in splits[method]:
+                assert len(split["training"]) == 6
+        assert splits["random"] == splits["pre-trained"]
+    with_four = yaml.safe_load(gain_study(data, tmp_path / "four", plan, pretrained, 3, None, 4, {}).read_text())
+    assert (with_four["test"], with_four["labelled_cases"]) == ({"folds": 3}, [4])
+
+
 class Results:
     """What a finished gain's study found."""
 
     def __init__(self, seeds, difference, low, high, sooner=None):
         row = {"paired_seeds": seeds, "paired_cases": 12, "difference": difference, "ci95_low": low, "ci95_high": high}
-        self.study = type("Study", (), {"labels": [4]})
+        self.study = type("Study", (), {"labels": [4], "folds": None})
         self.select = lambda **wanted: [row]
         self.sooner = sooner
         run = type("Run", (), {"is_pretraining": False})
@@ -229,6 +260,12 @@ class Results:
 def test_answers(monkeypatch, results, sentence):
     monkeypatch.setattr("pgl_ext.tools.gain.steps_to_reach", lambda *_: results.sooner)
     assert answer(results) == sentence
+
+
+def test_the_answer_of_a_cross_validation():
+    results = Results(1, 0.021, 0.006, 0.038)
+    results.study.folds = 3
+    assert answer(results).startswith("On 12 cross-validated cases, pre-training gave +2.1 Dice")
 
 
 def test_a_probe_fits_on_what_fine_tuning_would_have(data, weights, tmp_path):

@@ -32,7 +32,7 @@ __all__ = [
 
 _SET_BY_STUDY = (
     "output_dir", "cache_dir", "seed", "resume", "pretrained_encoder", "pretrained_decoder", "model_path",
-    "labelled_cases", "label_fraction", "split_seed", "test_cases",
+    "labelled_cases", "label_fraction", "split_seed", "test_cases", "test_fold",
 )  # fmt: skip
 # What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
 _SHARED_IN_PRETRAINING = (
@@ -128,7 +128,7 @@ def _check_outside(command: Command, folder: Path) -> None:
         )
 
 
-def check_unseen(pretraining: Command, evaluation: Command) -> None:
+def check_unseen(pretraining: Command, test: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a study whose methods are pre-trained on test scans.
 
     A scan that another list names differently is known by the content of its file.
@@ -141,7 +141,6 @@ def check_unseen(pretraining: Command, evaluation: Command) -> None:
         scans = load_datalist(*(config[name] for name in _LIST_SETTINGS[:3]))
     else:
         scans = find_volumes(config["dataset_dir"]) if config["dataset_dir"] else []
-    test = cases_of(evaluation, "test")
     paths = {_resolved(scan) for scan in scans}
     by_size: dict[int, list[str]] = {}
     for scan in scans:
@@ -172,8 +171,12 @@ def _file_size(item: Mapping[str, Any]) -> int:
 # --- fine-tuning and evaluation -------------------------------------------------------------------------------------
 
 
-def segmentation_commands(content: Mapping[str, Any], folder: Path, bundles: Path) -> tuple[Command, Command]:
-    """What the fine-tunings of all methods share, and the evaluation.
+def segmentation_commands(
+    content: Mapping[str, Any], folder: Path, bundles: Path
+) -> tuple[Command, Command, list[dict[str, Any]]]:
+    """What the fine-tunings of all methods share, the evaluation, and the cases that are tested.
+
+    In a cross-validation the former is that of the first fold, and all cases are tested.
 
     Args:
         content: entries of the study file.
@@ -186,23 +189,29 @@ def segmentation_commands(content: Mapping[str, Any], folder: Path, bundles: Pat
     configs = bundles / "pgl_segmentation" / "configs"
     fine_tuning = _command(content["fine_tuning"], "fine_tuning", "training", configs)
     evaluation = _command(content["test"], "test", "evaluating", configs)
-    if content["test"]["cases"] is not None:
-        if content["test"]["settings"].get("data_list_file_path") is not None:
-            raise ValueError(
-                "test has both cases, to hold out of the labelled ones, and a data_list_file_path under settings: "
-                "remove one of them."
-            )
-        fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, content["test"]["cases"], folder)
+    count, folds = content["test"]["cases"], content["test"]["folds"]
+    ways = {
+        "cases, to hold out of the labelled ones": count,
+        "folds, each of them to hold out once": folds,
+        "a data_list_file_path under settings": content["test"]["settings"].get("data_list_file_path"),
+    }
+    if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+        raise ValueError(f"test has both {', and '.join(given)}: remove one of them.")
+    if count is not None:
+        fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, count, folder)
     if "annotated_key" not in content["test"]["settings"]:
         evaluation = evaluation.with_settings(annotated_key=fine_tuning.config()["annotated_key"])
     cases = cases_of(fine_tuning, "fine_tuning")
-    both = {item_name(case) for case in cases} & {item_name(case) for case in cases_of(evaluation, "test")}
+    if folds is not None:
+        return fine_tuning.with_settings(test_fold=[0, folds]), evaluation, cases
+    test = cases_of(evaluation, "test")
+    both = {item_name(case) for case in cases} & {item_name(case) for case in test}
     if both:
         raise ValueError(
             f"{len(both)} test cases are among the labelled ones, such as {min(both)}: give another list or "
             "data_list_key under test, or a number of cases to hold out (test: cases)."
         )
-    return fine_tuning, evaluation
+    return fine_tuning, evaluation, test
 
 
 def fine_tuning_commands(content: Mapping[str, Any], base: Command, folder: Path, bundles: Path) -> dict[str, Command]:
@@ -241,7 +250,8 @@ def settings_of_labels(content: Mapping[str, Any], base: Command, labels: float)
     config = base.config()
     settings = {"labelled_cases": None, "label_fraction": 1.0}
     settings["labelled_cases" if isinstance(labels, int) else "label_fraction"] = labels
-    split = split_cases(cases_of(base, "fine_tuning"), validation_fraction=config["validation_fraction"], **settings)
+    given = {name: config[name] for name in ("validation_fraction", "test_fold")}
+    split = split_cases(cases_of(base, "fine_tuning"), **given, **settings)
     patches = content["fine_tuning"]["patches_per_epoch"]
     if patches is not None:
         settings["patches_per_case"] = max(1, round(patches / len(split["training"])))

@@ -24,7 +24,7 @@ from pgl_ext.tools.study.commands import (
     settings_of_labels,
 )
 from pgl_ext.tools.study.configs import Command
-from pgl_ext.tools.study.runs import AS_SET, Rates, Run, evaluation_folder, model_file
+from pgl_ext.tools.study.runs import AS_SET, Rates, Run, evaluation_folder, fold_folders, model_file
 from pgl_ext.tools.study.study_file import labels_to_compare, read_study_file
 
 __all__ = ["Study"]
@@ -48,6 +48,7 @@ class Study:
         ablations: the methods of the ablations' figure.
         labels: numbers (int) or fractions (float) of labelled cases, ascending.
         seeds: each for all methods.
+        folds: of each seed's cross-validation; None: there are test cases.
         kept_steps: steps of fine-tuning whose models are evaluated too, ascending.
 
     Raises:
@@ -81,16 +82,19 @@ class Study:
             )
         bundles = Path(os.path.abspath(bundles or bundles_folder()))
         self._pretraining = pretraining_commands(content, self._pretraining_folder, bundles)
-        base, self._evaluation = segmentation_commands(content, self.folder, bundles)
+        self.folds: int | None = content["test"]["folds"]
+        base, self._evaluation, test = segmentation_commands(content, self.folder, bundles)
         if self._pretraining:  # all have the same scans
-            check_unseen(next(iter(self._pretraining.values())), self._evaluation)
+            check_unseen(next(iter(self._pretraining.values())), test)
         self._fine_tuning = fine_tuning_commands(content, base, self.folder, bundles)
         self._rates = rates_to_choose(content, self._pretraining, self._fine_tuning)
         self._of_labels = {labels: settings_of_labels(content, base, labels)[0] for labels in self.labels}
         self._of_selection = _settings_of_selection(content, base, self.labels[-1])
         config = base.config()
         self.kept_steps = sorted(config["kept_steps"])
-        self.note = " ".join([str(content["note"]), *self._remarks(config, cases_of(base, "fine_tuning"))]).strip()
+        # With folds, patients stay together.
+        training = [] if self.folds else cases_of(base, "fine_tuning")
+        self.note = " ".join([str(content["note"]), *self._remarks(config, training, test)]).strip()
 
     def runs(self, rates: Mapping[str, Rates]) -> list[Run]:
         """All runs in the order to run them: one seed of all methods after another, pre-training before its use.
@@ -130,7 +134,7 @@ class Study:
         return Run(folder, name, method, seed, (command,), rates=Rates(rate))
 
     def fine_tuning(self, method: str, labels: float, seed: int, rates: Rates = AS_SET, selection: bool = False) -> Run:
-        """The fine-tuning of a method on some labelled cases, with its evaluations.
+        """The fine-tuning of a method on some labelled cases, or one for each fold of them, with the evaluations.
 
         Args:
             method: its name.
@@ -158,15 +162,20 @@ class Study:
         training = self._fine_tuning[method].with_settings(
             output_dir=str(folder), seed=seed, split_seed=seed, **weights, **of_labels, **rate
         )
-        commands = [training]
+        commands, folders = [training], [folder]
+        if self.folds is not None:
+            folders = fold_folders(folder, self.folds)
+            each = [{"output_dir": str(of_fold), "test_fold": [k, self.folds]} for k, of_fold in enumerate(folders)]
+            commands = [training.with_settings(**settings) for settings in each]
         for step in [] if apart else [None, *self.kept_steps]:
-            files = {"output_dir": evaluation_folder(folder, step), "model_path": model_file(folder, step)}
-            commands.append(self._evaluation.with_settings(**{name: str(path) for name, path in files.items()}))
+            models = [str(model_file(of_fold, step)) for of_fold in folders]
+            model = models[0] if self.folds is None else models
+            evaluated = str(evaluation_folder(folder, step))
+            commands.append(self._evaluation.with_settings(output_dir=evaluated, model_path=model))
         return Run(folder, name, method, seed, tuple(commands), labels, rates, pretraining)
 
-    def _remarks(self, fine_tuning: ConfigParser, training: list[dict]) -> list[str]:
+    def _remarks(self, fine_tuning: ConfigParser, training: list[dict], test: list[dict]) -> list[str]:
         """Sentences on what a reader of the scores of pre-trained methods should know."""
-        test = cases_of(self._evaluation, "test")
         texts = {name: seen_text(test, seen_scans(entry.get("encoder"))) for name, entry in self._entries.items()}
         remarks = [f"{name}: {text}" for name, text in texts.items() if text]
         remarks += filter(None, [patients_text({"training": training, "test": test})])

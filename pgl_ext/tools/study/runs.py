@@ -10,7 +10,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
+
+from monai.utils import ensure_tuple
 
 from pgl_ext.checkpoints import CheckpointFolder
 from pgl_ext.evaluation.summary import AVERAGE
@@ -18,7 +21,7 @@ from pgl_ext.files import read_json, write_json
 from pgl_ext.tools.study.configs import Command
 from pgl_ext.weights import EncoderRecord, ModelRecord
 
-__all__ = ["AS_SET", "Rates", "Run", "bundle_command", "evaluation_folder", "labels_text", "model_file"]
+__all__ = ["AS_SET", "Rates", "Run", "bundle_command", "evaluation_folder", "fold_folders", "labels_text", "model_file"]
 
 
 class Rates(NamedTuple):
@@ -35,6 +38,8 @@ AS_SET = Rates()
 @dataclass(frozen=True, eq=False)
 class Run:
     """One training of a study with what follows it: a pre-training, or a fine-tuning with its evaluations.
+
+    In a cross-validation it is a fine-tuning for each fold, and evaluations of all cases by those that held them out.
 
     In its folder lie ``started.json`` (fingerprint, and when it was run), ``run.json`` (its results, written last: the
     mark of a finished run), ``log.txt``, the settings of its commands, and what these write.
@@ -74,7 +79,7 @@ class Run:
     @property
     def is_for_selection(self) -> bool:
         """Whether it is a fine-tuning that serves the choice of learning rates alone, and is not tested."""
-        return not self.is_pretraining and len(self.commands) == 1
+        return not self.is_pretraining and all(command.section == "training" for command in self.commands)
 
     @property
     def with_pretraining(self) -> list[Run]:
@@ -129,9 +134,11 @@ class Run:
         """
         if command.section != "evaluating":
             return False
-        folder, model = (Path(command.layers[-1][name]) for name in ("output_dir", "model_path"))
-        kept_step = model.stem.partition("_step_")[2]
-        return (folder / "cases.csv").is_file() or (bool(kept_step) and int(kept_step) > self._steps())
+        settings = command.layers[-1]
+        kept_step = Path(ensure_tuple(settings["model_path"])[0]).stem.partition("_step_")[2]
+        return (Path(settings["output_dir"]) / "cases.csv").is_file() or (
+            bool(kept_step) and int(kept_step) > self._steps()
+        )
 
     def finish(self, unit: str) -> None:
         """Note the results, which marks the run as finished, and remove its checkpoints.
@@ -151,24 +158,28 @@ class Run:
         }
         write_json(self.folder / "run.json", {**self._scores(), **cost})
         # Only an unfinished run needs them, and they are large.
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for folder in self._training_folders:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _scores(self) -> dict[str, Any]:
         if self.is_pretraining:
             encoder = EncoderRecord.load(self.folder / "models" / "pgl_encoder.pt")
             return {"steps": encoder.steps, "pairs": encoder.pairs}
-        scores = {
-            # The model is that of the best validation, which may be an earlier step.
-            "steps": self._steps(),
-            "val_mean_dice": ModelRecord.load(model_file(self.folder)).val_mean_dice,
-        }
+        dice = [ModelRecord.load(model_file(folder)).val_mean_dice for folder in self._training_folders]
+        # The model is that of the best validation, which may be an earlier step.
+        scores = {"steps": self._steps(), "val_mean_dice": None if None in dice else fmean(dice)}
         if not self.is_for_selection:
             scores["mean_dice"] = read_json(evaluation_folder(self.folder) / "summary.json")[AVERAGE]["dice"]["mean"]
         return scores
 
     def _steps(self) -> int:
-        """That the training, which is over, has reached."""
-        return int(CheckpointFolder(self.folder / "checkpoints").paths()[-1].stem.split("_")[1])
+        """That the training, which is over, has reached; of several, all of them."""
+        last = [CheckpointFolder(folder / "checkpoints").paths()[-1] for folder in self._training_folders]
+        return min(int(path.stem.split("_")[1]) for path in last)
+
+    @property
+    def _training_folders(self) -> list[Path]:
+        return [Path(one.layers[-1]["output_dir"]) for one in self.commands if one.section == "training"]
 
     def _started(self) -> dict[str, Any]:
         path = self.folder / "started.json"
@@ -186,6 +197,11 @@ def model_file(folder: Path, step: int | None = None) -> Path:
     return folder / "models" / ("model.pt" if step is None else f"model_step_{step}.pt")
 
 
+def fold_folders(folder: Path, folds: int) -> list[Path]:
+    """Where the fine-tunings of a cross-validation lie."""
+    return [folder / f"fold_{fold}" for fold in range(folds)]
+
+
 def evaluation_folder(folder: Path, step: int | None = None) -> Path:
     """Where the evaluation of :func:`model_file` lies."""
     return folder / ("evaluation" if step is None else f"evaluation_step_{step}")
@@ -201,7 +217,8 @@ def bundle_command(run: Run, command: Command) -> list[str]:
 
     A training that was interrupted goes on from its checkpoint.
     """
-    files = command.write(Path(command.layers[-1]["output_dir"]))
+    folder = Path(command.layers[-1]["output_dir"])
+    files = command.write(folder)
     line = [sys.executable, "-m", "monai.bundle", "run", command.section, "--config_file", str(files)]
-    interrupted = command.section == "training" and CheckpointFolder(run.folder / "checkpoints").paths()
+    interrupted = command.section == "training" and CheckpointFolder(folder / "checkpoints").paths()
     return [*line, "--resume", "true"] if interrupted else line

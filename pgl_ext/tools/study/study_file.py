@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, Any] = {
         "learning_rates": [],
         "selection_validation_fraction": 0.34,
     },
-    "test": {"configs": ["evaluate.json"], "settings": {}, "cases": None},
+    "test": {"configs": ["evaluate.json"], "settings": {}, "cases": None, "folds": None},
     "methods": {},
     "reference": "random",
     "ablations": [],

@@ -1,7 +1,7 @@
 """Stands in for a bundle's command in tests: trains, resumes, evaluates and fails in milliseconds.
 
     python stand_in.py training RUN_FOLDER SEED RESUME KEPT_STEPS
-    python stand_in.py evaluating RUN_FOLDER EVALUATION_FOLDER MODEL
+    python stand_in.py evaluating RUN_FOLDER EVALUATION_FOLDER MODEL[,MODEL]
 
 What it "trains" is a number that every step changes, so that a step that is lost or done twice shows in the scores.
 """
@@ -55,11 +55,11 @@ def train(folder: Path, seed: int, resume: bool, kept_steps: list[int]) -> None:
     write(folder / "models" / "model.json", json.dumps(model))
 
 
-def evaluate(folder: Path, model: Path) -> None:
+def evaluate(folder: Path, models: list[Path]) -> None:
     time.sleep(float(os.environ.get("STAND_IN_PAUSE", 0.05)))
-    dice = json.loads(model.with_suffix(".json").read_text())["val_mean_dice"]
-    write(folder / "summary.json", json.dumps({"average": {"dice": {"mean": dice}}}))
-    rows = [f"case_{case},liver,{dice * case / 10},0.5,3.0\n" for case in range(1, 8)]
+    dice = [json.loads(model.with_suffix(".json").read_text())["val_mean_dice"] for model in models]
+    write(folder / "summary.json", json.dumps({"average": {"dice": {"mean": dice[0]}}}))
+    rows = [f"case_{case},liver,{dice[case % len(dice)] * case / 10},0.5,3.0\n" for case in range(1, 8)]
     write(folder / "cases.csv", "case,organ,dice,iou,hd95_mm\n" + "".join(rows))
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     if section == "training":
         train(Path(folder), int(first), second == "True", json.loads(kept_steps[0]))
     else:
-        evaluate(Path(first), Path(second))
+        evaluate(Path(first), [Path(model) for model in second.split(",")])
 
 
 if __name__ == "__main__":

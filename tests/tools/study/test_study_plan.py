@@ -131,6 +131,26 @@ def test_held_out_cases_are_the_same_in_all_runs(tmp_path):
         assert config_of(run, "evaluating")["data_list_key"] == "test"
 
 
+def test_folds_of_all_cases(tmp_path):
+    """Each has a training of its own, and one evaluation is on the cases that each held out."""
+    study = make_study(tmp_path, test={"folds": 2}, pretraining=other_scans(tmp_path))
+    run = study.fine_tuning("PGL", 3, 1)
+    *trainings, evaluation = (command.config() for command in run.commands)
+    assert [config["test_fold"] for config in trainings] == [[0, 2], [1, 2]]
+    assert [config["output_dir"] for config in trainings] == [str(run.folder / f"fold_{k}") for k in range(2)]
+    assert len({config["cache_dir"] for config in trainings}) == 1
+    assert {config["split_seed"] for config in trainings} == {1}
+    assert evaluation["model_path"] == [str(run.folder / f"fold_{k}" / "models" / "model.pt") for k in range(2)]
+    assert evaluation["data_list_file_path"] is None
+    assert not run.is_for_selection
+    assert not list((tmp_path / "runs").glob("split_*.json"))
+
+
+def test_no_case_of_a_cross_validation_is_pretrained_on(tmp_path):
+    with pytest.raises(ValueError, match="of the 10 test scans are pre-trained on"):
+        make_study(tmp_path, test={"folds": 2})
+
+
 def test_a_look_at_another_study_leaves_the_held_out_cases_alone(tmp_path):
     make_study(tmp_path, test={"cases": 4}, pretraining=other_scans(tmp_path))
     (path,) = (tmp_path / "runs").glob("split_*.json")
@@ -462,6 +482,7 @@ def test_a_method_may_not_add_to_the_encoder(tmp_path):
         ({"labelled_cases": [30]}, "labelled_cases must be from 1 to 10"),
         ({"seeds": []}, "seeds is empty"),
         ({"test#settings#data_list_file_path": None}, "test has no data_list_file_path"),
+        ({"test#folds": 3}, "test has both folds, each of them to hold out once, and a data_list_file_path"),
         ({"test#cases": 3}, "test has both cases, to hold out of the labelled ones, and a data_list_file_path"),
         ({"methods#random#settings": {"lr": 1}}, "method 'random' has an encoder and is not pre-trained"),
     ],

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_studies import FINGERPRINT, copy_package, finish, make_study, write_study
+from monai.utils import ensure_tuple
 from programs import SEGMENTATION_CONFIGS, TINY, TINY_SEGMENTATION, run
 
 from pgl_ext.tools.phantom import write_dataset
@@ -24,13 +25,16 @@ STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 def stand_in(run, command) -> list[str]:
-    config = command.config()
+    config, folder = command.config(), run.folder
     if command.section == "evaluating":
-        arguments = [config["output_dir"], config["model_path"]]
+        arguments = [config["output_dir"], ",".join(ensure_tuple(config["model_path"]))]
     else:
-        resume = any((run.folder / "checkpoints").glob("*.pt"))
-        arguments = [str(run.seed), str(resume), json.dumps(config.get("kept_steps", []))]
-    return [sys.executable, "-I", "-S", str(STAND_IN), command.section, str(run.folder), *arguments]
+        folder = Path(config["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        resume = any((folder / "checkpoints").glob("*.pt"))
+        seed = run.seed + (config.get("test_fold") or [0])[0]
+        arguments = [str(seed), str(resume), json.dumps(config.get("kept_steps", []))]
+    return [sys.executable, "-I", "-S", str(STAND_IN), command.section, str(folder), *arguments]
 
 
 @pytest.fixture
@@ -103,6 +107,31 @@ def test_everything_is_run_once(fast, path, tmp_path, capsys):
     run_study(path, tmp_path / "out", jobs=2)
     assert logs == {log: log.read_text() for log in tmp_path.rglob("log.txt")}
     assert capsys.readouterr().out == ""
+
+
+def test_folds_are_one_run_whose_cases_each_network_has_its_part_of(fast, tmp_path, monkeypatch):
+    """Stopped between its folds, it goes on with what is left, and the scores are those of one that was not."""
+    entries = {"test": {"folds": 3}, "labelled_cases": [4], "methods": {"random": {"encoder": None}}, "pretraining": {}}
+    overrides = {"fine_tuning#settings#kept_steps": [4]}
+    path = write_study(tmp_path, **entries)
+    run_study(path, tmp_path / "straight", overrides=overrides)
+    monkeypatch.setenv("STAND_IN_PAUSE", "0.2")
+    study = in_background(path, tmp_path / "out", overrides=overrides)
+    fold = tmp_path / "out" / "fine_tuning" / "random" / "4_cases" / "seed_0" / "fold_1"
+    wait_for(lambda: any((fold / "checkpoints").glob("*.pt")))
+    kill(study, with_children=True)
+    monkeypatch.setenv("STAND_IN_PAUSE", "0.01")
+    run_study(path, tmp_path / "out", overrides=overrides)
+    assert scores(tmp_path / "out") == scores(tmp_path / "straight")
+    assert len(list((tmp_path / "out").rglob("run.json"))) == 2
+    assert not list((tmp_path / "out").rglob("checkpoints"))
+    evaluated = (fold.parent / "evaluation" / "cases.csv").read_text().splitlines()[1:]
+    models = [json.loads((fold.with_name(f"fold_{k}") / "models" / "model.json").read_text()) for k in range(3)]
+    for number, row in enumerate(evaluated, 1):
+        assert float(row.split(",")[2]) == models[number % 3]["val_mean_dice"] * number / 10
+    noted = json.loads((fold.parent / "run.json").read_text())
+    assert noted["val_mean_dice"] == pytest.approx(sum(model["val_mean_dice"] for model in models) / 3)
+    assert (fold.parent / "evaluation_step_4" / "cases.csv").is_file()
 
 
 def test_more_seeds_later(fast, path, tmp_path, capsys):
