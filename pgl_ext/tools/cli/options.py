@@ -1,0 +1,95 @@
+"""Options that several commands have, and what is made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Commands import what they run when they are called: PyTorch and MONAI take seconds, which --help must not.
+
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Of commands that take any setting of a bundle."""
+
+
+class Architecture(str, Enum):
+    """Networks that have an overlay."""
+
+    resnet50 = "resnet50"
+    dynunet = "dynunet"
+    segresnet = "segresnet"
+
+
+class Preset(str, Enum):
+    """Sizes and lengths: of the paper's scale, or for a CPU."""
+
+    small = "small"
+    full = "full"
+
+
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+Cases = Annotated[Path, typer.Argument(help="Labelled cases: a folder, or a JSON data list (Decathlon, nnU-Net).")]
+Model = Annotated[Path, typer.Argument(help="A model file, or the folder of 'pgl finetune' or 'pgl gain'.")]
+Scans = Annotated[Path, typer.Argument(help="Scans: a folder, a JSON data list, or one file.")]
+Key = Annotated[str, typer.Option("--data_list_key", help="List in the JSON to take.", rich_help_panel="Data")]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Plan to follow, as 'pgl plan' writes it.", rich_help_panel="Data")
+]
+ArchitectureOption = Annotated[
+    Architecture | None,
+    typer.Option(
+        "--architecture", help="Network; default: that of plan or weights, else dynunet.", rich_help_panel="Network"
+    ),
+]
+PresetOption = Annotated[
+    Preset | None,
+    typer.Option("--preset", help="Sizes and lengths; default: small without a GPU.", rich_help_panel="Network"),
+]
+PretrainedOption = Annotated[
+    Path | None,
+    typer.Option("--pretrained", help="Weights: a file, or the folder of 'pgl pretrain'.", rich_help_panel="Network"),
+]
+
+
+def plan_for(
+    file: Path | None,
+    data: Any,
+    architecture: Architecture | None,
+    preset: Preset | None,
+    weights: Any,
+    given: Mapping[str, str],
+) -> Any:
+    """The plan in a file, or else one made for the data."""
+    from pgl_ext.tools.plan import Plan
+    from pgl_ext.tools.workflows import plan_of
+
+    if file is not None:
+        if architecture or preset:
+            raise ValueError(f"--plan {file} says what architecture and preset are: edit it, or leave them out.")
+        return Plan.load(file)
+    small = None if preset is None else preset is Preset.small
+    return plan_of(data, (architecture or Architecture.dynunet).value, small, weights, given)
+
+
+def given_settings(context: typer.Context) -> dict[str, str]:
+    """Settings of the bundle among the options."""
+    from pgl_ext.tools.launch import option_settings
+
+    return option_settings(context.args)
+
+
+def absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def words(text: str | None) -> list[str] | None:
+    return None if text is None else text.split(",")
+
+
+def end_with(*texts: str) -> None:
+    *results, following = texts
+    print("\n".join([*results, f"Next: {following}"]))
