@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 import torch
 from programs import ROOT
 
@@ -94,7 +95,7 @@ def test_config_prints_what_config_file_takes(run):
     assert run("config", "pgl_pretrain").splitlines() == config_names("pgl_pretrain")
 
 
-@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands)
 def test_every_command_has_a_help_page(run, command):
     """In groups, and of those that have settings of a bundle with a word on them."""
     assert f"pgl {command}" in run(command, "--help")
