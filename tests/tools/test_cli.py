@@ -3,8 +3,8 @@ import subprocess
 import sys
 
 import pytest
-import typer
 import torch
+import typer
 from programs import ROOT
 
 from pgl_ext import __version__
