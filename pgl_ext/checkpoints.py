@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import signal
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
@@ -14,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from ignite.engine import Engine, Events
 from monai.config import PathLike
 
 from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
-from pgl_ext.files import write_atomically
+from pgl_ext.files import claim_folder, write_atomically, write_text
 from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
 from pgl_ext.weights.records import EncoderRecord, InputRecord, flat_entries
@@ -94,13 +97,13 @@ class CheckpointHandler:
             among it, see :class:`~pgl_ext.weights.EncoderRecord`.
         interval: epochs between checkpoints; the end of the run is always saved.
         keep_last: how many are kept.
-        resume: go on from the newest intact checkpoint.
+        resume: go on from the newest intact checkpoint. Where torchrun starts a failed run again, so does that.
         decoder_path: decoder file of a method that pre-trains a decoder, like ``encoder_path``.
         overwrite: remove another run's checkpoints.
 
     Raises:
         FileExistsError: as training starts, the folder holds another run's checkpoints and neither ``resume`` nor
-            ``overwrite`` is true.
+            ``overwrite`` is true; or another run that goes on at this moment has the folder above it.
         ValueError: ``interval`` or ``keep_last`` is less than 1, or ``input`` is not as a record has it.
     """
 
@@ -143,10 +146,13 @@ class CheckpointHandler:
             # A further run in the same process, such as a round of federated learning: the next batches, not the first.
             self.sampler.start_step = engine.state.iteration
             return
+        if self.rank == 0:
+            claim_folder(self.folder.folder.parent)
         # Added only now, so that it comes after every other handler's: what validation at the end of the epoch finds,
         # such as the best score so far, belongs into the checkpoint.
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
-        if self.resume:
+        # As the first process finds it: the others may run on other machines.
+        if self.resume or gather(self.rank == 0 and self._is_restart())[0]:
             self._load(engine)
         elif self.overwrite:
             # Not left to the first that is written: the oldest go then, and those are not of the other run.
@@ -157,6 +163,14 @@ class CheckpointHandler:
                 f"{self.folder.folder} already holds checkpoints: continue with --resume true, begin anew with "
                 "--overwrite true, which removes them, or choose another --output_dir."
             )
+        if self.rank == 0:
+            write_text(self.folder.folder / "job", _job())
+
+    def _is_restart(self) -> bool:
+        """Whether torchrun has started this run again, and not one that another run's folder has stopped."""
+        job = self.folder.folder / "job"
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        return restarted and job.is_file() and job.read_text() == _job() and bool(self.folder.paths())
 
     def _stop_within_epoch(self, engine: Engine) -> None:
         if engine.state.iteration % engine.state.epoch_length:
@@ -262,6 +276,12 @@ class CheckpointHandler:
             first_step = Events.ITERATION_STARTED(once=content["step"] + 1)
             engine.add_event_handler(first_step, lambda: _set_random_state(random_states[self.rank]))
         logger.info("resumed from %s at step %d", path, content["step"])
+
+
+def _job() -> str:
+    """What tells a job from all others: the process that has started this one, torchrun's agent, and when it began."""
+    parent = os.getppid()
+    return f"{parent} {psutil.Process(parent).create_time()} {socket.gethostname()}"
 
 
 def _request_stop(engine: Engine, number: int, frame: object) -> None:

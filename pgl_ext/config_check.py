@@ -32,6 +32,8 @@ _READ_BY_MONAI |= DEFAULT_MLFLOW_SETTINGS["configs"].keys() - DEFAULT_HANDLERS_I
 # One plan (``pgl plan``) is for both bundles, and of these settings each reads but some.
 _OF_PLANS = {"organs", "background_values", "multi_label", "annotated_key", "patch_size", "view_size", "encoder"}
 _PLAN = "_desc_architecture"
+# Of settings that are numbers, the words that stand for one.
+_WORDS = {"micro_batch_size": ("auto",)}
 # A name this much like an argument is a slip, also where a target takes any other.
 _SLIP = 0.8
 
@@ -107,7 +109,8 @@ def _check(parser: ConfigParser, base: Mapping, steps: Mapping[str, str]) -> Non
                 _check_step(str(step), parser, base)
         _Names(parser, base, steps.values()).check(parser.get(), base)
         for name, default in base.items():
-            check_kind(parser.get(name), default, name)
+            if parser.get(name) not in _WORDS.get(name, ()):
+                check_kind(parser.get(name), default, name)
     except ValueError:
         report_root_cause()
         raise

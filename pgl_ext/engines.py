@@ -51,7 +51,8 @@ class StepTrainer(SupervisedTrainer):
         batch_transform: runs on each batch on the device, such as the intensity augmentations; its random state is set
             from seed, process and iteration before each, so that a resumed run draws the same.
         micro_batch_size: samples per forward and backward pass; gradients are accumulated over the batch. Batch norm
-            sees one micro-batch. Default: the whole batch.
+            sees one micro-batch. Default: the whole batch; ``"auto"``: the whole batch, or of its halves, quarters and
+            so on the first that the device's memory holds; with one process alone.
         amp: mixed precision.
         amp_dtype: ``"bfloat16"``, or ``"float16"`` with loss scaling.
         seed: of ``batch_transform``.
@@ -62,7 +63,8 @@ class StepTrainer(SupervisedTrainer):
 
     Raises:
         FloatingPointError: loss or gradients stay non-finite.
-        ValueError: ``micro_batch_size`` is less than 1.
+        MemoryError: the device's memory does not hold a micro-batch.
+        ValueError: ``micro_batch_size`` is less than 1, or ``"auto"`` in several processes.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class StepTrainer(SupervisedTrainer):
         optimizer: torch.optim.Optimizer,
         lr_scheduler: LRScheduler | None = None,
         batch_transform: Callable[[dict], dict] | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | str | None = None,
         amp: bool = False,
         amp_dtype: str = "bfloat16",
         seed: int = 0,
@@ -84,9 +86,12 @@ class StepTrainer(SupervisedTrainer):
     ) -> None:
         self.lr_scheduler = lr_scheduler
         self.batch_transform = batch_transform
-        if micro_batch_size is not None:
+        self._is_auto = micro_batch_size == "auto"
+        if self._is_auto and rank_and_world_size()[1] > 1:
+            raise ValueError("micro_batch_size is 'auto', which one process alone can try: give --micro_batch_size N.")
+        if not self._is_auto and micro_batch_size is not None:
             check_positive(micro_batch_size, "micro_batch_size", "set it to batch_size for one pass per step")
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = None if self._is_auto else micro_batch_size
         self.amp_dtype = _amp_dtype(amp, amp_dtype)
         self.seed = seed
         self.max_grad_norm = max_grad_norm
@@ -133,7 +138,8 @@ class StepTrainer(SupervisedTrainer):
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         buffers = [buffer.clone() for buffer in self.network.buffers()]
-        logged = self._accumulate_gradients(batch)
+        while (logged := self._gradients_that_fit(batch)) is None:
+            self._restore(buffers)
         gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
         # Not finite where one of them is not.
         logged["largest gradient"] = torch.nn.utils.get_total_norm(gradients, math.inf)
@@ -141,14 +147,36 @@ class StepTrainer(SupervisedTrainer):
         if self._check_finite(logged["loss"], logged.pop("largest gradient")) and self._step():
             self.fire_event(TrainerEvents.OPTIMIZER_STEP_COMPLETED)
         else:
-            # The forward passes have moved the batch-norm statistics, where one NaN would stay for good.
-            for buffer, before in zip(self.network.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+            self._restore(buffers)
         # Before the schedule goes on: the rate of this step.
         self.state.metrics.update(logged, lr=self.optimizer.param_groups[-1]["lr"], read_errors=self.read_errors)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return [logged]
+
+    def _restore(self, buffers: list[torch.Tensor]) -> None:
+        """Undo what forward passes have done to batch-norm statistics, where one NaN would stay for good."""
+        for buffer, before in zip(self.network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _gradients_that_fit(self, batch: dict) -> dict[str, torch.Tensor] | None:
+        """See :meth:`_accumulate_gradients`; None where memory did not suffice, and smaller micro-batches are next."""
+        total = len(next(iter(batch.values())))
+        try:
+            return self._accumulate_gradients(batch)
+        except torch.OutOfMemoryError as error:
+            size = min(self.micro_batch_size or total, total)
+            if not self._is_auto or size == 1:
+                remedy = f"--micro_batch_size {size // 2}, or auto" if size > 1 else "smaller views or patches"
+                raise MemoryError(
+                    f"{self.state.device} has no memory for {size} samples in a pass: try {remedy}."
+                ) from error
+            self.micro_batch_size = size // 2
+        # Here, where nothing holds on to the tensors of the pass any more.
+        self.logger.info("out of memory: going on with %d samples in a pass", self.micro_batch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return None
 
     def _accumulate_gradients(self, batch: dict) -> dict[str, torch.Tensor]:
         """Backward passes of all micro-batches; returns the averages of what is logged."""

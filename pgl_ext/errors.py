@@ -9,7 +9,7 @@ from types import TracebackType
 
 __all__ = ["few", "report_root_cause", "root_cause", "transform_error"]
 
-_ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, ImportError)
+_ABOUT_THE_INPUT = (OSError, ValueError, FloatingPointError, ImportError, MemoryError)
 
 
 def few(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
@@ -58,4 +58,4 @@ def _print_cause(kind: type[BaseException], error: BaseException, traceback: Tra
     if not isinstance(cause, _ABOUT_THE_INPUT) or os.environ.get("PGL_TRACEBACK"):
         sys.__excepthook__(kind, error, traceback)
         return
-    print(f"\nerror: {cause}\n(set PGL_TRACEBACK=1 to see where it was raised)", file=sys.stderr)
+    print(f"\nerror: {str(cause) or repr(cause)}\n(set PGL_TRACEBACK=1 to see where it was raised)", file=sys.stderr)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,23 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 
-__all__ = ["read_csv", "read_json", "write_atomically", "write_csv", "write_json", "write_nifti", "write_text"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
+__all__ = [
+    "claim_folder",
+    "read_csv",
+    "read_json",
+    "write_atomically",
+    "write_csv",
+    "write_json",
+    "write_nifti",
+    "write_text",
+]
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
 # Fields of a NIfTI header that say where its voxels lie.
 _GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
@@ -44,6 +60,44 @@ def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_claimed: dict[Path, Any] = {}
+
+
+def claim_folder(folder: str | os.PathLike) -> None:
+    """Keep other runs out of an output folder until this process ends, and remove what a dead one left half written.
+
+    The file ``in_use`` in it is locked, which other machines see too where their storage passes locks on. Processes
+    that this one starts do not hold the lock, so that a run that was killed can be repeated at once.
+
+    Raises:
+        FileExistsError: another process has the folder.
+    """
+    path = Path(os.path.abspath(folder), "in_use")
+    if path in _claimed:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - until this process ends
+    if fcntl is not None:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise FileExistsError(
+                f"{path.parent} is in use by another run ({file.read() or 'unknown'}): wait for its end, or set "
+                "another --output_dir."
+            ) from error
+        except OSError:  # storage without locks
+            pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _claimed[path] = file
+    # Volumes may lie in a cache that other runs fill.
+    for left in [*path.parent.glob("tmp-*"), *path.parent.glob("*/tmp-*")]:
+        if left.suffix != ".b2nd":
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,13 +132,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, as text."""
+    """The rows of a CSV file with a header, as text; a last one that was cut off, as by a power cut, is left out."""
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+    return [row for row in rows if None not in row.values()]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV with the first one's keys as header; NaN and None become empty cells."""
+    """Write rows as CSV with the first one's keys as header; NaN and None become empty cells.
+
+    Text that a spreadsheet would take for a formula gets a quote before it.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
@@ -96,7 +154,7 @@ def _cell(value: Any) -> Any:
     """Empty where there is no value."""
     if isinstance(value, float):
         return f"{value:.6g}" if math.isfinite(value) else ""
-    return value
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: Path, header: nib.Nifti1Header | None = None) -> None:

@@ -190,7 +190,7 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Steps that are done again would stand there twice.
         rows = read_csv(self.path) if step > 0 and self.path.is_file() else []
-        rows = [row for row in rows if row["step"] and self._is_kept(row, step)]
+        rows = [row for row in rows if row["step"].isdecimal() and self._is_kept(row, step)]
         with open(self.path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()

@@ -66,6 +66,19 @@ class TestCheckpointFolder:
         for damaged, message in zip((empty, garbage, truncated), messages, strict=True):
             assert str(damaged) in message
 
+    def test_one_flipped_bit_of_a_weight_is_found(self, tmp_path, caplog):
+        folder = CheckpointFolder(tmp_path)
+        for step in (1, 2):
+            folder.write({"step": step, "weights": torch.full((1000,), 0.3)}, step)
+        before, damaged = folder.paths()
+        content = bytearray(damaged.read_bytes())
+        content[content.find(torch.full((9,), 0.3).numpy().tobytes()) + 3] ^= 0x40
+        damaged.write_bytes(content)
+        assert torch.load(damaged, weights_only=True)["weights"].max() > 1e30  # PyTorch itself reads it
+        assert folder.newest_intact()[0] == before
+        assert f"{damaged} can not be read" in caplog.text
+        assert "checksum" in caplog.text
+
     def test_nothing_intact(self, tmp_path):
         folder = CheckpointFolder(tmp_path)
         with pytest.raises(FileNotFoundError, match="no intact checkpoint") as error:
@@ -307,6 +320,22 @@ class TestResume:
         first, second = drawn("parts", stop_at=4), drawn("parts", resume=True)
         assert [a + b for a, b in zip(first, second, strict=True)] == straight
         assert len({*straight[0], *straight[1]}) == 12
+
+    def test_a_restart_by_torchrun_goes_on_with_its_own_run_alone(self, start, monkeypatch):
+        whole = start("straight")
+        whole.trainer.run()
+        stopped(start("parts", stop_at=4))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        job = whole.folder.parent / "parts" / "checkpoints" / "job"
+        own = job.read_text()
+        job.write_text(own + " of another torchrun")
+        with pytest.raises(FileExistsError, match="already holds checkpoints"):
+            start("parts").trainer.run()
+        job.write_text(own)
+        again = start("parts")
+        again.trainer.run()
+        for key, value in whole.method.state_dict().items():
+            assert torch.equal(again.method.state_dict()[key], value), key
 
     def test_random_states_of_another_number_of_processes(self, start, caplog):
         run = stopped(start("parts", stop_at=4))

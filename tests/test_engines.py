@@ -170,6 +170,53 @@ class TestGradientAccumulation:
         assert sorted(sizes) == sorted(expected)
 
 
+class Limited(ToyMethod):
+    """Has memory for a number of samples only; its batch norm has seen whatever was passed through it."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, batch):
+        self.seen += len(batch["views"])
+        if len(batch["views"]) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(batch)
+
+
+class TestMemory:
+    @pytest.mark.parametrize(("size", "most", "chosen"), [(7, 8, None), (7, 3, 3), (8, 3, 2), (8, 1, 1)])
+    def test_auto_finds_what_fits(self, size, most, chosen):
+        batches = [toy_batch(size, seed) for seed in range(2)]
+        found = make_trainer(batches, method=Limited(most), micro_batch_size="auto")
+        found.run()
+        assert found.micro_batch_size == chosen
+        given = make_trainer(batches, method=Limited(most), micro_batch_size=chosen)
+        given.run()
+        assert equal(weights(found.network), weights(given.network))
+        assert found.network.seen == given.network.seen == 2 * size
+
+    @pytest.mark.parametrize(
+        ("micro_batch_size", "most", "words"),
+        [
+            (None, 3, "for 8 samples in a pass: try --micro_batch_size 4, or auto"),
+            (3, 2, "3 samples.*_size 1,"),
+            ("auto", 0, "1 samples in a pass: try smaller views or patches"),
+            (1, 0, "smaller views"),
+        ],
+    )
+    def test_too_little(self, micro_batch_size, most, words):
+        trainer = make_trainer([toy_batch(8)], method=Limited(most), micro_batch_size=micro_batch_size)
+        with pytest.raises(MemoryError, match=words):
+            trainer.run()
+
+    def test_auto_is_for_one_process(self, monkeypatch):
+        monkeypatch.setattr("pgl_ext.engines.rank_and_world_size", lambda: (0, 2))
+        with pytest.raises(ValueError, match="one process alone"):
+            make_trainer([toy_batch()], micro_batch_size="auto")
+
+
 class TestMixedPrecision:
     def test_bfloat16_runs_and_is_used(self):
         dtypes = []

@@ -81,12 +81,16 @@ class TestTransformError:
 
 def test_root_cause_ends_where_causes_form_a_circle(report):
     """As where the error of a transform is raised from the error that wraps it."""
-    memory, wrapper = MemoryError("too large"), RuntimeError("applying transform x")
-    assert root_cause(in_a_circle(memory, wrapper)) is wrapper
-    assert root_cause(in_a_circle(memory)) is memory
-    assert "MemoryError: too large" in report(in_a_circle(memory, wrapper))
+    broken, wrapper = AssertionError("too large"), RuntimeError("applying transform x")
+    assert root_cause(in_a_circle(broken, wrapper)) is wrapper
+    assert root_cause(in_a_circle(broken)) is broken
+    assert "AssertionError: too large" in report(in_a_circle(broken, wrapper))
     bad = ValueError("bad --lr")
-    assert root_cause(in_a_circle(wrapper, memory, bad)) is bad
+    assert root_cause(in_a_circle(wrapper, broken, bad)) is bad
+    memory = MemoryError("cpu has no memory for 8 samples in a pass: try --micro_batch_size 4, or auto.")
+    assert root_cause(in_a_circle(wrapper, memory)) is memory
+    assert "error: cpu has no memory" in report(memory)
+    assert "error: MemoryError()" in report(MemoryError())
 
 
 def test_an_error_raised_while_handling_another_is_its_own_cause():

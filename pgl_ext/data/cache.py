@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import logging
 import os
 import pickle
+import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import blosc2
 import numpy as np
 import torch
 from monai.config import PathLike
@@ -19,6 +22,7 @@ from monai.transforms import Compose, RandomizableTrait
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
+from pgl_ext.data.cache_file import CachedVolume, CacheReadError, cache_file_content
 from pgl_ext.data.datalist import item_name
 from pgl_ext.errors import transform_error
 from pgl_ext.files import write_atomically
@@ -28,12 +32,7 @@ __all__ = ["VolumeCache", "can_be_sent"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 1
-# Chosen with benchmarks/volume_cache.py. One crop of a view touches few enough blocks, and so few chunks that looking
-# them up costs little. LZ4's first level decodes fastest; on float16 CT the slower codecs save little.
-_CHUNK = (1, 64, 64, 64)
-_BLOCK = (1, 32, 32, 8)
-_COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.BITSHUFFLE]}
+_FORMAT_VERSION = 2
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _ABANDONED_AFTER = 24 * 3600  # seconds; no volume takes that long to write
 _ABOUT_THE_FILE = (BadVolumeError, FileNotFoundError)
@@ -43,8 +42,8 @@ class VolumeCache:
     """Preprocessed volumes as float16 files that crops are read from.
 
     Each volume is written once: its file is named by the source (path, size, time of change), the preprocessing and the
-    file format, and written anew when one of them changes; the outdated file of the same source is then removed. For
-    two preprocessings in turn use two folders. Several processes may fill and read one folder at the same time.
+    file format, and written anew when one of them changes; where the source has changed, the outdated file is removed.
+    Several processes, of one preprocessing or of several, may fill and read one folder at the same time.
 
     Of a labelled case, an item with ``"label"``, image and label map are kept as channels of one volume: end the
     preprocessing with ``ConcatItemsd(["image", "label"], name="image", dim=0)``. Label values up to 2048 stay exact.
@@ -81,6 +80,8 @@ class VolumeCache:
             )
         self.preprocessing = preprocessing
         self._paths: dict[str, Path] = {}
+        self._checked: dict[Path, set[int]] = {}  # chunks whose checksum this process has seen to be right
+        self._listed: dict[str, set[str]] | None = None  # names of files by what they have in common with outdated ones
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -97,9 +98,13 @@ class VolumeCache:
 
     def path(self, item: Mapping) -> Path:
         """Where the cache file of an item is, or would be."""
-        return self.cache_dir / f"{_source_digest(item)}-{self.key(item)[:32]}.b2nd"
+        return self.cache_dir / f"{self._stem(item)}-{self.key(item)[:32]}.b2nd"
 
-    def open(self, item: Mapping) -> blosc2.NDArray:
+    def _stem(self, item: Mapping) -> str:
+        preprocessing = hashlib.sha256(f"{_FORMAT_VERSION} {self.digest}".encode()).hexdigest()[:8]
+        return f"{_source_digest(item)}-{preprocessing}"
+
+    def open(self, item: Mapping) -> CachedVolume:
         """Open an item's preprocessed volume, making its file first where it is missing or damaged.
 
         The source is looked at when an item is first opened and by :meth:`prepare`; in between it is taken as
@@ -109,8 +114,8 @@ class VolumeCache:
             item: ``{"image": path}``, with ``"series_uid"`` for a DICOM series and ``"label"`` for a labelled case.
 
         Returns:
-            Array ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Its ``vlmeta``, which lives as long
-            as it does, holds ``"affine"`` (4 x 4: voxel index of the preprocessed volume -> mm) and ``"source"``.
+            Volume ``(C, X, Y, Z)`` on disk; slicing it gives float16 NumPy arrays. Damage of its file that shows only
+            then is mended in the same way.
 
         Raises:
             FileNotFoundError: the source does not exist.
@@ -118,14 +123,19 @@ class VolumeCache:
         """
         name = item_name(item)
         path = self._paths.get(name) or self.path(item)
-        volume = _open_file(path)
-        if volume is None:
+        try:
+            volume = self._opened(path, item)
+        except CacheReadError:
             path = self._write(item)
-            volume = _open_file(path)
-        if volume is None:
-            raise OSError(f"Cache file {path} vanished or is unreadable though just written: check the disk.")
+            try:
+                volume = self._opened(path, item)
+            except CacheReadError as error:
+                raise OSError(f"{error}, though just written: check the disk.") from error
         self._paths[name] = path
         return volume
+
+    def _opened(self, path: Path, item: Mapping) -> CachedVolume:
+        return CachedVolume(path, lambda: self._write(item), self._checked.setdefault(path, set()))
 
     def nbytes(self, item: Mapping) -> int:
         """Bytes that an item's preprocessed volume takes in memory, as float16. Opens the file like :meth:`open`."""
@@ -135,7 +145,7 @@ class VolumeCache:
         """Make the cache files of items that have none yet, and find the volumes that cannot be used.
 
         Args:
-            items: those already there are only opened, not read.
+            items: those whose files are there already are not read; :meth:`open` mends what is damaged.
             show_progress: draw a progress bar if there is anything to do and standard error is a terminal.
 
         Returns:
@@ -146,7 +156,7 @@ class VolumeCache:
             OSError: a cache file cannot be written.
             RuntimeError: a worker process died.
         """
-        self._remove_abandoned()
+        self._listed = self._list()
         bad: dict[str, str] = {}
         missing = []
         for item in items:
@@ -154,9 +164,14 @@ class VolumeCache:
             try:
                 self._paths[name] = self.path(item)
             except OSError as error:
-                bad[name] = str(error)
+                kept = self._listed.get(self._stem(item))
+                if kept:
+                    logger.warning("%s Going on with what is cached of it.", error)
+                    self._paths[name] = self.cache_dir / min(kept)
+                else:
+                    bad[name] = str(error)
             else:
-                if _open_file(self._paths[name]) is None:
+                if self._paths[name].name not in self._listed.get(self._stem(item), ()):
                     missing.append(dict(item))
         progress = tqdm(
             self._prepare_missing(missing),
@@ -218,9 +233,12 @@ class VolumeCache:
             raise OSError(
                 f"Cannot write the cache file {path}: {error}. Make room or set another cache_dir."
             ) from error
-        for outdated in self.cache_dir.glob(f"{_source_digest(item)}-*.b2nd"):
-            if outdated != path:
-                outdated.unlink(missing_ok=True)
+        if self._listed is None:
+            self._listed = self._list()
+        stem = self._stem(item)
+        for outdated in self._listed.get(stem, set()) - {path.name}:
+            (self.cache_dir / outdated).unlink(missing_ok=True)
+        self._listed[stem] = {path.name}
         return path
 
     def _compressed(self, item: Mapping) -> bytes:
@@ -237,16 +255,7 @@ class VolumeCache:
                 f"{name} has values up to {largest:g} after preprocessing, too large for float16: clip or normalise "
                 "the intensities"
             )
-        volume = blosc2.asarray(
-            # Readers give volumes in Fortran order; torch turns and converts them three times faster than NumPy.
-            torch.as_tensor(voxels).half().contiguous().numpy(),
-            chunks=tuple(map(min, _CHUNK, voxels.shape)),
-            blocks=tuple(map(min, _BLOCK, voxels.shape)),
-            cparams={**_COMPRESSION, "nthreads": 1},
-        )
-        volume.vlmeta["affine"] = np.asarray(getattr(image, "affine", np.eye(4))).tolist()
-        volume.vlmeta["source"] = name
-        return volume.to_cframe()
+        return cache_file_content(voxels, np.asarray(getattr(image, "affine", np.eye(4))), name)
 
     def _preprocessed(self, item: Mapping) -> np.ndarray | torch.Tensor:
         try:
@@ -258,14 +267,17 @@ class VolumeCache:
             logger.error("preparing %s failed", item_name(item))
         raise cause
 
-    def _remove_abandoned(self) -> None:
-        """Remove what killed processes left half written."""
-        for path in self.cache_dir.glob("tmp-*.b2nd"):
-            try:
-                if time.time() - path.stat().st_mtime > _ABANDONED_AFTER:
-                    path.unlink()
-            except FileNotFoundError:
-                pass
+    def _list(self) -> dict[str, set[str]]:
+        """Names of the files in the folder, but for what killed processes left half written, which is removed."""
+        listed = defaultdict(set)
+        for entry in os.scandir(self.cache_dir):
+            if entry.name.startswith("tmp-"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - entry.stat().st_mtime > _ABANDONED_AFTER:
+                        os.unlink(entry)
+            elif entry.name.endswith(".b2nd"):
+                listed[entry.name.rpartition("-")[0]].add(entry.name)
+        return listed
 
 
 def _source_paths(item: Mapping) -> list[str]:
@@ -285,27 +297,29 @@ def _source_state(path: str) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file a volume may be read from.
 
     For a folder these are all its visible files, since telling which belong to a series means opening them. For
-    a header with the voxels in a file of their own (.mhd, .nhdr) they are all files with the header's stem.
+    a header with the voxels in a file of their own (.mhd, .nhdr) that one too, or where it names several, all files
+    with the header's stem.
     """
     files: list[os.DirEntry | Path] = [Path(path)]
     if os.path.isdir(path):
         files = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
-    elif path.lower().endswith((".mhd", ".nhdr")):
+    elif path.lower().endswith((".mhd", ".nhdr")) and os.path.isfile(path):
+        beside = Path(path).with_name(_voxel_file(path))
         stem = Path(path).stem
-        files = [entry for entry in os.scandir(Path(path).parent) if entry.name.startswith(stem)]
+        # One file is looked at, not the folder, which may hold thousands of such pairs.
+        files = [*files, beside] if beside.is_file() else list(Path(path).parent.glob(f"{glob.escape(stem)}*"))
     states = [(file.name, file.stat()) for file in files if file.is_file()]
     if not states:
         raise FileNotFoundError(f"{path} does not exist or holds no files: check the data list and the dataset folder.")
     return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-def _open_file(path: Path) -> blosc2.NDArray | None:
-    """The array in a cache file, or None if there is no such file or it is damaged."""
-    try:
-        # One thread: a DataLoader's workers already use the cores. A mapped file costs one system call less per block.
-        return blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
-    except (OSError, RuntimeError, ValueError):
-        return None
+def _voxel_file(header: str) -> str:
+    """What the header of a MetaImage or NRRD file names as the file of its voxels."""
+    with open(header, "rb") as file:
+        text = file.read(65536).decode("latin-1")
+    found = re.search(r"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", text, re.IGNORECASE | re.MULTILINE)
+    return found[1] if found else "LIST"
 
 
 def can_be_sent(value: object) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pgl_ext.data.cache import VolumeCache, can_be_sent
+from pgl_ext.data.cache_file import CachedVolume, CacheReadError
 from pgl_ext.data.datalist import SOURCE_FIELDS, item_name
 from pgl_ext.data.memory import available_memory
 from pgl_ext.distributed import launched_rank_and_world_size, local_world_size, usable_cores, workers_are_forked
@@ -78,7 +79,7 @@ class VolumeDataset(Dataset):
                 break
             try:
                 volumes[index] = self._open(index)[:]
-            except _ReadError as error:
+            except CacheReadError as error:
                 logger.warning("not held in memory, %s: %s", item_name(item), error)
         return volumes
 
@@ -100,7 +101,7 @@ class VolumeDataset(Dataset):
             seed = int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0])
             try:
                 sample = self._read_and_transform(volume, seed)
-            except _ReadError as error:
+            except CacheReadError as error:
                 logger.warning("skipped %s: %s", item_name(self.data[volume]), error)
                 continue
             return {**sample, "read_errors": skipped}
@@ -119,7 +120,7 @@ class VolumeDataset(Dataset):
             return self.transform(self.inputs(volume, array))
         except Exception as error:
             cause = transform_error(error)
-            if not isinstance(cause, _ReadError):
+            if not isinstance(cause, CacheReadError):
                 raise
             if attempts == 1:
                 raise cause from cause.__cause__
@@ -127,32 +128,11 @@ class VolumeDataset(Dataset):
         time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
         return self._read_and_transform(volume, seed, attempts - 1)
 
-    def _open(self, volume: int) -> _CachedArray:
+    def _open(self, volume: int) -> CachedVolume:
         try:
-            return _CachedArray(self.cache.open(self.data[volume]))
+            return self.cache.open(self.data[volume])
         except (OSError, BadVolumeError) as error:
-            raise _ReadError(f"{type(error).__name__}: {error}") from error
-
-
-class _ReadError(OSError):
-    """A cached volume cannot be read; unlike any error of a transform, nothing to stop for."""
-
-
-class _CachedArray:
-    """An array on disk; where it cannot be read, a :class:`_ReadError` tells this from errors of its user."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
-
-    def __getitem__(self, place: Any) -> np.ndarray:
-        try:
-            return self._array[place]
-        except (OSError, RuntimeError) as error:  # blosc2 has the latter for damaged blocks
-            raise _ReadError(f"{type(error).__name__}: {error}") from error
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype=dtype)
+            raise CacheReadError(f"{type(error).__name__}: {error}") from error
 
 
 class CaseDataset(VolumeDataset):

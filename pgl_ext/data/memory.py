@@ -6,10 +6,12 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_memory"]
+__all__ = ["available_memory", "total_memory"]
+
+_GROUP = Path("/sys/fs/cgroup")
 
 
-def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+def available_memory(group: Path = _GROUP) -> int:
     """Bytes that this process can still take without swapping.
 
     Args:
@@ -24,3 +26,12 @@ def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
         return free
     # Files in memory make room where it is needed.
     return max(0, min(free, limit - usage + int(statistics.get("inactive_file", 0))))
+
+
+def total_memory(group: Path = _GROUP) -> int:
+    """Bytes of the machine, or those that its control group may have where these are fewer; see available_memory."""
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int((group / "memory.max").read_text()))
+    except (OSError, ValueError):
+        return total

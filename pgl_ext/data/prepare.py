@@ -13,7 +13,7 @@ from monai.config import PathLike
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist, named_items, source_names
 from pgl_ext.data.find import find_cases, find_volumes
-from pgl_ext.data.seen import seen_scans, seen_text
+from pgl_ext.data.seen import patients_text, seen_scans, seen_text
 from pgl_ext.data.split import recorded_split, split_cases, split_volumes, write_split
 from pgl_ext.distributed import gather, rank_and_world_size
 from pgl_ext.errors import transform_error
@@ -143,6 +143,7 @@ def prepare_cases(
     if rank_and_world_size()[0] == 0:
         counts = [f"{len(cases)} {name}" for name, cases in {**split, **usable}.items()]
         logger.info("Cases: %s.", ", ".join(counts))
+        _warn(patients_text({**split, "unused": []}))
         if split_path is not None and not recorded:
             write_split(split_path, settings, split)
     return usable
@@ -236,10 +237,16 @@ def evaluation_cases(
             )
         data_list_file_path, data_list_key = split_path, "test"
     cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
-    text = seen_text(cases, seen)
+    _warn(seen_text(cases, seen))
+    trained = read_json(split_path) if split_path is not None and os.path.isfile(split_path) else {}
+    parts = {name: trained.get(name, ()) for name in ("training", "validation")}
+    _warn(patients_text({**parts, "test": cases}))
+    return named_items(cases)
+
+
+def _warn(text: str) -> None:
     if text:
         logger.warning("%s", text)
-    return named_items(cases)
 
 
 def cases_of_models(

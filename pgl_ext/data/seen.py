@@ -1,9 +1,10 @@
-"""Which scans a network has seen, recorded beside its weights, so that it is not tested on them unawares."""
+"""Which scans a network has seen, and whose: recorded beside its weights, so that it is not tested on them unawares."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from monai.config import PathLike
 
 from pgl_ext.data.datalist import item_name
+from pgl_ext.errors import few
 from pgl_ext.files import read_json
+from pgl_ext.transforms.formats import dicom_header, is_dicom_file
 
-__all__ = ["scan_digests", "seen_scans", "seen_text"]
+__all__ = ["patient_of", "patients_text", "scan_digests", "seen_scans", "seen_text"]
 
 _END = 65536  # bytes: enough to tell scans apart, and little to read of hundred thousands
 
@@ -49,6 +52,41 @@ def seen_text(items: Collection[Mapping[str, Any]], seen: Collection[str]) -> st
         f"{len(known)} of the {len(items)} test scans, such as {item_name(known[0])}, are among those that the network "
         "was trained or pre-trained on: scores on them say nothing sure about new patients."
     )
+
+
+def patients_text(parts: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
+    """In words, which patients have scans in several parts of a split; empty where none has.
+
+    Args:
+        parts: items by what they serve for. A patient is what the field ``"patient"`` of a data list says, or the
+            PatientID of DICOM files; what is of no known patient counts as of one of its own.
+    """
+    where: dict[str, dict[str, str]] = defaultdict(dict)
+    for part, items in parts.items():
+        for item in items:
+            if patient := patient_of(item):
+                where[patient].setdefault(part, item_name(item))
+    shared = [" and ".join(f"{n} ({part})" for part, n in names.items()) for names in where.values() if len(names) > 1]
+    if not shared:
+        return ""
+    return (
+        f"{len(shared)} patients have scans in several parts of the split: {few(shared, 2, '; ')}. Scores on patients "
+        "that were trained on say nothing sure about new ones: list each patient's scans under one key alone."
+    )
+
+
+def patient_of(item: Mapping[str, Any]) -> str:
+    """Whose scan an item is, as the data list or DICOM files say; empty where that is not known."""
+    if item.get("patient") not in (None, ""):
+        return str(item["patient"])
+    path = str(item["image"])
+    files = (os.path.join(path, name) for name in sorted(os.listdir(path))) if os.path.isdir(path) else [path]
+    wanted = item.get("series_uid")
+    for file in filter(is_dicom_file, files):
+        header = dicom_header(file, ["SeriesInstanceUID", "PatientID"])
+        if not wanted or header.get("SeriesInstanceUID") == wanted:
+            return str(header.get("PatientID", "")).strip()
+    return ""
 
 
 def _digest(path: PathLike) -> str:

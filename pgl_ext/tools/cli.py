@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +100,7 @@ def plan(
     from pgl_ext.tools.workflows import Pretrained
 
     weights = None if pretrained is None else Pretrained(pretrained)
-    made = _plan(None, read_data(data, data_list_key), architecture, preset, weights)
+    made = _plan(None, read_data(data, data_list_key), architecture, preset, weights, {})
     made.head += expected_time(made, bundle_folder("pgl_segmentation") / "configs")
     if out is None:
         print(made.text(), end="")
@@ -129,8 +130,8 @@ def pretrain(
     from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import pretraining, result_of_pretraining
 
-    settings, data = _given(context), read_data(scans, data_list_key)
-    made = _plan(plan, data, architecture, preset, None)
+    settings, data = _given(context), read_data(scans, data_list_key, labelled=False)
+    made = _plan(plan, data, architecture, preset, None, settings)
     pretraining(data, _absolute(out), made, method, settings, gpus).run()
     _end(*result_of_pretraining(_absolute(out)), f"pgl gain CASES GAIN --pretrained {out}")
 
@@ -162,7 +163,7 @@ def finetune(
     weights = None if pretrained is None else Pretrained(pretrained)
     if weights is not None:
         weights.check(settings)
-    made, folder = _plan(plan, data, architecture, preset, weights), _absolute(out)
+    made, folder = _plan(plan, data, architecture, preset, weights, settings), _absolute(out)
     if folds is None:
         fine_tuning(data, folder, made, weights, settings).run()
         result = result_of_fine_tuning(folder)
@@ -203,7 +204,7 @@ def gain(
     weights = Pretrained(pretrained)
     weights.check(settings)
     values = {name: yaml.safe_load(value) for name, value in settings.items()}
-    made, folder = _plan(plan, data, None, preset, weights), _absolute(out)
+    made, folder = _plan(plan, data, None, preset, weights, settings), _absolute(out)
     file = gain_study(data, folder, made, weights, seeds, test_cases, labelled_cases, values)
     print(f"$ pgl study {file} --out {folder}", flush=True)
     _end(*run_gain(file, folder, jobs), f"pgl segment {out} SCANS SEGMENTED")
@@ -233,6 +234,37 @@ def evaluate(context: typer.Context, model: Model, cases: Cases, out: Out, data_
     data = read_data(cases, data_list_key, labelled=True)
     evaluation(model_file(model), data, _absolute(out), _given(context)).run()
     _end(*result_of_evaluation(_absolute(out)), f"pgl compare {out} OTHER_EVALUATION")
+
+
+@app.command(context_settings=_SETTINGS, rich_help_panel=_MORE)
+def probe(
+    context: typer.Context,
+    cases: Cases,
+    out: Out,
+    pretrained: PretrainedOption = None,
+    architecture: ArchitectureOption = None,
+    preset: PresetOption = None,
+    plan: PlanFile = None,
+    test_key: Annotated[
+        str, typer.Option("--test_data_list_key", help="List of the cases to score on.")
+    ] = "validation",
+    data_list_key: Key = "training",
+) -> None:
+    """How good are an encoder's features before fine-tuning? A linear classifier on some labelled cases, in minutes.
+
+    Without --pretrained: of random weights, to compare with. Any setting can be given too, as in --labelled_cases 3.
+    """
+    from pgl_ext.tools import workflows
+    from pgl_ext.tools.plan import read_data
+
+    settings, data = _given(context), read_data(cases, data_list_key, labelled=True)
+    weights = None if pretrained is None else workflows.Pretrained(pretrained)
+    if weights is not None:
+        weights.check(settings)
+    made = _plan(plan, data, architecture, preset, weights, settings)
+    values = {"test_data_list_key": test_key, **settings}
+    workflows.probe(data, _absolute(out), made, weights, values).run()
+    _end(*workflows.result_of_evaluation(_absolute(out)), f"pgl compare {out} OTHER_PROBE")
 
 
 # --- tools ----------------------------------------------------------------------------------------------------------
@@ -286,10 +318,11 @@ def study(
     What is finished is not run again, and what was interrupted goes on. Any entry of the file can be given, as in
     --pretraining#settings#max_epochs 2.
     """
-    from pgl_ext.tools.study.run import run_study
+    from pgl_ext.tools.study.run import planned_runs, run_study
 
     values = {name: yaml.safe_load(value) for name, value in _given(context).items()}
-    print(run_study(file, out, None, jobs, dry_run, values))
+    given = (file, out, None, jobs, values)
+    print(planned_runs(*given) if dry_run else run_study(*given)[0])
 
 
 @app.command(rich_help_panel=_MORE)
@@ -382,17 +415,24 @@ _renamed("export_decoder", "export CHECKPOINT OUT --part decoder")
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _plan(file: Path | None, data: Any, architecture: Architecture | None, preset: Preset | None, weights: Any) -> Any:
+def _plan(
+    file: Path | None,
+    data: Any,
+    architecture: Architecture | None,
+    preset: Preset | None,
+    weights: Any,
+    given: Mapping[str, str],
+) -> Any:
     """The plan in a file, or else one made for the data."""
     from pgl_ext.tools.plan import Plan
-    from pgl_ext.tools.workflows import fine_tuning_plan
+    from pgl_ext.tools.workflows import plan_of
 
     if file is not None:
         if architecture or preset:
             raise ValueError(f"--plan {file} says what architecture and preset are: edit it, or leave them out.")
         return Plan.load(file)
     small = None if preset is None else preset is Preset.small
-    return fine_tuning_plan(data, (architecture or Architecture.dynunet).value, small, weights)
+    return plan_of(data, (architecture or Architecture.dynunet).value, small, weights, given)
 
 
 def _given(context: typer.Context) -> dict[str, str]:

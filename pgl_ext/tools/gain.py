@@ -15,7 +15,6 @@ from pgl_ext.files import write_text
 from pgl_ext.tools.plan import Data, Plan
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.efficiency import steps_to_reach
-from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.run import run_study
 from pgl_ext.tools.study.runs import Run, evaluation_folder, fold_folders, model_file
@@ -137,9 +136,8 @@ def run_gain(file: Path, out: Path, jobs: int | None = None) -> list[str]:
     Raises:
         ChildProcessError: a run failed.
     """
-    run_study(file, out, jobs=jobs)
-    study = Study(file, out)
-    results = Results(study, study.runs({}))
+    _, results = run_study(file, out, jobs=jobs)
+    study = results.study
     best, why = _best_run(results)
     folders = fold_folders(Path(), study.folds) if study.folds else [Path()]
     for folder in folders:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import yaml
 
 from pgl_ext.data.datalist import load_datalist
 from pgl_ext.data.find import find_cases, find_volumes
 from pgl_ext.data.headers import Header, read_headers
+from pgl_ext.data.memory import total_memory
 from pgl_ext.data.structures import annotated_field, found_structures, listed_structures
 from pgl_ext.files import read_json
 from pgl_ext.networks.base import SegmentationNetwork
@@ -67,13 +67,13 @@ class Data:
         return all("label" in item for item in self.items)
 
 
-def read_data(path: str | os.PathLike, key: str = "training", labelled: bool = False) -> Data:
+def read_data(path: str | os.PathLike, key: str = "training", labelled: bool | None = None) -> Data:
     """Find the scans in a folder or in a JSON data list.
 
     Args:
         path: folder, with a Decathlon-style ``dataset.json`` or without, or the list itself.
         key: the list in it.
-        labelled: whether cases with label maps are needed.
+        labelled: whether label maps are needed; False: they are left aside; None: taken where all scans have one.
 
     Raises:
         ValueError: there are none.
@@ -82,20 +82,17 @@ def read_data(path: str | os.PathLike, key: str = "training", labelled: bool = F
     lists = path / "dataset.json" if path.is_dir() else path
     content = read_json(lists, "Data list") if lists.suffix == ".json" and lists.is_file() else {}
     if isinstance(content.get(key), list) and content[key]:
-        items = load_datalist(lists, None, key, keep=["label"])
+        items = load_datalist(lists, None, key, keep=[] if labelled is False else ["label"])
         settings = {"data_list_file_path": str(lists), "data_list_key": key}
     elif lists == path:
         raise ValueError(f"{path} is neither a folder nor a JSON data list with the list {key!r}: give one of them.")
     else:
-        items = find_cases(path) if labelled or _has_label_maps(path) else find_volumes(path)
+        has_labels = labelled is None and any((path / name).is_dir() for name in ("labelsTr", "labels"))
+        items = find_cases(path) if labelled or has_labels else find_volumes(path)
         settings = {"dataset_dir": str(path)}
     if labelled and not all("label" in item for item in items):
         raise ValueError(f"some scans of {path} have no label map: give labelled cases.")
     return Data(items, settings, content, str(path))
-
-
-def _has_label_maps(path: Path) -> bool:
-    return any((path / name).is_dir() for name in ("labelsTr", "labels"))
 
 
 @dataclass
@@ -162,6 +159,7 @@ def make_plan(
     architecture: str = "dynunet",
     small: bool | None = None,
     record: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
     memory: float | None = None,
 ) -> Plan:
     """Choose settings for pre-training on scans, or fine-tuning on cases.
@@ -172,6 +170,7 @@ def make_plan(
         architecture: a key of :data:`ARCHITECTURES`.
         small: whether to take the presets for a CPU; None: where there is no GPU.
         record: the settings that follow from pre-trained weights; they are not chosen anew.
+        given: those that the user chose.
         memory: bytes of the device; None: those that it has.
 
     Raises:
@@ -183,10 +182,12 @@ def make_plan(
     plan = Plan(architecture=architecture, small=not has_gpu if small is None else small)
     headers = read_headers(data.items)
     plan.head += [f"Planned for {data.source}: {_summary(data, headers)}", *_device(has_gpu)]
-    for name, value in (record or {}).items():
-        plan.set(name, value, "as recorded beside the weights")
+    for known, reason in ((record, "as recorded beside the weights"), (given, "as given")):
+        for name, value in (known or {}).items():
+            plan.set(name, value, reason)
     if "spacing" not in plan.settings:
         plan.set("spacing", *_spacing([header.spacing for header in headers]))
+    if "hu_window" not in plan.settings:
         plan.set("hu_window", *_intensity(data))
     if data.labelled:
         _plan_structures(plan, data)
@@ -208,7 +209,8 @@ def _device(has_gpu: bool) -> list[str]:
 
 
 def _memory(has_gpu: bool) -> float:
-    return torch.cuda.mem_get_info()[1] if has_gpu else psutil.virtual_memory().available
+    # In all, not what is free just now: another start of the same command plans the same.
+    return torch.cuda.mem_get_info()[1] if has_gpu else total_memory()
 
 
 def _spacing(spacings: Sequence[Sequence[float]]) -> tuple[list[float], str]:

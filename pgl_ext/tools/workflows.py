@@ -22,14 +22,16 @@ __all__ = [
     "evaluation",
     "fine_tuning",
     "fine_tuning_configs",
-    "fine_tuning_plan",
     "inference",
     "model_file",
+    "plan_of",
     "pretraining",
+    "probe",
     "recorded",
     "result_of_evaluation",
     "result_of_fine_tuning",
     "result_of_pretraining",
+    "weights_file",
     "write_plan",
 ]
 
@@ -59,12 +61,7 @@ class Pretrained:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        path = Path(os.path.abspath(os.path.expanduser(path)))
-        places = [path] if path.is_file() else [path / "models" / "pgl_encoder.pt", path / "pgl_encoder.pt"]
-        found = [place for place in places if place.is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path} holds no pre-trained encoder: give the folder that 'pgl pretrain' wrote.")
-        self.encoder = found[0]
+        self.encoder = weights_file(path, "pgl_encoder.pt")
         decoder = self.encoder.with_name("pgl_decoder.pt")
         self.decoder = decoder if decoder.is_file() and self.encoder.name == "pgl_encoder.pt" else None
         self.record = EncoderRecord.load(self.encoder)
@@ -109,7 +106,7 @@ class Pretrained:
 
 def _as_value(value: Any) -> Any:
     """A setting as typed, or as recorded, to compare."""
-    value = yaml.safe_load(value) if isinstance(value, str) else value
+    value = None if value == "$None" else yaml.safe_load(value) if isinstance(value, str) else value
     return [float(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -140,12 +137,15 @@ def pretraining(
     return BundleRun("training", files, {**data.settings, "output_dir": str(out), **settings}, processes)
 
 
-def fine_tuning_plan(data: Data, architecture: str, small: bool | None, pretrained: Pretrained | None) -> Plan:
-    """The plan of a fine-tuning; of pre-trained weights network and preparation are theirs."""
+def plan_of(
+    data: Data, architecture: str, small: bool | None, pretrained: Pretrained | None, given: Mapping[str, str]
+) -> Plan:
+    """The plan for data; of pre-trained weights network and preparation are theirs, and some settings are given."""
     configs = _configs("pgl_segmentation")
+    known = {name: _as_value(given[name]) for name in _INPUT if name in given}
     if pretrained is None:
-        return make_plan(data, configs, architecture, small)
-    return make_plan(data, configs, pretrained.architecture, small, pretrained.settings())
+        return make_plan(data, configs, architecture, small, None, known)
+    return make_plan(data, configs, pretrained.architecture, small, pretrained.settings(), known)
 
 
 def fine_tuning_configs(plan: Plan, pretrained: bool) -> tuple[list[str], list[str]]:
@@ -173,6 +173,29 @@ def fine_tuning(
     return BundleRun("training", files, {**data.settings, "output_dir": str(out), **weights, **settings})
 
 
+def weights_file(path: str | os.PathLike, *names: str) -> Path:
+    """The file of weights that is meant by a file, or by a folder that a training wrote.
+
+    Args:
+        path: the file, the folder, or the folder ``models`` in it.
+        names: of the file in a folder, the first that is there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    places = [folder / name for name in names for folder in (path / "models", path)]
+    found = [file for file in ([path] if path.is_file() else places) if file.is_file()]
+    if not found:
+        wrote = {"model.pt": "'pgl finetune'", "pgl_encoder.pt": "'pgl pretrain'"}
+        known = [name for name in names if name in wrote]
+        raise FileNotFoundError(
+            f"{path} holds no {' or '.join(known)}: give such a file, or the folder that "
+            f"{' or '.join(map(wrote.get, known))} wrote."
+        )
+    return found[0]
+
+
 def model_file(path: str | os.PathLike) -> Path:
     """The model file that is meant by a file, or by the folder that a training wrote; of one with folds the folder.
 
@@ -180,14 +203,19 @@ def model_file(path: str | os.PathLike) -> Path:
         FileNotFoundError: there is none, or folds are not finished.
     """
     path = Path(os.path.abspath(os.path.expanduser(path)))
-    if (path / "fold_0").is_dir():
-        if not (path / "evaluation" / "cases.csv").is_file():
-            raise FileNotFoundError(f"{path} holds folds that are not finished: repeat 'pgl finetune', which goes on.")
-        return path
-    file = path if path.is_file() else path / "models" / "model.pt"
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no model: give a model file, or the folder that 'pgl finetune' wrote.")
-    return file
+    if not (path / "fold_0").is_dir():
+        return weights_file(path, "model.pt")
+    if not (path / "evaluation" / "cases.csv").is_file():
+        raise FileNotFoundError(f"{path} holds folds that are not finished: repeat 'pgl finetune', which goes on.")
+    return path
+
+
+def probe(data: Data, out: Path, plan: Plan, pretrained: Pretrained | None, settings: Mapping[str, Any]) -> BundleRun:
+    """Fit a linear classifier on an encoder's features, and score it; args as of :func:`fine_tuning`."""
+    files = [*fine_tuning_configs(plan, False)[0], write_plan(plan, out)]
+    files.append(config_path("probe.yaml", _configs("pgl_segmentation")))
+    weights = {} if pretrained is None else {"pretrained_encoder": str(pretrained.encoder)}
+    return BundleRun("probing", files, {**data.settings, "output_dir": str(out), **weights, **settings})
 
 
 def inference(model: Path, scans: str | os.PathLike, out: Path, settings: Mapping[str, Any]) -> BundleRun:
@@ -218,7 +246,7 @@ def result_of_pretraining(out: Path) -> list[str]:
 
 def result_of_fine_tuning(out: Path) -> list[str]:
     """What a fine-tuning has written, and how good it is."""
-    model = model_file(out)
+    model = weights_file(out, "model.pt")
     dice = read_json(model.with_suffix(".json")).get("val_mean_dice")
     said = "No case was held out to validate on." if dice is None else f"Mean Dice on validation cases: {dice:.3f}."
     return [f"Wrote {model}.", said]
@@ -232,12 +260,9 @@ def result_of_evaluation(out: Path) -> list[str]:
 
 def recorded(path: str | os.PathLike) -> dict[str, Any]:
     """What is recorded beside a file of weights, or beside those in the folder of a training."""
-    path = Path(path)
-    names = ("models/model.pt", "fold_0/models/model.pt", "models/pgl_encoder.pt")
-    models = [path] if path.is_file() else [path / name for name in names]
-    found = [file.with_suffix(".json") for file in models if file.with_suffix(".json").is_file()]
-    if not found:
+    record = weights_file(path, "model.pt", "fold_0/models/model.pt", "pgl_encoder.pt").with_suffix(".json")
+    if not record.is_file():
         raise FileNotFoundError(
-            f"there is no record beside the weights {path}: a JSON file of their name belongs there."
+            f"{record} is missing, the record beside the weights: copy both files, never one alone."
         )
-    return read_json(found[0])
+    return read_json(record)

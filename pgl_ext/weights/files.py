@@ -7,6 +7,7 @@ Files ending in ``.safetensors`` are in that format, with the record in their me
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,15 @@ def _safetensors() -> ModuleType:
     return safetensors.torch
 
 
+def _check_sums(path: Path) -> None:
+    """Compare what PyTorch has written with its checksums, which PyTorch itself does not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
+
+
 def load_state(path: PathLike) -> dict:
     """Read a PyTorch file, tensors and plain values only, or a ``.safetensors`` file; tensors are on the CPU.
 
@@ -81,6 +91,7 @@ def load_state(path: PathLike) -> dict:
     else:
         read = partial(torch.load, map_location="cpu", weights_only=True)
     try:
+        _check_sums(path)
         content = read(path)
     except Exception as error:
         # The error about an empty file has no message.

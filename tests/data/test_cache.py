@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,13 +210,13 @@ def test_image_with_and_without_label_map_have_files_of_their_own(tmp_path):
     assert len(cached_files(tmp_path / "cache")) == 3
 
 
-def test_the_key_of_an_item_without_label_map_is_as_ever(tmp_path):
-    """Made from path, series, size and time: a cache filled before label maps were known is still good."""
+def test_the_key_of_an_item_without_label_map(tmp_path):
+    """Made from path, series, size and time, and the version of the format: 2, since files have checksums."""
     path = tmp_path / "a.nii"
     path.write_bytes(b"x")
     cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image")))
     state = [("a.nii", 1, path.stat().st_mtime_ns)]
-    parts = json.dumps([1, cache.digest, str(path), "1.2", state])
+    parts = json.dumps([2, cache.digest, str(path), "1.2", state])
     item = {"image": str(path), "series_uid": "1.2"}
     assert cache.key(item) == hashlib.sha256(parts.encode()).hexdigest()
     assert cache.path(item).name.startswith(hashlib.sha256(f"{path}\x001.2".encode()).hexdigest()[:16] + "-")
@@ -305,13 +306,23 @@ def test_rebuilt_when_only_the_time_of_the_source_changes(tmp_path, counted):
     assert CountingLoad.calls == 2
 
 
-def test_rebuilt_when_voxels_beside_a_header_change(tmp_path):
+@pytest.mark.parametrize(
+    ("header", "line", "voxels"),
+    [
+        ("a.mhd", "ElementDataFile = other name.zraw", "other name.zraw"),
+        ("a.mhd", "ElementDataFile = LIST", "a_2.raw"),
+        ("a.nhdr", "data file: ./b.raw.gz", "b.raw.gz"),
+        ("a.nhdr", "DataFile: b.raw", "b.raw"),
+        ("a.mhd", "no voxels", "a.raw"),
+    ],
+)
+def test_rebuilt_when_voxels_beside_a_header_change(tmp_path, header, line, voxels):
     cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image")))
-    (tmp_path / "a.mhd").write_text("header")
-    (tmp_path / "a.raw").write_text("voxels")
-    before = cache.key({"image": str(tmp_path / "a.mhd")})
-    (tmp_path / "a.raw").write_text("other voxels")
-    assert cache.key({"image": str(tmp_path / "a.mhd")}) != before
+    (tmp_path / header).write_text(f"Other = 1\n{line}\nlast: 2\n")
+    (tmp_path / voxels).write_text("voxels")
+    before = cache.key({"image": str(tmp_path / header)})
+    (tmp_path / voxels).write_text("other voxels")
+    assert cache.key({"image": str(tmp_path / header)}) != before
 
 
 def test_rebuilt_when_the_preprocessing_changes(tmp_path):
@@ -321,9 +332,23 @@ def test_rebuilt_when_the_preprocessing_changes(tmp_path):
     assert first.key(item) != second.key(item)
     a, b = first.open(item)[:], second.open(item)[:]
     assert not np.array_equal(a, b)
-    assert len(cached_files(tmp_path / "cache")) == 1
-    # The first cache finds its file gone and makes it anew.
-    np.testing.assert_array_equal(first.open(item)[:], a)
+
+
+def test_two_preprocessings_in_turn_read_the_source_once_each(tmp_path, counted):
+    item = save(tmp_path / "a.nii")
+    other = only(CountingLoad("image"), NormalizeIntensityd("image", subtrahend=1, divisor=2))
+    other.digest = "another"
+    for _ in range(2):
+        for each in (counted, other):
+            cache = VolumeCache(tmp_path / "cache", each)
+            cache.prepare([item])
+            np.testing.assert_array_equal(cache.open(item)[:], each(dict(item))["image"].numpy().astype(np.float16))
+            CountingLoad.calls -= 1
+    assert CountingLoad.calls == 2
+    # A source that changes takes only the file of the same preprocessing with it.
+    save(tmp_path / "a.nii", np.random.default_rng(99).normal(size=SHAPE))
+    VolumeCache(tmp_path / "cache", counted).prepare([item])
+    assert len(cached_files(tmp_path / "cache")) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:50], lambda b: b[: len(b) // 2], lambda b: b"x" * 5000])
@@ -337,6 +362,71 @@ def test_damaged_file_is_rebuilt(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     assert cache.prepare([item]) == {}
     np.testing.assert_array_equal(cache.open(item)[:], whole)
+
+
+def test_one_flipped_bit_changes_nothing(tmp_path):
+    """Wherever it is in the file: it is noticed and the file made anew, or what is read does not depend on it."""
+    item = save(tmp_path / "a.nii", np.random.default_rng(0).normal(0, 300, (70, 40, 66)))
+    made = VolumeCache(tmp_path / "cache", preprocessing())
+    whole, path = made.open(item)[:], made.path(item)
+    content = path.read_bytes()
+    crop = np.s_[:, 60:69, 3:30, 1:65]
+    generator = np.random.default_rng(1)
+    remade = 0
+    for place in [
+        *range(0, 200, 3),
+        *generator.integers(0, len(content), 40),
+        *range(len(content) - 200, len(content), 5),
+    ]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        cache = VolumeCache(tmp_path / "cache", preprocessing())
+        np.testing.assert_array_equal(cache.open(item)[crop], whole[crop])
+        np.testing.assert_array_equal(cache.open(item)[:], whole)
+        remade += path.read_bytes() != bytes(damaged)
+    assert remade > 40
+
+
+def test_only_the_chunks_of_a_crop_are_looked_at(tmp_path, monkeypatch):
+    item = save(tmp_path / "a.nii", np.random.default_rng(0).normal(size=(130, 90, 70)))
+    cache = VolumeCache(tmp_path / "cache", only(LoadVolumed("image")))
+    cache.prepare([item])
+    looked = []
+    monkeypatch.setattr("zlib.crc32", lambda content, original=zlib.crc32: looked.append(1) or original(content))
+    for place, chunks in [
+        (np.s_[:, 0:64, 0:64, 0:64], 1),
+        (np.s_[0, 63:65, 10:20, 10:20], 1),  # and one that is known already
+        (np.s_[:, 64:128, 64:90, 0:70], 2),
+        (np.s_[:, 5:5], 0),
+        (np.s_[:], 12 - 4),
+        (np.s_[:], 0),
+    ]:
+        looked.clear()
+        cache.open(item)[place]
+        assert len(looked) == chunks, place
+
+
+def test_a_lost_scan_that_is_cached_is_used(tmp_path, caplog):
+    items = [save(tmp_path / f"{number}.nii") for number in range(2)]
+    before = VolumeCache(tmp_path / "cache", preprocessing())
+    before.prepare(items[:1])
+    voxels = before.open(items[0])[:]
+    for item in items:
+        os.unlink(item["image"])
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    assert cache.prepare(items).keys() == {item_name(items[1])}
+    assert f"{items[0]['image']} does not exist" in caplog.text
+    np.testing.assert_array_equal(cache.open(items[0])[:], voxels)
+
+
+def test_the_folder_is_listed_once(tmp_path, monkeypatch):
+    items = [save(tmp_path / f"{number}.nii") for number in range(8)]
+    cache = VolumeCache(tmp_path / "cache", preprocessing())
+    listed = []
+    monkeypatch.setattr("os.scandir", lambda path, original=os.scandir: listed.append(str(path)) or original(path))
+    cache.prepare(items)
+    assert listed == [str(tmp_path / "cache")]
 
 
 def test_half_written_files_of_killed_processes_are_removed(tmp_path):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from pgl_ext.data import dataset as module
 from pgl_ext.data.cache import VolumeCache
+from pgl_ext.data.cache_file import CacheReadError
 from pgl_ext.data.dataset import CaseDataset, EpochBatchSampler, TrainingLoader, VolumeDataset
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
@@ -185,12 +186,12 @@ class TestVolumesThatVanish:
         opened = cache.open
 
         class ShortRead:
-            """What the library makes of a read that ends too early."""
+            """A read that ends too early, of a file that cannot be made anew."""
 
             shape, dtype, ndim = opened(dataset.data[1]).shape, np.float16, 4
 
             def __getitem__(self, place):
-                raise RuntimeError("Error while getting the buffer")
+                raise CacheReadError("Error while getting the buffer")
 
         failures = iter([OSError("stale handle"), ShortRead()])
 
@@ -216,18 +217,31 @@ class TestVolumesThatVanish:
         assert sample["read_errors"] == 0
         assert self.pauses == []
 
-    def test_a_cache_file_with_damaged_blocks_is_retried_skipped_and_counted(self, dataset, cache, caplog):
+    def test_a_cache_file_with_damaged_blocks_is_made_again(self, dataset, cache):
+        expected = dataset[0, 1]
         self.spoil(cache.path(dataset.data[1]))
+        fresh = VolumeDataset(dataset.data, VolumeCache(cache.cache_dir, cache.preprocessing), transform(), 0, 0)
+        assert same(fresh[0, 1], expected)
+        assert self.pauses == []
+
+    def test_without_its_source_it_is_retried_skipped_and_counted(self, dataset, cache, caplog):
+        cache.prepare(dataset.data)
+        self.spoil(cache.path(dataset.data[1]))
+        Path(dataset.data[1]["image"]).unlink()
         sample = dataset[0, 1]
         assert sample["read_errors"] == 1
         assert len(self.pauses) == 2
-        assert f"skipped {dataset.data[1]['image']}: RuntimeError" in caplog.text
+        assert f"skipped {dataset.data[1]['image']}: " in caplog.text
+        assert "does not exist or holds no files" in caplog.text
 
     @pytest.mark.usefixtures("forked")
-    def test_a_damaged_cache_file_is_not_held_in_memory(self, dataset, cache, caplog):
+    def test_without_its_source_it_is_not_held_in_memory(self, dataset, cache, caplog):
+        cache.prepare(dataset.data)
         self.spoil(cache.path(dataset.data[1]))
+        Path(dataset.data[1]["image"]).unlink()
         held = VolumeDataset(dataset.data, cache, transform(), memory_limit_gib=1)
-        assert f"not held in memory, {dataset.data[1]['image']}: RuntimeError" in caplog.text
+        assert f"not held in memory, {dataset.data[1]['image']}: " in caplog.text
+        assert "does not exist or holds no files" in caplog.text
         assert [held[0, index]["read_errors"] for index in range(5)] == [0, 1, 0, 0, 0]
         assert len(self.pauses) == 2
 
@@ -651,11 +665,12 @@ def test_an_error_of_a_transform_stops_training_and_validation_on_cases(make, me
     assert_stops(lambda: next(iter(DataLoader(dataset, batch_size=1))))
 
 
-def test_a_case_whose_cache_file_is_damaged_is_skipped(make, monkeypatch):
+def test_a_case_whose_cache_file_is_damaged_and_label_map_lost_is_skipped(make, monkeypatch):
     monkeypatch.setattr(module.time, "sleep", lambda _: None)
     dataset = make(Compose([SplitCased("image")]), memory_limit_gib=0)
     dataset.cache.prepare(dataset.data)
     TestVolumesThatVanish.spoil(dataset.cache.path(dataset.data[1]))
+    Path(dataset.data[1]["label"]).unlink()
     sample = dataset[0, 1]
     assert sample["read_errors"] == 1
     np.testing.assert_array_equal(sample["label"][0].numpy(), labels_of(2))

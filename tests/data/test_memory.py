@@ -5,14 +5,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pgl_ext.data.memory import available_memory
+from pgl_ext.data.memory import available_memory, total_memory
 
 GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    free = psutil.virtual_memory()._replace(available=100 * GIB)
+    free = psutil.virtual_memory()._replace(available=100 * GIB, total=120 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
 
 
@@ -42,6 +42,13 @@ def test_a_container_has_less(tmp_path):
 def test_a_group_with_more_than_the_machine(tmp_path):
     write_group(tmp_path, 500 * GIB, 2 * GIB)
     assert available_memory(tmp_path) == 100 * GIB
+
+
+@pytest.mark.parametrize(("limit", "total"), [("max", 120), (32 * GIB, 32), (500 * GIB, 120)])
+def test_in_all(tmp_path, limit, total):
+    assert total_memory(tmp_path / "none") == 120 * GIB
+    write_group(tmp_path, limit, 2 * GIB)
+    assert total_memory(tmp_path) == total * GIB
 
 
 def test_this_machine():

@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from pgl_ext.data.prepare import evaluation_cases
-from pgl_ext.data.seen import scan_digests, seen_scans, seen_text
+from pgl_ext.data.seen import patients_text, scan_digests, seen_scans, seen_text
 
 
 @pytest.fixture
@@ -60,3 +62,46 @@ def test_an_evaluation_says_it(scans, tmp_path, caplog):
     (tmp_path / "list.json").write_text(json.dumps({"test": entries}))
     evaluation_cases(tmp_path / "list.json", seen=scan_digests(scans[:1]))
     assert "1 of the 2 test scans" in caplog.text
+
+
+def test_patients_on_both_sides_of_a_split(tmp_path):
+    for number, patient in enumerate(["A", "A", "B", ""]):
+        write_slices(tmp_path / str(number), patient)
+    a, other_of_a, b, nobody = ({"image": str(tmp_path / str(number))} for number in range(4))
+    listed, same = {"image": "x.nii", "patient": "A"}, {"image": "y.nii", "patient": 7}
+    assert patients_text({"training": [a, other_of_a, nobody], "test": [b, nobody, same]}) == ""
+    for training, test in (([a, b], [other_of_a]), ([a, b], [listed])):
+        text = patients_text({"training": training, "test": test})
+        assert text.startswith("1 patients have scans in several parts")
+        assert a["image"] in text
+        assert test[0]["image"] in text
+    assert "2 patients" in patients_text({"training": [listed, same], "validation": [b, same], "test": [a]})
+
+
+def test_a_series_is_of_its_own_patient(tmp_path):
+    uids = [write_slices(tmp_path / "all", patient) for patient in ("A", "B")]
+    first, second = ({"image": str(tmp_path / "all"), "series_uid": uid} for uid in uids)
+    assert patients_text({"training": [first], "test": [second]}) == ""
+    assert patients_text({"training": [first], "test": [second, {"image": "x.nii", "patient": "A"}]})
+
+
+def write_slices(folder, patient):
+    """A series of two slices; its UID."""
+    folder.mkdir(exist_ok=True)
+    uid = generate_uid()
+    for number in range(2):
+        header = FileMetaDataset()
+        header.TransferSyntaxUID, header.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+        header.MediaStorageSOPInstanceUID = generate_uid()
+        data = Dataset()
+        data.file_meta, data.SeriesInstanceUID, data.PatientID = header, uid, patient
+        data.save_as(folder / f"{uid}.{number}.dcm", enforce_file_format=True)
+    return uid
+
+
+def test_an_evaluation_says_whose_scans_it_was_trained_on(scans, tmp_path, caplog):
+    entries = [{**scan, "label": scan["image"], "patient": "A"} for scan in scans[:2]]
+    (tmp_path / "split.json").write_text(json.dumps({"training": entries[:1]}))
+    (tmp_path / "list.json").write_text(json.dumps({"test": entries[1:]}))
+    evaluation_cases(tmp_path / "list.json", split_path=tmp_path / "split.json")
+    assert "1 patients have scans in several parts of the split" in caplog.text

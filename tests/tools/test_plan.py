@@ -159,3 +159,24 @@ def test_data_that_are_not_there(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path / "list.json"):
         with pytest.raises(ValueError, match=path.name):
             read_data(path)
+
+
+def test_scans_without_their_label_maps(tmp_path, write_data):
+    """Pre-training takes the images of any labelled set, also of one whose label maps do not pair off."""
+    write_data([(1, 1, 1)] * 2, values=[1])
+    assert not read_data(tmp_path, labelled=False).labelled
+    (tmp_path / "dataset.json").unlink()
+    assert read_data(tmp_path).labelled
+    (tmp_path / "labels/0.nii.gz").unlink()
+    assert [item.keys() for item in read_data(tmp_path, labelled=False).items] == [{"image"}, {"image"}]
+    with pytest.raises(ValueError, match="do not pair off"):
+        read_data(tmp_path)
+
+
+def test_patches_are_of_the_spacing_that_is_given(write_data):
+    data = write_data([(1, 1, 1)])
+    plan = make_plan(data, CONFIGS, given={"spacing": [4, 4, 4]})
+    assert plan.settings["spacing"] == [4, 4, 4]
+    assert plan.settings["hu_window"] == [-1024, 325]
+    assert plan.settings["patch_size"] == [16, 16, 16]
+    assert np.prod(make_plan(data, CONFIGS).settings["patch_size"]) > 16**3

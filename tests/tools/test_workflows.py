@@ -17,11 +17,12 @@ from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.workflows import (
     Pretrained,
     fine_tuning,
-    fine_tuning_plan,
     inference,
-    model_file,
+    plan_of,
     pretraining,
+    probe,
     recorded,
+    weights_file,
 )
 from pgl_ext.weights import EncoderRecord, InputRecord, save_decoder, save_encoder
 
@@ -100,7 +101,7 @@ def test_pretraining_of_a_plan(data, tmp_path):
     ],
 )
 def test_fine_tuning_of_a_plan(data, tmp_path, architecture, small, expected):
-    plan = fine_tuning_plan(data, architecture, small, None)
+    plan = plan_of(data, architecture, small, None, {})
     run = fine_tuning(data, tmp_path / "out", plan, None, {})
     assert names(run.configs)[:-1] == expected
 
@@ -108,7 +109,7 @@ def test_fine_tuning_of_a_plan(data, tmp_path, architecture, small, expected):
 def test_fine_tuning_from_weights_builds_the_network_that_they_are_of(data, weights, tmp_path):
     """The plan is made for the weights, and what MONAI makes of the configs loads them."""
     pretrained = Pretrained(weights)
-    run = fine_tuning(data, tmp_path / "out", fine_tuning_plan(data, "resnet50", True, pretrained), pretrained, {})
+    run = fine_tuning(data, tmp_path / "out", plan_of(data, "resnet50", True, pretrained, {}), pretrained, {})
     assert "start/pretrained.yaml" in names(run.configs)
     config = merged_config([*run.configs, dict(run.settings)])
     assert config["spacing"] == [2, 2, 3]
@@ -134,13 +135,13 @@ def test_weights_of_the_papers_encoder(data, tmp_path):
     save_encoder(encoder, tmp_path / "e.pt", EncoderRecord(architecture=encoder.architecture, input=INPUT))
     pretrained = Pretrained(tmp_path / "e.pt")
     assert pretrained.decoder is None
-    run = fine_tuning(data, tmp_path / "out", fine_tuning_plan(data, "dynunet", True, pretrained), pretrained, {})
+    run = fine_tuning(data, tmp_path / "out", plan_of(data, "dynunet", True, pretrained, {}), pretrained, {})
     network = merged_config([*run.configs, dict(run.settings)]).get_parsed_content("network")
     assert torch.equal(network.encoder.conv1.weight, encoder.conv1.weight)
 
 
 def test_what_holds_no_weights(tmp_path):
-    for function in (Pretrained, model_file, recorded):
+    for function in (Pretrained, weights_file, recorded):
         with pytest.raises(FileNotFoundError, match=str(tmp_path)):
             function(tmp_path)
 
@@ -173,7 +174,7 @@ def test_too_few_cases_to_hold_some_out():
 
 def test_a_gain_is_a_study_of_both_starts(data, weights, tmp_path):
     pretrained = Pretrained(weights)
-    plan = fine_tuning_plan(data, "dynunet", True, pretrained)
+    plan = plan_of(data, "dynunet", True, pretrained, {})
     file = gain_study(data, tmp_path / "gain", plan, pretrained, 3, 5, None, {})
     study = Study(file, tmp_path / "gain")
     assert (study.methods, study.seeds, study.labels) == (["random", "pre-trained"], [0, 1, 2], [4])
@@ -190,7 +191,7 @@ def test_a_gain_is_a_study_of_both_starts(data, weights, tmp_path):
 def test_a_gain_on_few_cases_tests_each_once_with_each_seed(data, weights, tmp_path):
     """All seeds and both starts on the same nine; the two starts are trained on the same of them."""
     pretrained = Pretrained(weights)
-    plan = fine_tuning_plan(data, "dynunet", True, pretrained)
+    plan = plan_of(data, "dynunet", True, pretrained, {})
     study = Study(gain_study(data, tmp_path / "gain", plan, pretrained, 3, None, None, {}), tmp_path / "gain")
     images = {item["image"] for item in data.items}
     for seed in study.seeds:
@@ -210,6 +211,14 @@ def test_a_gain_on_few_cases_tests_each_once_with_each_seed(data, weights, tmp_p
         assert splits["random"] == splits["pre-trained"]
     with_four = yaml.safe_load(gain_study(data, tmp_path / "four", plan, pretrained, 3, None, 4, {}).read_text())
     assert (with_four["test"], with_four["labelled_cases"]) == ({"folds": 3}, [4])
+
+
+def test_a_gain_of_a_folder_without_a_list(data, weights, tmp_path):
+    (tmp_path / "dataset.json").unlink()
+    found, pretrained = read_data(tmp_path, labelled=True), Pretrained(weights)
+    plan = plan_of(found, "dynunet", True, pretrained, {})
+    file = gain_study(found, tmp_path / "gain", plan, pretrained, 3, None, None, {})
+    assert len(Study(file, tmp_path / "gain").runs({})) == 6
 
 
 class Results:
@@ -257,3 +266,15 @@ def test_the_answer_of_a_cross_validation():
     results = Results(1, 0.021, 0.006, 0.038)
     results.study.folds = 3
     assert answer(results).startswith("On 12 cross-validated cases, pre-training gave +2.1 Dice")
+
+
+def test_a_probe_fits_on_what_fine_tuning_would_have(data, weights, tmp_path):
+    pretrained = Pretrained(weights)
+    plan = plan_of(data, "dynunet", True, pretrained, {})
+    run = probe(data, tmp_path / "out", plan, pretrained, {"labelled_cases": "3", "test_data_list_key": "training"})
+    assert run.section == "probing"
+    config = merged_config([*run.configs, dict(run.settings)])
+    assert config["pretrained_encoder"] == str(weights / "models/pgl_encoder.pt")
+    assert config["spacing"] == INPUT.spacing
+    assert config["network_def"]["filters"] == SMALL["filters"]
+    assert config.get_parsed_content("evaluation#cases")[0]["label"] == data.items[0]["label"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from pgl_ext.code_digest import digest
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist
-from pgl_ext.data.find import find_volumes
+from pgl_ext.data.find import find_cases, find_volumes
 from pgl_ext.data.split import split_cases
 from pgl_ext.files import write_text
 from pgl_ext.tools.bundles import config_path
@@ -21,6 +21,7 @@ from pgl_ext.weights.records import flat_entries
 
 __all__ = [
     "absolute",
+    "cases_of",
     "check_unseen",
     "fine_tuning_commands",
     "pretraining_commands",
@@ -200,10 +201,10 @@ def segmentation_commands(
         fine_tuning, evaluation = _hold_out(fine_tuning, evaluation, count, folder)
     if "annotated_key" not in content["test"]["settings"]:
         evaluation = evaluation.with_settings(annotated_key=fine_tuning.config()["annotated_key"])
-    cases = _cases(fine_tuning, "fine_tuning")
+    cases = cases_of(fine_tuning, "fine_tuning")
     if folds is not None:
         return fine_tuning.with_settings(test_fold=[0, folds]), evaluation, cases
-    test = _cases(evaluation, "test")
+    test = cases_of(evaluation, "test")
     both = {item_name(case) for case in cases} & {item_name(case) for case in test}
     if both:
         raise ValueError(
@@ -250,15 +251,22 @@ def settings_of_labels(content: Mapping[str, Any], base: Command, labels: float)
     settings = {"labelled_cases": None, "label_fraction": 1.0}
     settings["labelled_cases" if isinstance(labels, int) else "label_fraction"] = labels
     given = {name: config[name] for name in ("validation_fraction", "test_fold")}
-    split = split_cases(_cases(base, "fine_tuning"), **given, **settings)
+    split = split_cases(cases_of(base, "fine_tuning"), **given, **settings)
     patches = content["fine_tuning"]["patches_per_epoch"]
     if patches is not None:
         settings["patches_per_case"] = max(1, round(patches / len(split["training"])))
     return {"test_cases": 0, **settings}, len(split["validation"])
 
 
-def _cases(command: Command, place: str) -> list[dict]:
+def cases_of(command: Command, place: str) -> list[dict]:
+    """The cases that fine-tunings draw theirs from (place ``"fine_tuning"``), or that evaluations are on (``"test"``).
+
+    Raises:
+        ValueError: the settings name none.
+    """
     config = command.config()
+    if place == "fine_tuning" and config["dataset_dir"] and not config["data_list_file_path"]:
+        return find_cases(config["dataset_dir"])
     if not config["data_list_file_path"]:
         raise ValueError(
             f"{place} has no data_list_file_path: set it under {place}: settings, to a JSON list of image and label of "
@@ -269,7 +277,7 @@ def _cases(command: Command, place: str) -> list[dict]:
 
 def _hold_out(fine_tuning: Command, evaluation: Command, count: int, folder: Path) -> tuple[Command, Command]:
     """Hold test cases out of the labelled ones, the same ones in all runs."""
-    cases = _cases(fine_tuning, "fine_tuning")
+    cases = cases_of(fine_tuning, "fine_tuning")
     # Relative, so that the list is the same where the data have been moved.
     dataset_dir = os.path.commonpath([os.path.dirname(case[name]) for case in cases for name in ("image", "label")])
     cases = [case | {name: os.path.relpath(case[name], dataset_dir) for name in ("image", "label")} for case in cases]

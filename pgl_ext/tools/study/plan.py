@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
 
-from pgl_ext.data.seen import seen_scans, seen_text
+from pgl_ext.data.seen import patients_text, seen_scans, seen_text
 from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.tools.study.commands import (
     absolute,
+    cases_of,
     check_unseen,
     fine_tuning_commands,
     pretraining_commands,
@@ -91,7 +92,8 @@ class Study:
         self._of_selection = _settings_of_selection(content, base, self.labels[-1])
         config = base.config()
         self.kept_steps = sorted(config["kept_steps"])
-        self.note = " ".join([str(content["note"]), *self._remarks(config, test)]).strip()
+        training = [] if self.folds else cases_of(base, "fine_tuning")
+        self.note = " ".join([str(content["note"]), *self._remarks(config, training, test)]).strip()
 
     def runs(self, rates: Mapping[str, Rates]) -> list[Run]:
         """All runs in the order to run them: one seed of all methods after another, pre-training before its use.
@@ -171,10 +173,11 @@ class Study:
             commands.append(self._evaluation.with_settings(output_dir=evaluated, model_path=model))
         return Run(folder, name, method, seed, tuple(commands), labels, rates, pretraining)
 
-    def _remarks(self, fine_tuning: ConfigParser, test: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _remarks(self, fine_tuning: ConfigParser, training: list[dict], test: list[dict]) -> list[str]:
         """Sentences on what a reader of the scores of pre-trained methods should know."""
         texts = {name: seen_text(test, seen_scans(entry.get("encoder"))) for name, entry in self._entries.items()}
         remarks = [f"{name}: {text}" for name, text in texts.items() if text]
+        remarks += filter(None, [patients_text({"training": training, "test": test})])
         if not self._pretraining:
             return remarks
         pretraining = next(iter(self._pretraining.values())).config()

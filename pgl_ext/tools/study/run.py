@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.runner import Runner, default_jobs, time_left
 from pgl_ext.tools.study.runs import Rates, Run
 
-__all__ = ["choose_rates", "run_study"]
+__all__ = ["choose_rates", "planned_runs", "run_study"]
 
 
 def run_study(
@@ -26,9 +26,8 @@ def run_study(
     out: str | os.PathLike,
     bundles: str | os.PathLike | None = None,
     jobs: int | None = None,
-    dry_run: bool = False,
     overrides: Mapping[str, Any] | None = None,
-) -> str:
+) -> tuple[str, Results]:
     """Run what is not finished of a study, and write its tables, pictures and report.
 
     Args:
@@ -36,11 +35,10 @@ def run_study(
         out: folder of the study.
         bundles: folder of the two bundles.
         jobs: runs at a time; by default one on each GPU, or one.
-        dry_run: only say which runs there are, which are finished, and how long the others will take.
         overrides: of entries of the study file.
 
     Returns:
-        In words, what was found.
+        In words, what was found, and the results that are there.
 
     Raises:
         ChildProcessError: runs failed; the message says which and why. The tables cover the others.
@@ -50,20 +48,14 @@ def run_study(
     # By default it would end this process alone, and leave the commands running.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return _run(study, default_jobs() if jobs is None else jobs, dry_run)
+        return _run(study, default_jobs() if jobs is None else jobs)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(study: Study, jobs: int, dry_run: bool) -> str:
-    candidates = [run for runs in study.selection().values() for run in runs.values()]
-    # Those of one pre-training share it.
-    selection = list({part.name: part for run in candidates for part in run.with_pretraining}.values())
-    rates, tried = choose_rates(study)
-    runs = {run.name: run for run in (*selection, *study.runs(rates))}.values()
-    fingerprints = checked_fingerprints(runs)
-    if dry_run:
-        return _plan_text(study, runs, jobs, rates)
+def _run(study: Study, jobs: int) -> tuple[str, Results]:
+    selection, rates, tried = _known_runs(study)
+    fingerprints = checked_fingerprints({run.name: run for run in (*selection, *study.runs(rates))}.values())
     failures: dict[str, str] = {}
     try:
         if selection:
@@ -79,7 +71,15 @@ def _run(study: Study, jobs: int, dry_run: bool) -> str:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
         total = len({run.name for run in (*selection, *study.runs(rates))})
         raise ChildProcessError(f"{len(failures)} of {total} runs failed:\n{listed}\n{text}")
-    return text
+    return text, results
+
+
+def _known_runs(study: Study) -> tuple[list[Run], dict[str, Rates], list[dict[str, Any]]]:
+    """The runs that rates are chosen by, and what :func:`choose_rates` finds already."""
+    candidates = [run for runs in study.selection().values() for run in runs.values()]
+    # Those of one pre-training share it.
+    selection = {part.name: part for run in candidates for part in run.with_pretraining}
+    return list(selection.values()), *choose_rates(study)
 
 
 def _write_results(results: Results, tried: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> str:
@@ -121,7 +121,19 @@ def choose_rates(study: Study, failed: Container[str] = frozenset()) -> tuple[di
     return rates, rows
 
 
-def _plan_text(study: Study, runs: Collection[Run], jobs: int, rates: Container[str]) -> str:
+def planned_runs(
+    file: str | os.PathLike,
+    out: str | os.PathLike,
+    bundles: str | os.PathLike | None = None,
+    jobs: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> str:
+    """Which runs there are, which are finished, and how long the others will take; see :func:`run_study`."""
+    study = Study(file, out, bundles, overrides)
+    jobs = default_jobs() if jobs is None else jobs
+    selection, rates, _ = _known_runs(study)
+    runs = {run.name: run for run in (*selection, *study.runs(rates))}.values()
+    checked_fingerprints(runs)
     states = [tqdm.format_interval(run.result()["seconds"]) if run.is_finished else "to do" for run in runs]
     lines = [f"  {state:>8}  {run.name}" for state, run in zip(states, runs, strict=True)]
     finished = sum(run.is_finished for run in runs)

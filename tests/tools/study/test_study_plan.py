@@ -548,7 +548,7 @@ def test_files_that_come_with_the_project(path, tmp_path):
 
 def test_command_line(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("pgl_ext.tools.study.run.run_study", lambda *args: calls.append(args) or "done")
+    monkeypatch.setattr("pgl_ext.tools.study.run.planned_runs", lambda *args: calls.append(args) or "done")
     options = ["--pretraining#settings#spacing", "[4, 4, 3]", "--methods#PGL w/o F#settings#amp", "false"]
     options += ["--fine_tuning#settings#hu_window", "null", "--title", "Mine", "--jobs", "2", "--dry_run"]
     monkeypatch.setattr("sys.argv", ["pgl", "study", "study.yaml", "--out", "runs", *options])
@@ -556,7 +556,7 @@ def test_command_line(tmp_path, monkeypatch):
         main()
     assert end.value.code == 0
     ((*arguments, overrides),) = calls
-    assert arguments == [Path("study.yaml"), Path("runs"), None, 2, True]
+    assert arguments == [Path("study.yaml"), Path("runs"), None, 2]
     assert overrides == {
         "pretraining#settings#spacing": [4, 4, 3],
         "methods#PGL w/o F#settings#amp": False,

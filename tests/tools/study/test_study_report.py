@@ -14,7 +14,7 @@ from pgl_ext.evaluation.verdict import paired_statistics
 from pgl_ext.tools.study.figures import draw_figures, plot_learning_curves
 from pgl_ext.tools.study.report import paper_tables, verdicts, write_study_report, write_tables
 from pgl_ext.tools.study.results import Results
-from pgl_ext.tools.study.run import choose_rates, run_study
+from pgl_ext.tools.study.run import choose_rates, planned_runs
 from pgl_ext.tools.study.runs import Rates
 
 RNG = np.random.default_rng(0)
@@ -405,12 +405,12 @@ def test_dry_run_lists_and_estimates(study, tmp_path, monkeypatch):
         "pgl_ext.tools.study.run.checked_fingerprints", lambda _: {}
     )  # made-up runs have made-up fingerprints
     finish(study.fine_tuning("A", 3, 0), seconds=120)
-    text = run_study(tmp_path / "study.yaml", study.folder, jobs=1, dry_run=True)
+    text = planned_runs(tmp_path / "study.yaml", study.folder, jobs=1)
     assert "  02:00  fine_tuning/A/3_cases/seed_0\n" in text
     assert "  to do  pretraining/B/seed_0\n" in text
     assert "1 of 15 runs finished; time left with 1 at a time: not known" in text
     finish(study.pretraining("B", 0), seconds=600)
-    text = run_study(tmp_path / "study.yaml", study.folder, jobs=2, dry_run=True)
+    text = planned_runs(tmp_path / "study.yaml", study.folder, jobs=2)
     # 8 fine-tunings of 2 minutes and 5 pre-trainings of 10, two at a time.
     assert "2 of 15 runs finished; time left with 2 at a time: 33:00" in text
     assert not (study.folder / "study.csv").exists()

@@ -92,7 +92,7 @@ def kill(study: multiprocessing.Process, with_children: bool) -> None:
 
 
 def test_everything_is_run_once(fast, path, tmp_path, capsys):
-    text = run_study(path, tmp_path / "out", jobs=2)
+    text, _ = run_study(path, tmp_path / "out", jobs=2)
     assert "3 labelled cases, average Dice:" in text
     said = capsys.readouterr().out
     # Each pre-training ends before its fine-tuning begins, and each run says what it reached.
