@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from monai.bundle import ConfigParser
 from programs import CONFIGS, ROOT, SEGMENTATION_CONFIGS
 
 BUNDLES = (CONFIGS.parent, SEGMENTATION_CONFIGS.parent)
@@ -37,24 +36,3 @@ def test_a_package_beside_the_configs_is_found_before_it_is_needed(path):
     if path.name == "inference.json":
         assert list(config["network_def"])[:2] == ["_target_", "_requires_"]
         assert config["network_def"]["_requires_"] == find
-
-
-@either_bundle
-@pytest.mark.parametrize(
-    ("restarts", "checkpoint", "resumes"),
-    [(None, True, False), ("0", True, False), ("1", True, True), ("1", False, False)],
-)
-def test_a_restart_by_torchrun_resumes_where_there_is_a_checkpoint(
-    bundle, restarts, checkpoint, resumes, tmp_path, monkeypatch
-):
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    if restarts is not None:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-    (tmp_path / "checkpoints").mkdir()
-    if checkpoint:
-        (tmp_path / "checkpoints" / "checkpoint_00000004.pt").touch()
-    files = [str(bundle / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
-    parser = ConfigParser(ConfigParser.load_config_files(files))
-    parser["output_dir"] = str(tmp_path)
-    assert parser.get_parsed_content("imports") is not None
-    assert parser.get_parsed_content("resume") is resumes

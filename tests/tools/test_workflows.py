@@ -188,6 +188,14 @@ def test_a_gain_is_a_study_of_both_starts(data, weights, tmp_path):
     assert yaml.safe_load(file.read_text())["test"] == {"cases": 5}
 
 
+def test_a_gain_of_a_folder_without_a_list(data, weights, tmp_path):
+    (tmp_path / "dataset.json").unlink()
+    found, pretrained = read_data(tmp_path, labelled=True), Pretrained(weights)
+    plan = plan_of(found, "dynunet", True, pretrained, {})
+    file = gain_study(found, tmp_path / "gain", plan, pretrained, 3, None, None, {})
+    assert len(Study(file, tmp_path / "gain").runs({})) == 6
+
+
 def test_a_gain_on_few_cases_tests_each_once_with_each_seed(data, weights, tmp_path):
     """All seeds and both starts on the same nine; the two starts are trained on the same of them."""
     pretrained = Pretrained(weights)
@@ -211,14 +219,6 @@ def test_a_gain_on_few_cases_tests_each_once_with_each_seed(data, weights, tmp_p
         assert splits["random"] == splits["pre-trained"]
     with_four = yaml.safe_load(gain_study(data, tmp_path / "four", plan, pretrained, 3, None, 4, {}).read_text())
     assert (with_four["test"], with_four["labelled_cases"]) == ({"folds": 3}, [4])
-
-
-def test_a_gain_of_a_folder_without_a_list(data, weights, tmp_path):
-    (tmp_path / "dataset.json").unlink()
-    found, pretrained = read_data(tmp_path, labelled=True), Pretrained(weights)
-    plan = plan_of(found, "dynunet", True, pretrained, {})
-    file = gain_study(found, tmp_path / "gain", plan, pretrained, 3, None, None, {})
-    assert len(Study(file, tmp_path / "gain").runs({})) == 6
 
 
 class Results:

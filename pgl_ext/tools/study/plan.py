@@ -92,6 +92,7 @@ class Study:
         self._of_selection = _settings_of_selection(content, base, self.labels[-1])
         config = base.config()
         self.kept_steps = sorted(config["kept_steps"])
+        # With folds, patients stay together.
         training = [] if self.folds else cases_of(base, "fine_tuning")
         self.note = " ".join([str(content["note"]), *self._remarks(config, training, test)]).strip()
 
