@@ -66,6 +66,11 @@ def test_goes_on_where_it_was_stopped(runs, tmp_path):
     assert runs[-1].settings == {"model_path": str(out), "output_dir": str(out / "evaluation"), "device": "cpu"}
     assert sentence.startswith("Mean Dice of all 7 cases, each scored by the network that has not seen it: 0.500 (95 %")
     assert model_file(out) == out
+    (out / "models").mkdir()
+    (out / "models" / "model.pt").touch()
+    with pytest.raises(ValueError, match="of two trainings"):
+        model_file(out)
+    assert model_file(out / "models" / "model.pt") == out / "models" / "model.pt"
     runs.clear()
     assert train_folds(DATA, out, PLAN, None, settings, 3)[-1] == sentence
     assert not runs
