@@ -269,17 +269,11 @@ def cases_of_models(
     Raises:
         ValueError: see :func:`evaluation_cases`.
     """
-    if data_list_file_path is not None:
-        seen = set().union(*map(seen_scans, models))
-        cases = evaluation_cases(data_list_file_path, dataset_dir, data_list_key, annotated_key, seen=seen)
-        return [{**case, "models": list(range(len(models)))} for case in cases]
+    where = (data_list_file_path, dataset_dir, data_list_key, annotated_key)
     by_name: dict[str, dict] = {}
     for number, model in enumerate(models):
         split = Path(model).absolute().parents[1] / "split.json"
-        held_out = evaluation_cases(
-            None, dataset_dir, annotated_key=annotated_key, split_path=split, seen=seen_scans(model)
-        )
-        for case in held_out:
+        for case in evaluation_cases(*where, split, seen_scans(model)):
             by_name.setdefault(item_name(case), {**case, "models": []})["models"].append(number)
     return named_items(list(by_name.values()))
 

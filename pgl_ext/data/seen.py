@@ -16,7 +16,7 @@ from pgl_ext.errors import few
 from pgl_ext.files import read_json
 from pgl_ext.transforms.formats import dicom_header, is_dicom_file
 
-__all__ = ["patients_text", "scan_digests", "seen_scans", "seen_text"]
+__all__ = ["patient_of", "patients_text", "scan_digests", "seen_scans", "seen_text"]
 
 _END = 65536  # bytes: enough to tell scans apart, and little to read of hundred thousands
 
@@ -64,7 +64,7 @@ def patients_text(parts: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
     where: dict[str, dict[str, str]] = defaultdict(dict)
     for part, items in parts.items():
         for item in items:
-            if patient := _patient(item):
+            if patient := patient_of(item):
                 where[patient].setdefault(part, item_name(item))
     shared = [" and ".join(f"{n} ({part})" for part, n in names.items()) for names in where.values() if len(names) > 1]
     if not shared:
@@ -75,7 +75,8 @@ def patients_text(parts: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
     )
 
 
-def _patient(item: Mapping[str, Any]) -> str:
+def patient_of(item: Mapping[str, Any]) -> str:
+    """Whose scan an item is, as the data list or DICOM files say; empty where that is not known."""
     if item.get("patient") not in (None, ""):
         return str(item["patient"])
     path = str(item["image"])

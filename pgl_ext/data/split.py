@@ -7,12 +7,12 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from monai.config import PathLike
 
 from pgl_ext.data.datalist import item_name
+from pgl_ext.data.seen import patient_of
 from pgl_ext.files import read_json, write_json
 
 __all__ = ["PARTS", "recorded_split", "split_cases", "split_volumes", "write_split"]
@@ -73,7 +73,7 @@ def split_cases(
         labelled_cases: their exact number, instead of ``label_fraction``.
         seed: of the random choice.
         test_fold: (k, n): instead of ``test_cases``, the k-th of n equal parts, so that for k from 0 to n - 1 each case
-            is held out once. Those with the same ``"patient"`` are in one part.
+            is held out once. Those of one patient are in one part, see :func:`~pgl_ext.data.seen.patient_of`.
 
     Returns:
         ``training``, ``validation``, ``test`` and ``unused``: lists of cases ordered by image.
@@ -108,9 +108,9 @@ def _fold_first(cases: Sequence[dict], test_fold: Sequence[int], test_cases: int
             f"test_fold must be [k, n], the k-th of n parts of the {len(cases)} cases, k from 0 to n - 1, and without "
             f"test_cases, such as [0, 5], got {test_fold} with {test_cases} test_cases."
         )
-    patients: dict[Any, list[dict]] = {}
+    patients: dict[str, list[dict]] = {}
     for case in cases:
-        patients.setdefault(case.get("patient", item_name(case)), []).append(case)
+        patients.setdefault(patient_of(case) or item_name(case), []).append(case)
     if len(patients) < folds:
         raise ValueError(f"the cases are of {len(patients)} patients, too few for {folds} folds: take fewer folds.")
     parts: list[list[dict]] = [[] for _ in range(folds)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ext.checkpoints import CheckpointFolder
+from pgl_ext.code_digest import digest
 from pgl_ext.evaluation.summary import AVERAGE, interval_text, number_text
 from pgl_ext.files import read_json, write_json
 from pgl_ext.tools.plan import Data, Plan
@@ -54,12 +55,14 @@ def train_folds(
         raise ValueError(f"--folds is {folds}, but there are {len(data.items)} labelled cases: take fewer folds.")
     weights = {} if pretrained is None else pretrained.weights
     trained_with = {"architecture": plan.architecture, "small": plan.small, **plan.settings, **data.settings, **weights}
+    trained_with["digest of the cases"] = digest(json.dumps(data.items, sort_keys=True))
     for fold in range(folds):
         folder, of_fold = out / f"fold_{fold}", {**settings, "test_fold": [fold, folds]}
         if not _is_finished(folder, {**trained_with, **of_fold}):
             print(f"{folder.name}, {fold + 1} of {folds}:", flush=True)
             resume = {"resume": True} if CheckpointFolder(folder / "checkpoints").paths() else {}
             of_all = {"cache_dir": str(out / "cache"), **of_fold, **resume}
+            (out / "evaluation" / "cases.csv").unlink(missing_ok=True)  # of a network that is trained anew
             fine_tuning(data, folder, plan, pretrained, of_all).run()
             write_json(folder / "finished.json", {**trained_with, **of_fold})
     if not (out / "evaluation" / "cases.csv").is_file():

@@ -201,10 +201,13 @@ def model_file(path: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: there is none, or folds are not finished.
+        ValueError: there are folds and a model without.
     """
     path = Path(os.path.abspath(os.path.expanduser(path)))
     if not (path / "fold_0").is_dir():
         return weights_file(path, "model.pt")
+    if (path / "models" / "model.pt").is_file():
+        raise ValueError(f"{path} has models/model.pt and folds, of two trainings: give that file, or remove it.")
     if not (path / "evaluation" / "cases.csv").is_file():
         raise FileNotFoundError(f"{path} holds folds that are not finished: repeat 'pgl finetune', which goes on.")
     return path

@@ -372,6 +372,15 @@ class TestCasesOfModels:
         (case,) = cases_of_models(models, write_list(tmp_path / "list.json", entries, "test"))
         assert case["models"] == [0, 1, 2]
 
+    def test_patients_that_were_trained_on_are_named(self, models, tmp_path, caplog):
+        for number, patient in enumerate("AAB"):
+            path = tmp_path / str(number) / "split.json"
+            split = json.loads(path.read_text())
+            path.write_text(json.dumps({**split, "training": [{"image": "1.nii", "patient": patient}]}))
+        entries = [{"image": "x/scan.nii", "label": "x/label.nii", "patient": "B"}]
+        cases_of_models(models, write_list(tmp_path / "list.json", entries, "test"))
+        assert caplog.text.count("1 patients have scans in several parts of the split: 1.nii (training)") == 1
+
     def test_one_that_held_none_out(self, models, tmp_path):
         with pytest.raises(ValueError, match="--data_list_file_path"):
             cases_of_models([*models, tmp_path / "other" / "models" / "model.pt"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -9,6 +10,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from pgl_ext.data.prepare import evaluation_cases
 from pgl_ext.data.seen import patients_text, scan_digests, seen_scans, seen_text
+from pgl_ext.data.split import split_cases
 
 
 @pytest.fixture
@@ -83,6 +85,15 @@ def test_a_series_is_of_its_own_patient(tmp_path):
     first, second = ({"image": str(tmp_path / "all"), "series_uid": uid} for uid in uids)
     assert patients_text({"training": [first], "test": [second]}) == ""
     assert patients_text({"training": [first], "test": [second, {"image": "x.nii", "patient": "A"}]})
+
+
+def test_folds_keep_patients_of_dicom_series_together(tmp_path):
+    for number, patient in enumerate("ABCABCA"):
+        write_slices(tmp_path / str(number), patient)
+    cases = [{"image": str(tmp_path / str(number))} for number in range(7)]
+    tested = [split_cases(cases, test_fold=(fold, 3))["test"] for fold in range(3)]
+    numbers = sorted(sorted(int(Path(case["image"]).name) for case in test) for test in tested)
+    assert numbers == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def write_slices(folder, patient):

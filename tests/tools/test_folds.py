@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ def runs(monkeypatch) -> list[BundleRun]:
         seen.append(workflow)
         folder = Path(workflow.settings["output_dir"])
         if workflow.section == "evaluating":
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             (folder / "cases.csv").touch()
             dice = {"mean": 0.5, "ci95": [0.25, 0.75]}
             (folder / "summary.json").write_text(json.dumps({"cases": 7, "average": {"dice": dice}}))
@@ -64,14 +66,24 @@ def test_goes_on_where_it_was_stopped(runs, tmp_path):
     assert runs[-1].settings == {"model_path": str(out), "output_dir": str(out / "evaluation"), "device": "cpu"}
     assert sentence.startswith("Mean Dice of all 7 cases, each scored by the network that has not seen it: 0.500 (95 %")
     assert model_file(out) == out
+    (out / "models").mkdir()
+    (out / "models" / "model.pt").touch()
+    with pytest.raises(ValueError, match="of two trainings"):
+        model_file(out)
+    assert model_file(out / "models" / "model.pt") == out / "models" / "model.pt"
     runs.clear()
     assert train_folds(DATA, out, PLAN, None, settings, 3)[-1] == sentence
     assert not runs
+    shutil.rmtree(out / "fold_2")
+    train_folds(DATA, out, PLAN, None, settings, 3)
+    assert said(runs) == [("training", [2, 3], None), ("evaluating", None, None)]
 
 
 def test_finished_folds_of_other_settings_are_not_mixed_with_these(runs, tmp_path):
     with pytest.raises(SystemExit):
         train_folds(DATA, tmp_path, PLAN, None, {"lr": "0.1"}, 3)
+    with pytest.raises(ValueError, match="digest of the cases was"):
+        train_folds(replace(DATA, items=DATA.items[1:]), tmp_path, PLAN, None, {"lr": "0.1"}, 3)
     with pytest.raises(
         ValueError, match=r"fold_0 was trained otherwise: lr was 0\.1 and is 0\.2; test_fold was \[0, 3\]"
     ):
