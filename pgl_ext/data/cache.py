@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pgl_ext.data.datalist import item_name
 from pgl_ext.errors import transform_error
-from pgl_ext.files import write_atomically
+from pgl_ext.files import visible_files, write_atomically
 from pgl_ext.transforms.checks import BadVolumeError, check_volume
 
 __all__ = ["VolumeCache", "can_be_sent"]
@@ -274,7 +274,7 @@ def _source_paths(item: Mapping) -> list[str]:
 
 def _source(item: Mapping) -> tuple[str, ...]:
     image, *label = map(os.path.abspath, _source_paths(item))
-    return image, str(item.get("series_uid") or ""), *label
+    return image, str(item.get("series_uid") or ""), *label, *filter(None, [item.get("orientation")])
 
 
 def _source_digest(item: Mapping) -> str:
@@ -284,12 +284,12 @@ def _source_digest(item: Mapping) -> str:
 def _source_state(path: str) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file a volume may be read from.
 
-    For a folder these are all its visible files, since telling which belong to a series means opening them. For
-    a header with the voxels in a file of their own (.mhd, .nhdr) they are all files with the header's stem.
+    For a folder these are all visible files in and below it, since telling which belong to a series means opening them.
+    For a header with the voxels in a file of their own (.mhd, .nhdr) they are all files with the header's stem.
     """
     files: list[os.DirEntry | Path] = [Path(path)]
     if os.path.isdir(path):
-        files = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+        files = [Path(folder) / name for folder, _, names in visible_files(path) for name in names]
     elif path.lower().endswith((".mhd", ".nhdr")):
         stem = Path(path).stem
         files = [entry for entry in os.scandir(Path(path).parent) if entry.name.startswith(stem)]

@@ -13,14 +13,21 @@ from monai.utils import ensure_tuple
 
 from pgl_ext.errors import few
 from pgl_ext.files import read_json
-from pgl_ext.transforms.formats import SUPPORTED, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
+from pgl_ext.transforms.formats import (
+    READING_FIELDS,
+    SUPPORTED,
+    SUPPORTED_SUFFIXES,
+    file_suffix,
+    has_known_suffix,
+    is_dicom_file,
+)
 
 __all__ = ["SOURCE_FIELDS", "item_name", "labelled_items", "load_datalist", "named_items", "source_names"]
 
 SOURCE_FIELDS = ("task", "group")
 """Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
 
-_KEPT_KEYS = ("image", "series_uid", *SOURCE_FIELDS)
+_KEPT_KEYS = ("image", *READING_FIELDS, *SOURCE_FIELDS)
 
 
 def item_name(item: Mapping) -> str:
@@ -117,13 +124,6 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def has_known_suffix(path: str) -> bool:
-    """Whether a file's name ends in a suffix that says what the file is."""
-    # DICOM files are often named by their UID alone, whose last part then looks like a suffix.
-    suffix = file_suffix(path)
-    return bool(suffix) and not suffix[1:].isdigit()
-
-
 def _is_supported(path: str) -> bool:
     return (
         file_suffix(path) in SUPPORTED_SUFFIXES
@@ -176,7 +176,7 @@ def labelled_items(
     """
     cases, problems = [], []
     for item in load_datalist(data_list_file_path, dataset_dir, key, keep=("label", "annotated", annotated_key)):
-        case = {name: item[name] for name in ("image", "series_uid", "label") if name in item}
+        case = {name: item[name] for name in ("image", *READING_FIELDS, "label") if name in item}
         if not _is_path(case.get("label")):
             problems.append(f"{item_name(item)} has no single 'label' path, but {case.get('label')!r}")
         if annotated_key:

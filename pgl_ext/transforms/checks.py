@@ -16,7 +16,7 @@ from nibabel.orientations import aff2axcodes
 from pgl_ext.errors import few
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_volume"]
+__all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_affine", "check_volume"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
     """
     affine = getattr(image, "affine", None)
     if affine is not None:
-        _check_affine(np.asarray(affine, dtype=np.float64), source)
+        check_affine(np.asarray(affine, dtype=np.float64), source)
     voxels = np.asarray(image)
     if voxels.size == 0:
         raise BadVolumeError(f"{source} is empty: shape {voxels.shape}")
@@ -78,7 +78,8 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
         raise BadVolumeError(f"{source} is constant: all {voxels.size} voxels are {low:g}")
 
 
-def _check_affine(affine: np.ndarray, source: str) -> None:
+def check_affine(affine: np.ndarray, source: str) -> None:
+    """Raise where an affine (4, 4), voxel index to mm, is singular, not finite, or of zero spacing."""
     if not np.isfinite(affine).all():
         raise BadVolumeError(f"{source} has an affine that is not finite: {affine.tolist()}")
     spacing = np.linalg.norm(affine[:-1, :-1], axis=0)
@@ -194,7 +195,7 @@ class CheckLabeld(MapTransform):
 def _on_grid_of(label: MetaTensor, image: MetaTensor) -> MetaTensor:
     """The label map with the image's affine, its voxel axes turned as the image's are."""
     name, image_name = _name(label), _name(image)
-    _check_affine(label.affine.numpy(), name)
+    check_affine(label.affine.numpy(), name)
     axes = aff2axcodes(image.affine.numpy())
     if aff2axcodes(label.affine.numpy()) != axes:
         label = Orientation(axcodes="".join(axes), labels=None)(label)
