@@ -68,7 +68,7 @@ def _header(path: str, is_nrrd: bool) -> tuple[dict[str, str], int]:
     end = re.search(rb"\r?\n\r?\n" if is_nrrd else rb"(?i)ElementDataFile\s*=.*\r?\n", text)
     start = end.end() if end else len(text)
     lines = (line.partition(":" if is_nrrd else "=") for line in text[:start].decode("latin-1").splitlines())
-    fields = {name.lower().replace(" ", ""): value.strip() for name, sign, value in lines if sign and name[0] != "#"}
+    fields = {name.lower().replace(" ", ""): value.strip() for name, sign, value in lines if sign and value[:1] != "="}
     return fields, start
 
 
@@ -89,9 +89,15 @@ def _decompressed_bytes(path: str, fields: Mapping[str, str], start: int) -> int
             file.readline()
         while not decoder.eof and (chunk := file.read(1 << 20)):
             size += len(decoder.decompress(chunk))
+        used = file.tell() - start - len(decoder.unused_data)
         rest = decoder.unused_data + file.read(1 << 10)
     if not decoder.eof or rest.strip(b"\0\r\n"):
         raise ValueError("more follows its compressed data" if decoder.eof else "its compressed data end early")
+    # ITK makes noise of data that are not as long as MetaImage's header says.
+    if not is_gzip and fields.get("compresseddatasize") != str(used):
+        raise ValueError(
+            f"its CompressedDataSize is {fields.get('compresseddatasize')}, but its data have {used} bytes"
+        )
     return size
 
 
@@ -103,12 +109,12 @@ def _affine(
     if is_nrrd:
         units = re.findall('"(.*?)"', fields.get("spaceunits") or fields.get("units", "")) or [""]
         placed = fields.get("space", "").lower() in _SPACES and "spacedirections" in fields
-        sized = placed or "spacings" in fields
+        sized = "spacedirections" in fields or "spacings" in fields
         missing, size = "space and space directions", "spacings"
     else:
         units = [fields.get("distanceunits", "")]
         placed = any(name in fields for name in ("transformmatrix", "rotation", "orientation"))
-        sized = "elementspacing" in fields or "elementsize" in fields
+        sized = fields.get("elementspacing") or fields.get("elementsize")
         missing, size = "TransformMatrix", "ElementSpacing"
         for name, neutral in (("elementtointensityfunctionslope", 1), ("elementtointensityfunctionoffset", 0)):
             if float(fields.get(name, neutral)) != neutral:
@@ -116,10 +122,14 @@ def _affine(
     if not sized:
         raise BadVolumeError(f"{path} has no {size}, so that the size of its voxels is unknown: add it to its header.")
     scales = _scales(units, path)
-    spacing = np.array(image.GetSpacing())
+    spacing, direction = np.array(image.GetSpacing()), itk.array_from_matrix(image.GetDirection())
+    # ITK turns axes whose spacing is negative.
+    wrong = [] if is_nrrd else [size for size in sized.split() if not float(size) > 0]
+    if wrong or not np.allclose(np.linalg.norm(direction, axis=0), 1, rtol=0, atol=0.01):
+        raise BadVolumeError(f"{path} has a spacing that is not above 0, or axes that are no unit vectors: correct it.")
     if not placed:
         return np.diag([*scales, 1]) @ assumed_affine(spacing, shape, orientation, path, missing)
-    to_lps = np.column_stack([itk.array_from_matrix(image.GetDirection()) * spacing, np.array(image.GetOrigin())])
+    to_lps = np.column_stack([direction * spacing, np.array(image.GetOrigin())])
     return np.vstack([np.diag(scales * [-1, -1, 1]) @ to_lps, [0, 0, 0, 1]])
 
 
