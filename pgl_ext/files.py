@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 
 __all__ = [
+    "pointer_problem",
     "read_csv",
     "read_json",
     "visible_files",
@@ -46,6 +47,19 @@ def visible_files(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield folder, folders, sorted(name for name in names if not name.startswith("."))
+
+
+def pointer_problem(path: str | os.PathLike) -> str:
+    """What is wrong with a file that only stands for its content, as Git LFS and git-annex leave it; else empty."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200)
+    except OSError:
+        return ""
+    for tool, mark, command in (("Git LFS", b"git-lfs", "git lfs pull"), ("git-annex", b"/annex/", "git annex get")):
+        if mark in start and len(start) < 200:
+            return f"is a pointer of {tool}, not the file itself: fetch it with `{command}`."
+    return ""
 
 
 def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -> None:

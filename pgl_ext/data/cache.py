@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from pgl_ext.data.datalist import item_name
-from pgl_ext.errors import transform_error
+from pgl_ext.errors import few, transform_error
 from pgl_ext.files import visible_files, write_atomically
 from pgl_ext.transforms.checks import BadVolumeError, check_volume
 
@@ -148,7 +148,7 @@ class VolumeCache:
         """
         self._remove_abandoned()
         bad: dict[str, str] = {}
-        missing = []
+        missing, warnings = [], []
         for item in items:
             name = item_name(item)
             try:
@@ -156,8 +156,13 @@ class VolumeCache:
             except OSError as error:
                 bad[name] = str(error)
             else:
-                if _open_file(self._paths[name]) is None:
+                volume = _open_file(self._paths[name])
+                if volume is None:
                     missing.append(dict(item))
+                elif "warning" in volume.vlmeta:
+                    warnings.append(volume.vlmeta["warning"])
+        if warnings:
+            logger.warning("%s", few(warnings, separator="\n"))
         progress = tqdm(
             self._prepare_missing(missing),
             desc="Preparing volumes",
@@ -229,7 +234,7 @@ class VolumeCache:
         if image.ndim != 4:
             raise ValueError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
         # The channels behind the image hold label values, which may well be constant.
-        check_volume(image[:1] if "label" in item else image, name)
+        check_volume(image[:1] if "label" in item else image, f"{name}, after preprocessing (hu_window, spacing),")
         voxels = np.asarray(image)
         largest = max(abs(voxels.min()), abs(voxels.max()))
         if largest > _FLOAT16_MAX:
@@ -246,6 +251,8 @@ class VolumeCache:
         )
         volume.vlmeta["affine"] = np.asarray(getattr(image, "affine", np.eye(4))).tolist()
         volume.vlmeta["source"] = name
+        if "warning" in getattr(image, "meta", {}):
+            volume.vlmeta["warning"] = image.meta["warning"]
         return volume.to_cframe()
 
     def _preprocessed(self, item: Mapping) -> np.ndarray | torch.Tensor:

@@ -109,12 +109,15 @@ class CheckVolumed(MapTransform):
             check_volume(data[key], source)
             values = _label_values(np.asarray(data[key]))
             if values is not None:
-                logger.warning(
-                    "%s looks like a label map, but is taken for a scan: its voxels have only %d different values, all "
-                    "whole numbers. Keep label maps out of the folder, or list the scans with --data_list_file_path.",
-                    source,
-                    values.size,
+                warning = (
+                    f"{source} looks like a label map, but is taken for a scan: its voxels have only {values.size} "
+                    "different values, all whole numbers. Keep label maps out of the folder, or list the scans with "
+                    "--data_list_file_path."
                 )
+                logger.warning("%s", warning)
+                if isinstance(data[key], MetaTensor):
+                    # For whoever keeps the volume, to say it again.
+                    data[key].meta["warning"] = warning
         return dict(data)
 
 

@@ -15,7 +15,6 @@ __all__ = [
     "file_suffix",
     "has_known_suffix",
     "is_dicom_file",
-    "pointer_problem",
 ]
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -52,16 +51,3 @@ def is_dicom_file(path: str | os.PathLike) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
-
-
-def pointer_problem(path: str | os.PathLike) -> str:
-    """What is wrong with a file that only stands for its content, as Git LFS and git-annex leave it; else empty."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(200)
-    except OSError:
-        return ""
-    for tool, mark, command in (("Git LFS", b"git-lfs", "git lfs pull"), ("git-annex", b"/annex/", "git annex get")):
-        if mark in start and len(start) < 200:
-            return f"is a pointer of {tool}, not the file itself: fetch it with `{command}`."
-    return ""

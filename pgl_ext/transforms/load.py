@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from pgl_ext.files import pointer_problem
 from pgl_ext.transforms.checks import BadVolumeError, check_affine
 from pgl_ext.transforms.dicom import read_dicom, series_files
 from pgl_ext.transforms.formats import (
@@ -21,7 +22,6 @@ from pgl_ext.transforms.formats import (
     SUPPORTED_SUFFIXES,
     file_suffix,
     is_dicom_file,
-    pointer_problem,
 )
 from pgl_ext.transforms.itk_files import read_itk
 from pgl_ext.transforms.nifti import nifti_grid, read_nifti

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from monai.config import PathLike
 
-from pgl_ext.files import write_atomically, write_text
+from pgl_ext.files import pointer_problem, write_atomically, write_text
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.weights.records import EncoderRecord, ModelRecord
 
@@ -80,6 +80,9 @@ def load_state(path: PathLike) -> dict:
         read = _safetensors().load_file
     else:
         read = partial(torch.load, map_location="cpu", weights_only=True)
+    problem = pointer_problem(path)
+    if problem:
+        raise ValueError(f"{path} {problem}")
     try:
         content = read(path)
     except Exception as error:
