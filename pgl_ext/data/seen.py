@@ -11,7 +11,7 @@ from typing import Any
 from monai.config import PathLike
 
 from pgl_ext.data.datalist import item_name
-from pgl_ext.files import read_json
+from pgl_ext.files import read_json, visible_files
 
 __all__ = ["scan_digests", "seen_scans", "seen_text"]
 
@@ -53,7 +53,8 @@ def seen_text(items: Collection[Mapping[str, Any]], seen: Collection[str]) -> st
 
 def _digest(path: PathLike) -> str:
     """Of a file, or of the files of a DICOM series' folder; of what is missing, that of nothing."""
-    files = sorted(file for file in Path(path).iterdir() if file.is_file()) if os.path.isdir(path) else [Path(path)]
+    folders = visible_files(str(path)) if os.path.isdir(path) else []
+    files = [Path(folder, name) for folder, _, names in folders for name in names] or [Path(path)]
     content = hashlib.sha256()
     for file in files:
         if file.is_file():

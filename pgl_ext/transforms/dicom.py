@@ -18,31 +18,31 @@ __all__ = ["may_be_dicom", "read_dicom", "scan_header", "series_files"]
 
 _NO_SCANS = ("SEG", "RTDOSE")
 _IN_UNITS = ("CT", "PT")  # modalities whose values are physical: HU, Bq/ml
-# Where each element lies in a multi-frame file; in single slices all lie at the top.
-_MACROS = {
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "PixelSpacing": "PixelMeasuresSequence",
-    "RescaleSlope": "PixelValueTransformationSequence",
-    "RescaleIntercept": "PixelValueTransformationSequence",
+# How many numbers each element has, and where it lies in a multi-frame file; in single slices all lie at the top.
+_ELEMENTS = {
+    "ImagePositionPatient": (3, "PlanePositionSequence"),
+    "ImageOrientationPatient": (6, "PlaneOrientationSequence"),
+    "PixelSpacing": (2, "PixelMeasuresSequence"),
+    "RescaleSlope": (1, "PixelValueTransformationSequence"),
+    "RescaleIntercept": (1, "PixelValueTransformationSequence"),
 }
 _OTHER_NAMES = {"PixelSpacing": "NominalScannedPixelSpacing"}  # of secondary captures
 _FRAMES = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
 _HEADER = ["SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "Rows", "NumberOfFrames"]
 
+_ROUNDING = 0.01  # of unit vectors, and of the spacing of slices
 _UNEVEN = 0.1  # share of the median step by which steps may differ, or mm, as positions are often rounded
 _SAME_PLACE = 0.01  # mm
 _DRIFT = 1.0  # mm from the first slice to the last, across the stack
-_ROUNDING = 0.01  # of unit vectors, and of the spacing between slices
 
 
 class _Frame(NamedTuple):
-    """One slice: its file, (rows, columns), and its elements as the header has them, None where it has none."""
+    """One slice: its file, (rows, columns), and the numbers of its elements, NaN where the header has none."""
 
     file: str
     modality: str
     size: tuple[int, int]
-    elements: dict[str, np.ndarray | None]
+    elements: dict[str, np.ndarray]
 
 
 def may_be_dicom(path: str) -> bool:
@@ -85,7 +85,7 @@ def series_files(directory: str, series_uid: str | None = None) -> list[str]:
     for folder, _, names in visible_files(directory):
         for path in filter(may_be_dicom, (os.path.join(folder, name) for name in names)):
             try:
-                header = scan_header(path, [*_MACROS, *_OTHER_NAMES.values(), *_FRAMES])
+                header = scan_header(path, [*_ELEMENTS, *_OTHER_NAMES.values(), *_FRAMES])
             except OSError as error:
                 raise BadVolumeError(
                     f"Cannot read the DICOM file {path}: {error}. Restore it, or remove it from the folder."
@@ -104,8 +104,7 @@ def series_files(directory: str, series_uid: str | None = None) -> list[str]:
     if series_uid and series_uid not in uids:
         raise BadVolumeError(f"Folder {directory} has no DICOM series {series_uid!r}, only {', '.join(uids)}.")
     frames = [_frames(header, path)[0] for header, path in series[series_uid or uids[0]].values()]
-    placed = all(frame.elements[tag] is not None for frame in frames for tag in list(_MACROS)[:2])
-    return [frames[index].file for index in (_order(frames) if placed else range(len(frames)))]
+    return [frames[index].file for index in _order(frames)]
 
 
 def read_dicom(files: Sequence[str], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +142,7 @@ def read_dicom(files: Sequence[str], name: str) -> tuple[np.ndarray, np.ndarray]
     if problem:
         raise BadVolumeError(f"{name} is no regular volume: {problem}.")
     order = _order(frames)
-    voxels = np.stack([values[index].T for index in order], axis=-1)
+    voxels = np.stack([values[index] for index in order]).T
     padding = np.isnan(voxels)
     if padding.any() and not padding.all():
         voxels[padding] = np.nanmin(voxels)
@@ -154,20 +153,21 @@ def _frames(header: Any, file: str) -> list[_Frame]:
     count = int(header.get("NumberOfFrames") or 1)
     shared, per_frame = ([*header.get(name, [])] for name in _FRAMES)
     if count > 1 and len(per_frame) != count:
-        raise ValueError(f"it has {count} frames, but places of {len(per_frame)}")
+        raise ValueError(f"{file} has {count} frames, but places of {len(per_frame)}")
     size = int(header.Rows), int(header.get("Columns") or 0)
     groups = [[frame, *shared] for frame in per_frame] or [[header]]
     modality = str(header.get("Modality", ""))
-    return [_Frame(file, modality, size, {tag: _element(group, tag) for tag in _MACROS}) for group in groups]
+    return [_Frame(file, modality, size, {tag: _element(group, tag) for tag in _ELEMENTS}) for group in groups]
 
 
-def _element(groups: Sequence[Any], tag: str) -> np.ndarray | None:
+def _element(groups: Sequence[Any], tag: str) -> np.ndarray:
+    count, macro = _ELEMENTS[tag]
     for group in groups:
-        (values, *_) = group.get(_MACROS[tag]) or [group]
+        (values, *_) = group.get(macro) or [group]
         value = values.get(tag, values.get(_OTHER_NAMES.get(tag, tag)))
-        if value not in (None, ""):
-            return np.asarray(value, dtype=np.float64)
-    return None
+        if np.size(value) == count and value not in (None, ""):
+            return np.asarray(value, dtype=np.float64).reshape(count)
+    return np.full(count, np.nan)
 
 
 # --- the values -----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def _values(dataset: Any, file: str, frames: Sequence[_Frame]) -> list[np.ndarra
     values = []
     for pixels, frame in zip(stored, frames, strict=True):
         slope, intercept = frame.elements["RescaleSlope"], frame.elements["RescaleIntercept"]
-        scaled = (pixels if slope is None or intercept is None else pixels * slope + intercept).astype(np.float32)
+        scaled = (pixels if np.isnan(slope) else pixels * slope + intercept).astype(np.float32)
         first = dataset.get("PixelPaddingValue")
         if first is not None and pixels.dtype.kind in "iu":
             # As the pixels are signed or not, whatever type the element has.
@@ -210,6 +210,9 @@ def _stored(dataset: Any, file: str) -> np.ndarray:
     if pixels.dtype.kind == "f":
         return pixels
     bits = 8 * pixels.dtype.itemsize
+    # A little may pad the end. A row too many, and the size is wrong.
+    if len(dataset.PixelData) >= pixels.nbytes + dataset.Columns * pixels.itemsize:
+        raise ValueError(f"PixelData of {len(dataset.PixelData)} bytes is too long for its Rows and Columns")
     above, below = bits - 1 - dataset.HighBit, dataset.HighBit + 1 - dataset.BitsStored
     if above < 0 or below < 0:
         raise ValueError(f"HighBit {dataset.HighBit} and BitsStored {dataset.BitsStored} contradict each other")
@@ -232,17 +235,16 @@ def _decompressed(file: str) -> np.ndarray:
 
 def _unknown_scale(frames: Sequence[_Frame]) -> str:
     """What is wrong with slope and intercept; empty where nothing is."""
-    scales = [[frame.elements[tag] for tag in ("RescaleSlope", "RescaleIntercept")] for frame in frames]
-    given = [scale for scale in scales if scale[0] is not None and scale[1] is not None]
+    scales = np.hstack([_array(frames, "RescaleSlope"), _array(frames, "RescaleIntercept")])
+    missing = np.isnan(scales)
     # Without units, as in MR, stored values are as good as any, if all slices have them.
-    has_none = all(value is None for scale in scales for value in scale)
-    if len(given) < len(frames) and (not has_none or frames[0].modality in _IN_UNITS):
+    if missing.any() and (not missing.all() or frames[0].modality in _IN_UNITS):
         return (
-            f"{len(frames) - len(given)} of its {len(frames)} slices lack RescaleSlope or RescaleIntercept, so that "
+            f"{missing.any(axis=1).sum()} of its {len(frames)} slices lack RescaleSlope or RescaleIntercept, so that "
             "their values are unknown: add them (1 and 0 where values are stored as they are), or convert it to NIfTI"
         )
-    if given and (not np.isfinite(given).all() or not np.array(given)[:, 0].all()):
-        return "a RescaleSlope is 0, or it or a RescaleIntercept is no number: correct it"
+    if np.isinf(scales).any() or not scales[:, 0].all():
+        return "a RescaleSlope is 0 or infinite, or a RescaleIntercept is: correct it"
     return ""
 
 
@@ -267,12 +269,8 @@ def _missing_elements(frames: Sequence[_Frame]) -> str:
     """What no grid can be made from; empty where there is nothing."""
     if len(frames) < 2:
         return "it is a single slice: give the folder of its series"
-    for tag, size in zip(_MACROS, (3, 6, 2), strict=False):
-        bad = [
-            frame.file
-            for frame in frames
-            if np.shape(frame.elements[tag]) != (size,) or not np.isfinite(frame.elements[tag]).all()
-        ]
+    for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        bad = [frame.file for frame in frames if not np.isfinite(frame.elements[tag]).all()]
         if bad:
             return f"{len(bad)} of its {len(frames)} slices have no {tag} ({few(bad, 1)}): complete or convert them"
     row, column = np.moveaxis(_array(frames, "ImageOrientationPatient").reshape(-1, 2, 3), 1, 0)

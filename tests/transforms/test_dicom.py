@@ -155,6 +155,10 @@ def changed(name, value, *last):
         (changed("PhotometricInterpretation", "PALETTE COLOR"), "no grey image but PALETTE COLOR"),
         (changed("ModalityLUTSequence", [pydicom.Dataset()]), "values in a table"),
         (changed("HighBit", 3), "HighBit 3 and BitsStored 16 contradict"),
+        (changed("Rows", 5), "too long for its Rows and Columns"),
+        (changed("Columns", 4), "too long for its Rows and Columns"),
+        (changed("Rows", 7), "cannot be read"),
+        (changed("ImagePositionPatient", [5, 6]), "4 of its 4 slices have no ImagePositionPatient"),
         (changed("ImagePositionPatient", None), "4 of its 4 slices have no ImagePositionPatient"),
         (changed("ImageOrientationPatient", [1, 0, 0, 0, 1, 0], None), "1 of its 4 slices have no ImageOrientation"),
         (changed("PixelSpacing", None), "4 of its 4 slices have no PixelSpacing"),
@@ -212,7 +216,7 @@ def test_frames_that_are_no_volume(tmp_path, places, scales, shared, reason):
 
 def test_frames_without_places(tmp_path):
     write_slice(tmp_path / "a.dcm", stored(), NumberOfFrames=4)
-    with pytest.raises(BadVolumeError, match=r"Cannot read .*a\.dcm: it has 4 frames, but places of 0"):
+    with pytest.raises(BadVolumeError, match=r"Cannot read .*a\.dcm has 4 frames, but places of 0"):
         load(tmp_path / "a.dcm")
 
 
