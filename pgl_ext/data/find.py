@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from monai.config import PathLike
 
@@ -48,16 +48,15 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
         raise ValueError(f"Dataset folder {root} {problem}. {remedy}")
     items: list[dict] = []
     left_out = 0
-    series = _Series()
+    dicom: list[str] = []
     for folder, names, is_label_folder in _walk_folders(root):
         volumes = [n for n in names if file_suffix(n) in _FILE_SUFFIXES]
         labels = [n for n in volumes if is_label_folder or n.lower().endswith(".seg.nrrd")]
         left_out += len(labels)
         items += [{"image": os.path.join(folder, n)} for n in volumes if n not in labels]
         if not is_label_folder:
-            for path in filter(may_be_dicom, (os.path.join(folder, n) for n in names)):
-                series.add(path)
-    items += series.items()
+            dicom += filter(may_be_dicom, (os.path.join(folder, n) for n in names))
+    items += _series_items(dicom)
     if left_out:
         logger.info("%s: left out %d label files.", root, left_out)
     if not items:
@@ -77,29 +76,23 @@ def _walk_folders(root: str) -> Iterator[tuple[str, list[str], bool]]:
         yield folder, names, inside
 
 
-class _Series:
-    """The DICOM series below a folder, gathered file by file."""
-
-    def __init__(self) -> None:
-        self.slices: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)  # by identifiers and folder
-
-    def add(self, path: str) -> None:
+def _series_items(paths: Iterable[str]) -> list[dict]:
+    """An item for each DICOM series of more than one slice, with the folder that all of it lies in or below."""
+    slices: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for path in paths:
         try:
             header = scan_header(path)
         except OSError as error:
             logger.warning("%s is not a readable DICOM file and is left out: %s", path, error)
-            return
+            continue
         if header is not None:
             # Where names were taken out badly, two patients' series may have one UID.
             uids = (str(header.get(tag, "")) for tag in ("SeriesInstanceUID", "StudyInstanceUID", "PatientID"))
-            self.slices[tuple(uids)][os.path.dirname(path)] += int(header.get("NumberOfFrames") or 1)
-
-    def items(self) -> list[dict]:
-        """An item for each series of more than one slice, with the folder that all of it lies in or below."""
-        several = {uids: folders for uids, folders in self.slices.items() if folders.total() > 1}
-        if len(several) < len(self.slices):
-            logger.info("Left out %d DICOM series of a single slice.", len(self.slices) - len(several))
-        return [{"image": os.path.commonpath(folders), "series_uid": uid} for (uid, *_), folders in several.items()]
+            slices[tuple(uids)][os.path.dirname(path)] += int(header.get("NumberOfFrames") or 1)
+    several = {uids: folders for uids, folders in slices.items() if folders.total() > 1}
+    if len(several) < len(slices):
+        logger.info("Left out %d DICOM series of a single slice.", len(slices) - len(several))
+    return [{"image": os.path.commonpath(folders), "series_uid": uid} for (uid, *_), folders in several.items()]
 
 
 def find_cases(dataset_dir: PathLike) -> list[dict]:

@@ -138,7 +138,7 @@ def read_dicom(files: Sequence[str], name: str) -> tuple[np.ndarray, np.ndarray]
         except Exception as error:  # what damaged files make of the decoders has no bounds
             raise BadVolumeError(f"The pixels of {file} cannot be read, {error}: restore the file.") from error
         frames += new
-    problem = _missing_elements(frames) or _uneven_places(frames) or _unknown_scale(frames)
+    problem = _problem(frames)
     if problem:
         raise BadVolumeError(f"{name} is no regular volume: {problem}.")
     order = _order(frames)
@@ -233,21 +233,6 @@ def _decompressed(file: str) -> np.ndarray:
     return np.rint((values - image_io.GetRescaleIntercept()) / image_io.GetRescaleSlope())
 
 
-def _unknown_scale(frames: Sequence[_Frame]) -> str:
-    """What is wrong with slope and intercept; empty where nothing is."""
-    scales = np.hstack([_array(frames, "RescaleSlope"), _array(frames, "RescaleIntercept")])
-    missing = np.isnan(scales)
-    # Without units, as in MR, stored values are as good as any, if all slices have them.
-    if missing.any() and (not missing.all() or frames[0].modality in _IN_UNITS):
-        return (
-            f"{missing.any(axis=1).sum()} of its {len(frames)} slices lack RescaleSlope or RescaleIntercept, so that "
-            "their values are unknown: add them (1 and 0 where values are stored as they are), or convert it to NIfTI"
-        )
-    if np.isinf(scales).any() or not scales[:, 0].all():
-        return "a RescaleSlope is 0 or infinite, or a RescaleIntercept is: correct it"
-    return ""
-
-
 # --- the grid -------------------------------------------------------------------------------------------------------
 
 
@@ -265,8 +250,11 @@ def _order(frames: Sequence[_Frame]) -> list[int]:
     return np.argsort(_array(frames, "ImagePositionPatient") @ _normal(frames[0]), kind="stable").tolist()
 
 
-def _missing_elements(frames: Sequence[_Frame]) -> str:
-    """What no grid can be made from; empty where there is nothing."""
+def _problem(frames: Sequence[_Frame]) -> str:
+    """Why slices are no regular grid of known values, and what helps; empty where they are.
+
+    With missing slices, several acquisitions in one series or a tilted gantry, anatomy would be squeezed or skewed.
+    """
     if len(frames) < 2:
         return "it is a single slice: give the folder of its series"
     for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
@@ -277,18 +265,10 @@ def _missing_elements(frames: Sequence[_Frame]) -> str:
     products = [(row * row).sum(1) - 1, (column * column).sum(1) - 1, (row * column).sum(1)]
     if np.abs(products).max() > 2 * _ROUNDING:
         return "the axes of its slices (ImageOrientationPatient) are no unit vectors at right angles: correct them"
-    if _array(frames, "PixelSpacing").min() <= 0:
-        return f"its slices have the PixelSpacing {_array(frames, 'PixelSpacing').min()} mm: correct it"
-    return ""
-
-
-def _uneven_places(frames: Sequence[_Frame]) -> str:
-    """Why slices are no regular grid, and what helps; empty where they are.
-
-    With missing slices, several acquisitions in one series or a tilted gantry, anatomy would be squeezed or skewed.
-    """
     sizes = {frame.size for frame in frames}
     spacings = _array(frames, "PixelSpacing")
+    if spacings.min() <= 0:
+        return f"its slices have the PixelSpacing {spacings.min()} mm: correct it"
     if len(sizes) > 1 or (np.ptp(spacings, axis=0) > _ROUNDING * spacings[0]).any():
         return "its slices differ in size or PixelSpacing, as of several acquisitions: make a series of each"
     orientations = _array(frames, "ImageOrientationPatient")
@@ -311,6 +291,16 @@ def _uneven_places(frames: Sequence[_Frame]) -> str:
             f"its slices shift by {drift:.4g} mm from the first to the last, as with a tilted gantry: convert it to "
             "NIfTI with a tool that corrects this"
         )
+    scales = np.hstack([_array(frames, "RescaleSlope"), _array(frames, "RescaleIntercept")])
+    missing = np.isnan(scales)
+    # Without units, as in MR, stored values are as good as any, if all slices have them.
+    if missing.any() and (not missing.all() or frames[0].modality in _IN_UNITS):
+        return (
+            f"{missing.any(axis=1).sum()} of its {len(frames)} slices lack RescaleSlope or RescaleIntercept, so that "
+            "their values are unknown: add them (1 and 0 where values are stored as they are), or convert it to NIfTI"
+        )
+    if np.isinf(scales).any() or not scales[:, 0].all():
+        return "a RescaleSlope is 0 or infinite, or a RescaleIntercept is: correct it"
     return ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -121,7 +121,10 @@ def _affine(
                 raise BadVolumeError(f"{path} has values by an {name}, which is not applied: convert the file.")
     if not sized:
         raise BadVolumeError(f"{path} has no {size}, so that the size of its voxels is unknown: add it to its header.")
-    scales = _scales(units, path)
+    scales = [_UNITS.get(unit.lower().strip().removesuffix("s")) for unit in units]
+    if None in scales or len(scales) not in (1, 3):
+        raise BadVolumeError(f"{path} has the units {', '.join(units)}: give its voxels in mm, and say so.")
+    scales = np.broadcast_to(scales, 3)
     spacing, direction = np.array(image.GetSpacing()), itk.array_from_matrix(image.GetDirection())
     # ITK turns axes whose spacing is negative.
     wrong = [] if is_nrrd else [size for size in sized.split() if not float(size) > 0]
@@ -131,11 +134,3 @@ def _affine(
         return np.diag([*scales, 1]) @ assumed_affine(spacing, shape, orientation, path, missing)
     to_lps = np.column_stack([direction * spacing, np.array(image.GetOrigin())])
     return np.vstack([np.diag(scales * [-1, -1, 1]) @ to_lps, [0, 0, 0, 1]])
-
-
-def _scales(units: Sequence[str], path: str) -> np.ndarray:
-    """mm of the units of three axes."""
-    scales = [_UNITS.get(unit.lower().strip().removesuffix("s")) for unit in units]
-    if None in scales or len(scales) not in (1, 3):
-        raise BadVolumeError(f"{path} has the units {', '.join(units)}: give its voxels in mm, and say so.")
-    return np.broadcast_to(scales, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,13 +76,19 @@ def read_grid(item: Mapping[str, Any]) -> tuple[tuple[int, ...], np.ndarray]:
 def _load(path: str, item: Mapping[str, Any]) -> MetaTensor:
     series_uid, orientation = item.get("series_uid"), item.get("orientation")
     name = f"{path} (series {series_uid})" if series_uid else path
-    _check_type(path)
+    suffix = file_suffix(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"Volume {path} does not exist: check the data list and the dataset folder.")
+    if os.path.isfile(path) and suffix not in SUPPORTED_SUFFIXES and not is_dicom_file(path):
+        raise BadVolumeError(
+            f"{path} is of an unsupported type {suffix!r}: {SUPPORTED}. Convert the file or remove it."
+        )
     with _named_errors(path, name):
         if os.path.isdir(path):
             array, affine = read_dicom(series_files(path, series_uid), name)
-        elif file_suffix(path) in NIFTI_SUFFIXES:
+        elif suffix in NIFTI_SUFFIXES:
             array, affine = read_nifti(path, orientation)
-        elif file_suffix(path) in ITK_SUFFIXES:
+        elif suffix in ITK_SUFFIXES:
             array, affine = read_itk(path, orientation)
         else:
             array, affine = read_dicom([path], name)
@@ -102,23 +108,12 @@ def _named_errors(path: str, name: str) -> Iterator[None]:
     except (ImportError, MemoryError, BadVolumeError):
         raise
     except Exception as error:  # what damaged files make of the readers has no bounds
-        problem = pointer_problem(path)
-        if problem:
-            raise BadVolumeError(f"{name} {problem}") from error
+        if pointer := pointer_problem(path):
+            raise BadVolumeError(f"{name} {pointer}") from error
         raise BadVolumeError(
             f"Cannot read {name}: {_first_line(error)}. The file may be truncated, damaged or of another type than its "
             "name says: restore or convert it, or remove it from the data."
         ) from error
-
-
-def _check_type(path: str) -> None:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"Volume {path} does not exist: check the data list and the dataset folder.")
-    suffix = file_suffix(path)
-    if os.path.isfile(path) and suffix not in SUPPORTED_SUFFIXES and not is_dicom_file(path):
-        raise BadVolumeError(
-            f"{path} is of an unsupported type {suffix!r}: {SUPPORTED}. Convert the file or remove it."
-        )
 
 
 def _as_volume(array: np.ndarray, name: str) -> np.ndarray:
@@ -127,18 +122,14 @@ def _as_volume(array: np.ndarray, name: str) -> np.ndarray:
     shape = (*array.shape, len(array.dtype.names)) if array.dtype.names else array.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    _check_shape(shape, name)
-    if np.iscomplexobj(array):
-        raise BadVolumeError(f"{name} has complex values: convert it to their magnitude.")
-    return np.asarray(array, dtype=np.float32).reshape(shape)
-
-
-def _check_shape(shape: Sequence[int], name: str) -> None:
     if len(shape) != 3:
         raise BadVolumeError(
             f"{name} has shape {tuple(shape)}: only single-channel 3D volumes are supported. Extract one channel or "
             "time point into a file of its own."
         )
+    if np.iscomplexobj(array):
+        raise BadVolumeError(f"{name} has complex values: convert it to their magnitude.")
+    return np.asarray(array, dtype=np.float32).reshape(shape)
 
 
 def _first_line(error: Exception) -> str:

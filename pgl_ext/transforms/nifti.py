@@ -47,7 +47,8 @@ def read_nifti(path: str, orientation: str | None = None) -> tuple[np.ndarray, n
         slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
         if np.isfinite(intercept) and intercept != 0 and (slope == 0 or not np.isfinite(slope)):
             raise BadVolumeError(f"{path} has scl_slope {slope:g}, but scl_inter {intercept:g}: correct its header.")
-        voxels = np.asanyarray(kind.from_stream(file).dataobj)
+        # Into memory: a mapped file may change or go.
+        voxels = np.asanyarray(kind.from_file_map(kind.make_file_map({"image": file}), mmap=False).dataobj)
         # The checksum of compressed files lies behind the last voxel.
         while file.read(1 << 20):
             pass
@@ -73,19 +74,15 @@ def _affine(header: nib.Nifti1Header, path: str, orientation: str | None) -> np.
     pixdim = header["pixdim"].astype(np.float64)
     sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
     unit = _UNITS.get(int(header["xyzt_units"]) % 8)
-    wrong = [
-        name
-        for name, is_wrong in {
-            f"pixdim {pixdim[1:4].tolist()}": not (np.isfinite(pixdim[1:4]).all() and pixdim[1:4].min() > 0),
-            f"xyzt_units {header['xyzt_units']}": unit is None,
-            f"sform_code {sform_code}": not 0 <= sform_code <= 5,
-            f"qform_code {qform_code}": not 0 <= qform_code <= 5,
-            f"qfac {pixdim[0]:g}": qform_code > 0 and pixdim[0] not in (-1, 0, 1),
-        }.items()
-        if is_wrong
-    ]
-    if wrong:
-        raise BadVolumeError(f"{path} has {', '.join(wrong)}: correct its header.")
+    for name, is_right in {
+        f"pixdim {pixdim[1:4].tolist()}": np.isfinite(pixdim[1:4]).all() and pixdim[1:4].min() > 0,
+        f"xyzt_units {header['xyzt_units']}": unit is not None,
+        f"sform_code {sform_code}": 0 <= sform_code <= 5,
+        f"qform_code {qform_code}": 0 <= qform_code <= 5,
+        f"qfac {pixdim[0]:g}": not qform_code or pixdim[0] in (-1, 0, 1),
+    }.items():
+        if not is_right:
+            raise BadVolumeError(f"{path} has {name}: correct its header.")
     to_mm = np.diag([unit, unit, unit, 1.0])
     if not sform_code and not qform_code:
         return to_mm @ assumed_affine(pixdim[1:4], header.get_data_shape()[:3], orientation, path)

@@ -80,9 +80,8 @@ def load_state(path: PathLike) -> dict:
         read = _safetensors().load_file
     else:
         read = partial(torch.load, map_location="cpu", weights_only=True)
-    problem = pointer_problem(path)
-    if problem:
-        raise ValueError(f"{path} {problem}")
+    if pointer := pointer_problem(path):
+        raise ValueError(f"{path} {pointer}")
     try:
         content = read(path)
     except Exception as error:
