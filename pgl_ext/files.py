@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +24,10 @@ except ImportError:  # Windows
 
 __all__ = [
     "claim_folder",
+    "pointer_problem",
     "read_csv",
     "read_json",
+    "visible_files",
     "write_atomically",
     "write_csv",
     "write_json",
@@ -39,6 +41,33 @@ _GRID_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
     "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+
+
+def visible_files(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each folder in and below ``root`` once, links followed: its path, its folders and its files but hidden ones."""
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        # Links may form a loop.
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, folders, sorted(name for name in names if not name.startswith("."))
+
+
+def pointer_problem(path: str | os.PathLike) -> str:
+    """What is wrong with a file that only stands for its content, as Git LFS and git-annex leave it; else empty."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200)
+    except OSError:
+        return ""
+    for tool, mark, command in (("Git LFS", b"git-lfs", "git lfs pull"), ("git-annex", b"/annex/", "git annex get")):
+        if mark in start and len(start) < 200:
+            return f"is a pointer of {tool}, not the file itself: fetch it with `{command}`."
+    return ""
 
 
 def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -> None:
@@ -164,9 +193,9 @@ def write_nifti(voxels: np.ndarray, affine: np.ndarray, path: Path, header: nib.
         voxels: (X, Y, Z), or with channels (X, Y, Z, C).
         affine: voxel index to mm (RAS+), (4, 4).
         path: ending in ``.nii.gz``; its folder is made if missing.
-        header: of the NIfTI scan that the voxels lie on, whose qform and sform are copied.
+        header: of the NIfTI scan that the voxels lie on, whose qform, sform and units are copied instead.
     """
-    image = nib.Nifti1Image(voxels, affine)
+    image = nib.Nifti1Image(voxels, affine if header is None else header.get_best_affine())
     image.header.set_xyzt_units("mm")
     if header is None:
         image.set_qform(affine, code=1)

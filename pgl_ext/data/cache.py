@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from pgl_ext.data.cache_file import CachedVolume, CacheReadError, cache_file_content
 from pgl_ext.data.datalist import item_name
-from pgl_ext.errors import transform_error
-from pgl_ext.files import write_atomically
+from pgl_ext.errors import few, transform_error
+from pgl_ext.files import visible_files, write_atomically, write_text
 from pgl_ext.transforms.checks import BadVolumeError, check_volume
 
 __all__ = ["VolumeCache", "can_be_sent"]
@@ -33,6 +33,7 @@ __all__ = ["VolumeCache", "can_be_sent"]
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 2
+_REMARKS = "remarks"
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _ABANDONED_AFTER = 24 * 3600  # seconds; no volume takes that long to write
 _ABOUT_THE_FILE = (BadVolumeError, FileNotFoundError)
@@ -158,7 +159,7 @@ class VolumeCache:
         """
         self._listed = self._list()
         bad: dict[str, str] = {}
-        missing = []
+        missing, warnings = [], []
         for item in items:
             name = item_name(item)
             try:
@@ -173,6 +174,10 @@ class VolumeCache:
             else:
                 if self._paths[name].name not in self._listed.get(self._stem(item), ()):
                     missing.append(dict(item))
+                elif (remark := self._paths[name].with_suffix(".txt")).name in self._listed[_REMARKS]:
+                    warnings.append(remark.read_text(encoding="utf-8"))
+        if warnings:
+            logger.warning("%s", few(warnings, separator="\n"))
         progress = tqdm(
             self._prepare_missing(missing),
             desc="Preparing volumes",
@@ -226,8 +231,10 @@ class VolumeCache:
         """Preprocess an item, write its file, remove its outdated ones, and return the path."""
         # Named before reading, so that a source that changes meanwhile is read again next time.
         path = self.path(item)
-        frame = self._compressed(item)
+        frame, remark = self._compressed(item)
         try:
+            if remark:
+                write_text(path.with_suffix(".txt"), remark)
             write_atomically(lambda file: file.write(frame), path)
         except OSError as error:
             raise OSError(
@@ -238,16 +245,18 @@ class VolumeCache:
         stem = self._stem(item)
         for outdated in self._listed.get(stem, set()) - {path.name}:
             (self.cache_dir / outdated).unlink(missing_ok=True)
+            (self.cache_dir / outdated).with_suffix(".txt").unlink(missing_ok=True)
         self._listed[stem] = {path.name}
         return path
 
-    def _compressed(self, item: Mapping) -> bytes:
+    def _compressed(self, item: Mapping) -> tuple[bytes, str]:
+        """The content of an item's file, and what is to be said of it at every start."""
         image = self._preprocessed(item)
         name = item_name(item)
         if image.ndim != 4:
             raise ValueError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
         # The channels behind the image hold label values, which may well be constant.
-        check_volume(image[:1] if "label" in item else image, name)
+        check_volume(image[:1] if "label" in item else image, f"{name}, after preprocessing (hu_window, spacing),")
         voxels = np.asarray(image)
         largest = max(abs(voxels.min()), abs(voxels.max()))
         if largest > _FLOAT16_MAX:
@@ -255,7 +264,8 @@ class VolumeCache:
                 f"{name} has values up to {largest:g} after preprocessing, too large for float16: clip or normalise "
                 "the intensities"
             )
-        return cache_file_content(voxels, np.asarray(getattr(image, "affine", np.eye(4))), name)
+        content = cache_file_content(voxels, np.asarray(getattr(image, "affine", np.eye(4))), name)
+        return content, getattr(image, "meta", {}).get("warning", "")
 
     def _preprocessed(self, item: Mapping) -> np.ndarray | torch.Tensor:
         try:
@@ -277,6 +287,8 @@ class VolumeCache:
                         os.unlink(entry)
             elif entry.name.endswith(".b2nd"):
                 listed[entry.name.rpartition("-")[0]].add(entry.name)
+            elif entry.name.endswith(".txt"):
+                listed[_REMARKS].add(entry.name)
         return listed
 
 
@@ -286,7 +298,7 @@ def _source_paths(item: Mapping) -> list[str]:
 
 def _source(item: Mapping) -> tuple[str, ...]:
     image, *label = map(os.path.abspath, _source_paths(item))
-    return image, str(item.get("series_uid") or ""), *label
+    return image, str(item.get("series_uid") or ""), *label, *filter(None, [item.get("orientation")])
 
 
 def _source_digest(item: Mapping) -> str:
@@ -296,13 +308,13 @@ def _source_digest(item: Mapping) -> str:
 def _source_state(path: str) -> list[tuple[str, int, int]]:
     """Name, size and time of change of every file a volume may be read from.
 
-    For a folder these are all its visible files, since telling which belong to a series means opening them. For
-    a header with the voxels in a file of their own (.mhd, .nhdr) that one too, or where it names several, all files
+    For a folder these are all visible files in and below it, since telling which belong to a series means opening them.
+    For a header with the voxels in a file of their own (.mhd, .nhdr) that one too, or where it names several, all files
     with the header's stem.
     """
     files: list[os.DirEntry | Path] = [Path(path)]
     if os.path.isdir(path):
-        files = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+        files = [Path(folder) / name for folder, _, names in visible_files(path) for name in names]
     elif path.lower().endswith((".mhd", ".nhdr")) and os.path.isfile(path):
         beside = Path(path).with_name(_voxel_file(path))
         stem = Path(path).stem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +14,21 @@ from monai.utils import ensure_tuple
 
 from pgl_ext.errors import few
 from pgl_ext.files import read_json
-from pgl_ext.transforms.formats import SUPPORTED, SUPPORTED_SUFFIXES, file_suffix, is_dicom_file
+from pgl_ext.transforms.formats import (
+    READING_FIELDS,
+    SUPPORTED,
+    SUPPORTED_SUFFIXES,
+    file_suffix,
+    has_known_suffix,
+    is_dicom_file,
+)
 
 __all__ = ["SOURCE_FIELDS", "item_name", "labelled_items", "load_datalist", "named_items", "source_names"]
 
 SOURCE_FIELDS = ("task", "group")
 """Fields of an item that say where it is from: its data set, and what this is merged into ("abdomen CT")."""
 
-_KEPT_KEYS = ("image", "series_uid", *SOURCE_FIELDS)
+_KEPT_KEYS = ("image", *READING_FIELDS, *SOURCE_FIELDS)
 
 
 def item_name(item: Mapping) -> str:
@@ -39,14 +47,16 @@ def load_datalist(
 
     Args:
         data_list_file_path: JSON file, or several, that map ``key`` to a list of paths, or of dicts with ``"image"``.
-            The file's ``"task"`` (or ``"name"``) and ``"group"`` (by default its task) are those of entries without.
+            The file's ``"task"`` (or ``"name"``), ``"group"`` (by default its task) and ``"orientation"`` are those of
+            entries without. Where nnU-Net 1 leaves out the ``_0000`` of an image, or 2 lists its cases under
+            ``"dataset"``, these are found.
         dataset_dir: folder that relative paths start from; by default the folder of each JSON file.
         key: which list of the file to take.
         keep: further fields of the entries to keep, as they are, but a path as ``"label"`` absolute.
 
     Returns:
-        Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"task"``, ``"group"`` and
-        the fields ``keep`` where given. All other fields are dropped.
+        Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"orientation"``, ``"task"``,
+        ``"group"`` and the fields ``keep`` where given. All other fields are dropped.
 
     Raises:
         ValueError: a file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an unsupported
@@ -66,7 +76,7 @@ def load_datalist(
 def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterable[str]) -> list[dict]:
     content = _read_content(path, key)
     task = content.get("task", content.get("name"))
-    sources = {"task": task, "group": content.get("group", task)}
+    sources = {"task": task, "group": content.get("group", task), "orientation": content.get("orientation")}
     sources = {field: value for field, value in sources.items() if value is not None}
     kept = (*_KEPT_KEYS, *keep)
     items = [{**sources, **_to_item(entry, index, dataset_dir, path, kept)} for index, entry in enumerate(content[key])]
@@ -89,6 +99,11 @@ def _read_content(path: Path, key: str) -> dict:
     if not path.is_file():
         raise ValueError(f"Data list {path} does not exist or is not a file: give the path of a JSON data list.")
     content = read_json(path, "Data list", f"give one with a list {key!r}")
+    cases = content.get("dataset")
+    if isinstance(cases, dict) and all(isinstance(case, dict) and "images" in case for case in cases.values()):
+        images = (case["images"] for case in cases.values())
+        paths = (image[0] if isinstance(image, list) and len(image) == 1 else image for image in images)
+        content["training"] = [{**case, "image": image} for case, image in zip(cases.values(), paths, strict=True)]
     lists = [name for name, value in content.items() if isinstance(value, list) and value]
     if key not in lists:
         raise ValueError(f"Data list {path} has no entries under the key {key!r}; keys with entries: {lists}.")
@@ -96,9 +111,38 @@ def _read_content(path: Path, key: str) -> dict:
 
 
 def listed_path(path: str, data_list_file_path: PathLike, dataset_dir: PathLike | None = None) -> str:
-    """The absolute path that a data list means by ``path``: relative ones start from ``dataset_dir``, or the list."""
+    """The absolute path that a data list means by ``path``: relative ones start from ``dataset_dir``, or the list.
+
+    Backslashes, as lists written on Windows have them, separate folders too, where no file has them in its name.
+
+    Raises:
+        ValueError: it is an absolute path of Windows, elsewhere.
+    """
     base = os.path.abspath(Path(data_list_file_path).parent if dataset_dir is None else dataset_dir)
-    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+    absolute = os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+    if os.name == "nt" or os.path.exists(absolute):
+        return absolute
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", path):
+        raise ValueError(
+            f"Data list {data_list_file_path} names {path}, which is a path of Windows: give paths that start from the "
+            "list, or from dataset_dir."
+        )
+    return listed_path(path.replace("\\", "/"), data_list_file_path, dataset_dir) if "\\" in path else absolute
+
+
+def _first_channel(path: str) -> str:
+    """The file of an image that nnU-Net 1 lists without the number of its channel.
+
+    Raises:
+        ValueError: it has several channels.
+    """
+    suffix = file_suffix(path)
+    first, second = (f"{path.removesuffix(suffix)}_000{channel}{suffix}" for channel in (0, 1))
+    if os.path.exists(path) or not os.path.exists(first):
+        return path
+    if os.path.exists(second):
+        raise ValueError(f"{path} has several channels, such as {second}, which are not supported: list one of them.")
+    return first
 
 
 def _to_item(entry: object, index: int, dataset_dir: PathLike | None, path: Path, kept: Iterable[str]) -> dict:
@@ -106,22 +150,16 @@ def _to_item(entry: object, index: int, dataset_dir: PathLike | None, path: Path
     if not isinstance(entry, dict) or not _is_path(entry.get("image")):
         raise ValueError(
             f"Entry {index} of data list {path} has no single 'image' path: {entry!r}. Each entry must be a path or an "
-            "object with one path under 'image'."
+            "object with one path under 'image'; several channels are not supported."
         )
     item = {name: entry[name] for name in kept if name in entry}
     paths = [name for name in ("image", "label") if _is_path(item.get(name))]
-    return item | {name: listed_path(item[name], path, dataset_dir) for name in paths}
+    item |= {name: listed_path(item[name], path, dataset_dir) for name in paths}
+    return item | {"image": _first_channel(item["image"])}
 
 
 def _is_path(value: object) -> bool:
     return isinstance(value, str) and value != ""
-
-
-def has_known_suffix(path: str) -> bool:
-    """Whether a file's name ends in a suffix that says what the file is."""
-    # DICOM files are often named by their UID alone, whose last part then looks like a suffix.
-    suffix = file_suffix(path)
-    return bool(suffix) and not suffix[1:].isdigit()
 
 
 def _is_supported(path: str) -> bool:
@@ -177,7 +215,7 @@ def labelled_items(
     cases, problems = [], []
     kept = ("label", "patient", "annotated", annotated_key)
     for item in load_datalist(data_list_file_path, dataset_dir, key, keep=kept):
-        case = {name: item[name] for name in ("image", "series_uid", "label", "patient") if name in item}
+        case = {name: item[name] for name in ("image", *READING_FIELDS, "label", "patient") if name in item}
         if not _is_path(case.get("label")):
             problems.append(f"{item_name(item)} has no single 'label' path, but {case.get('label')!r}")
         if annotated_key:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from monai.config import PathLike
 
-from pgl_ext.data.datalist import has_known_suffix, item_name, load_datalist, named_items, without_suffix
-from pgl_ext.transforms.formats import (
-    DICOM_SUFFIXES,
-    ITK_SUFFIXES,
-    NIFTI_SUFFIXES,
-    SUPPORTED,
-    dicom_header,
-    file_suffix,
-    is_dicom_file,
-)
-from pgl_ext.transforms.load import series_files
+from pgl_ext.data.datalist import item_name, load_datalist, named_items, without_suffix
+from pgl_ext.files import visible_files
+from pgl_ext.transforms.dicom import may_be_dicom, scan_header
+from pgl_ext.transforms.formats import ITK_SUFFIXES, NIFTI_SUFFIXES, SUPPORTED, file_suffix, is_dicom_file
 
 __all__ = ["find_cases", "find_scans", "find_volumes"]
 
@@ -42,7 +35,7 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
 
     Returns:
         Items ordered by path: the absolute path ``"image"`` of a file, or of a folder with the ``"series_uid"`` of each
-        DICOM series in it.
+        DICOM series in it; of a series in several folders the folder that they lie in.
 
     Raises:
         ValueError: the folder is missing, is a file, or holds no volume.
@@ -55,13 +48,15 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
         raise ValueError(f"Dataset folder {root} {problem}. {remedy}")
     items: list[dict] = []
     left_out = 0
+    dicom: list[str] = []
     for folder, names, is_label_folder in _walk_folders(root):
         volumes = [n for n in names if file_suffix(n) in _FILE_SUFFIXES]
         labels = [n for n in volumes if is_label_folder or n.lower().endswith(".seg.nrrd")]
         left_out += len(labels)
         items += [{"image": os.path.join(folder, n)} for n in volumes if n not in labels]
         if not is_label_folder:
-            items += [{"image": folder, "series_uid": uid} for uid in _dicom_series(folder, names)]
+            dicom += filter(may_be_dicom, (os.path.join(folder, n) for n in names))
+    items += _series_items(dicom)
     if left_out:
         logger.info("%s: left out %d label files.", root, left_out)
     if not items:
@@ -72,48 +67,32 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
 def _walk_folders(root: str) -> Iterator[tuple[str, list[str], bool]]:
     """Each folder below ``root`` once: its path, its visible files, and whether it lies in a label folder."""
     label_roots: set[str] = set()
-    visited: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        # Links may form a loop.
-        real = os.path.realpath(folder)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+    for folder, folders, names in visible_files(root):
         siblings = {f.lower() for f in folders}
         inside = folder in label_roots
         label_roots.update(
             os.path.join(folder, f) for f in folders if inside or _LABEL_FOLDERS.get(f.lower()) in siblings
         )
-        yield folder, sorted(n for n in names if not n.startswith(".")), inside
+        yield folder, names, inside
 
 
-def _dicom_series(folder: str, names: Sequence[str]) -> list[str]:
-    """UIDs of the DICOM series in ``folder`` that make up a volume."""
-    paths = [os.path.join(folder, n) for n in names]
-    paths = [p for p in paths if file_suffix(p) in DICOM_SUFFIXES or (not has_known_suffix(p) and is_dicom_file(p))]
-    slices: Counter[str] = Counter()
+def _series_items(paths: Iterable[str]) -> list[dict]:
+    """An item for each DICOM series of more than one slice, with the folder that all of it lies in or below."""
+    slices: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for path in paths:
-        uid, count = _series_and_slices(path)
-        slices[uid] += count
-    del slices[""]
-    single = {uid for uid, count in slices.items() if count < 2}
-    if single:
-        logger.info("%s: left out %d DICOM series of a single slice.", folder, len(single))
-    return sorted(slices.keys() - single)
-
-
-def _series_and_slices(path: str) -> tuple[str, int]:
-    """SeriesInstanceUID, empty if it holds no scan, and number of slices of one DICOM file."""
-    try:
-        header = dicom_header(path, ["SeriesInstanceUID", "Modality", "Rows", "NumberOfFrames"])
-    except OSError as error:
-        logger.warning("%s is not a readable DICOM file and is left out: %s", path, error)
-        return "", 0
-    is_scan = "Rows" in header and header.get("Modality") not in ("SEG", "RTDOSE")
-    uid = str(header.get("SeriesInstanceUID", "")) if is_scan else ""
-    return uid, int(header.get("NumberOfFrames") or 1)
+        try:
+            header = scan_header(path)
+        except OSError as error:
+            logger.warning("%s is not a readable DICOM file and is left out: %s", path, error)
+            continue
+        if header is not None:
+            # Where names were taken out badly, two patients' series may have one UID.
+            uids = (str(header.get(tag, "")) for tag in ("SeriesInstanceUID", "StudyInstanceUID", "PatientID"))
+            slices[tuple(uids)][os.path.dirname(path)] += int(header.get("NumberOfFrames") or 1)
+    several = {uids: folders for uids, folders in slices.items() if folders.total() > 1}
+    if len(several) < len(slices):
+        logger.info("Left out %d DICOM series of a single slice.", len(slices) - len(several))
+    return [{"image": os.path.commonpath(folders), "series_uid": uid} for (uid, *_), folders in several.items()]
 
 
 def find_cases(dataset_dir: PathLike) -> list[dict]:
@@ -216,7 +195,7 @@ def find_scans(
 def _whole_series(path: str) -> dict:
     """The series that a DICOM file is a slice of; other files stand for themselves."""
     folder = os.path.dirname(path)
-    uid, slices = _series_and_slices(path) if is_dicom_file(path) else ("", 0)
-    if uid and slices == 1 and len(series_files(folder, uid)) > 1:
-        return {"image": folder, "series_uid": uid}
+    header = scan_header(path) if is_dicom_file(path) else None
+    if header is not None and int(header.get("NumberOfFrames") or 1) == 1:
+        return {"image": folder, "series_uid": str(header.SeriesInstanceUID)}
     return {"image": path}

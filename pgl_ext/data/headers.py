@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -12,8 +11,7 @@ import numpy as np
 from monai.data.utils import affine_to_spacing
 
 from pgl_ext.transforms.checks import BadVolumeError
-from pgl_ext.transforms.formats import NIFTI_SUFFIXES, file_suffix
-from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.transforms.load import read_grid
 
 __all__ = ["Header", "read_header", "read_headers"]
 
@@ -31,24 +29,16 @@ class Header(NamedTuple):
 
 
 def read_header(item: Mapping[str, Any]) -> Header:
-    """The header of one scan; scans of other formats than NIfTI are loaded for it.
+    """The header of one scan, see :func:`~pgl_ext.transforms.load.read_grid`.
 
     Args:
-        item: with ``"image"``, and ``"series_uid"`` of a DICOM series.
+        item: with ``"image"``, and what else :class:`~pgl_ext.transforms.LoadVolumed` reads it by.
 
     Raises:
         BadVolumeError, FileNotFoundError: the scan cannot be read.
     """
-    path = str(item["image"])
-    if os.path.isfile(path) and file_suffix(path) in NIFTI_SUFFIXES:
-        try:
-            image = nib.load(path)
-        except Exception as error:  # what damaged files make of the reader has no bounds
-            raise BadVolumeError(f"Cannot read the header of {path}: {error}. Restore or remove the file.") from error
-        shape, affine = image.shape[:3], image.affine
-    else:
-        volume = LoadVolumed("image")(item)["image"]
-        shape, affine = volume.shape[1:], volume.affine.numpy()
+    path, (shape, affine) = item["image"], read_grid(item)
+    shape = shape[:3]
     axes = nib.orientations.io_orientation(affine)[:, 0]
     if len(shape) < 3 or np.isnan(axes).any():
         raise BadVolumeError(f"{path} has the shape {tuple(shape)} or no axes: give scans of three dimensions.")

@@ -179,7 +179,8 @@ def _has_lists(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     try:
-        return any(isinstance(value, list) and value for value in read_json(path).values())
+        content = read_json(path)
+        return "dataset" in content or any(isinstance(value, list) and value for value in content.values())
     except ValueError:
         return True  # Reading the list says what is wrong with it.
 

@@ -13,8 +13,9 @@ from monai.config import PathLike
 
 from pgl_ext.data.datalist import item_name
 from pgl_ext.errors import few
-from pgl_ext.files import read_json
-from pgl_ext.transforms.formats import dicom_header, is_dicom_file
+from pgl_ext.files import read_json, visible_files
+from pgl_ext.transforms.dicom import scan_header
+from pgl_ext.transforms.formats import is_dicom_file
 
 __all__ = ["patient_of", "patients_text", "scan_digests", "seen_scans", "seen_text"]
 
@@ -80,18 +81,19 @@ def patient_of(item: Mapping[str, Any]) -> str:
     if item.get("patient") not in (None, ""):
         return str(item["patient"])
     path = str(item["image"])
-    files = (os.path.join(path, name) for name in sorted(os.listdir(path))) if os.path.isdir(path) else [path]
+    files = [os.path.join(folder, name) for folder, _, names in visible_files(path) for name in names] or [path]
     wanted = item.get("series_uid")
     for file in filter(is_dicom_file, files):
-        header = dicom_header(file, ["SeriesInstanceUID", "PatientID"])
-        if not wanted or header.get("SeriesInstanceUID") == wanted:
+        header = scan_header(file, ["PatientID"])
+        if header is not None and wanted in (None, "", header.SeriesInstanceUID):
             return str(header.get("PatientID", "")).strip()
     return ""
 
 
 def _digest(path: PathLike) -> str:
     """Of a file, or of the files of a DICOM series' folder; of what is missing, that of nothing."""
-    files = sorted(file for file in Path(path).iterdir() if file.is_file()) if os.path.isdir(path) else [Path(path)]
+    folders = visible_files(str(path)) if os.path.isdir(path) else []
+    files = [Path(folder, name) for folder, _, names in folders for name in names] or [Path(path)]
     content = hashlib.sha256()
     for file in files:
         if file.is_file():

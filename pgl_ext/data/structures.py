@@ -100,7 +100,7 @@ def found_structures(cases: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]
     """
     values: set[float] = set()
     for case in cases:
-        values |= set(np.unique(LoadVolumed("label")({"label": case["label"]})["label"].numpy()).tolist())
+        values |= set(np.unique(LoadVolumed("label")(dict(case))["label"].numpy()).tolist())
     odd = [value for value in values if value < 0 or value != int(value)]
     if odd or not values - {0}:
         raise ValueError(

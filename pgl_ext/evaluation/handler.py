@@ -152,6 +152,7 @@ class EvaluationReport:
         for title, name in notable_cases(dice).items():
             case = self.by_name[name]
             files = {"reference": case["label"], "prediction": self._prediction_path(name)}
-            maps = LoadVolumed(list(files))(files)
+            loaded = LoadVolumed(list(files))({**case, **files})
+            maps = {column: loaded[column] for column in files}
             heading = f"{title}: {name}, mean Dice {dice[name]:.3f}"
             draw_case(case, maps, self.task, self.folder / "overlays" / f"{title}.png", heading)

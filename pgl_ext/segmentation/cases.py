@@ -32,7 +32,7 @@ def draw_case(
     """Draw the organs over a scan in the intensities of its file, in RAS order and thinned to what a picture shows.
 
     Args:
-        item: ``"image"``, the scan's file, and of a DICOM series ``"series_uid"``.
+        item: ``"image"``, the scan's file, and what else it is read by.
         maps: by title of the column, such as "reference" and "prediction": on the grid of the file a label map
             (1, X, Y, Z) with the task's label values, or masks of the organs, bool (organs, X, Y, Z).
         task: the organs.

@@ -22,7 +22,7 @@ from pgl_ext.segmentation.cases import draw_case, segmented_items
 from pgl_ext.segmentation.dicom_seg import require_highdicom, write_dicom_seg
 from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
-from pgl_ext.transforms.formats import NIFTI_SUFFIXES, file_suffix, is_dicom_file
+from pgl_ext.transforms.formats import NIFTI_SUFFIXES, READING_FIELDS, file_suffix, is_dicom_file
 from pgl_ext.transforms.load import series_files
 
 __all__ = ["SaveSegmentations", "scans_to_segment"]
@@ -116,7 +116,7 @@ class SaveSegmentations:
 
         Its data are ``name``; ``image``, the preprocessed scan, whose meta names its file; on the grid of the file
         ``pred``, the label map (1, X, Y, Z), and ``organs``, the masks (organs, X, Y, Z); and optionally
-        ``pred_probabilities``, ``pred_uncertainty`` (channels, X, Y, Z) and ``series_uid``.
+        ``pred_probabilities``, ``pred_uncertainty`` (channels, X, Y, Z) and what else the scan was read by.
         """
         name, path = data["name"], str(data["image"].meta["filename_or_obj"])
         *nifti, dicom, overlay = outputs = [self.output_dir / f"{name}{suffix}" for suffix in _OUTPUTS]
@@ -134,8 +134,13 @@ class SaveSegmentations:
         if self.dicom_seg and _is_dicom(path):
             self._write_dicom(dicom, masks, path, data.get("series_uid", ""))
         if self.overlays:
-            item = {"image": path, "series_uid": data.get("series_uid")}
-            draw_case(item, {"segmentation": data["organs"]}, self.task, overlay, name)
+            draw_case(
+                {"image": path, **{field: data.get(field) for field in READING_FIELDS}},
+                {"segmentation": data["organs"]},
+                self.task,
+                overlay,
+                name,
+            )
         logger.info("%s: segmented, %s", path, nifti[0])
 
     def _add_volumes(self, name: str, masks: np.ndarray, affine: np.ndarray) -> None:

@@ -151,7 +151,9 @@ def _draw(evaluation: Path, case: str, predictions: Mapping[str, Path]) -> str |
     files = {"reference": item["label"], **predictions}
     with TemporaryDirectory() as folder:
         picture = Path(folder) / "case.png"
-        draw_case(item, LoadVolumed(list(files))(files), SegmentationTask(**summary["task"]), picture, case)
+        loaded = LoadVolumed(list(files))({**item, **files})
+        maps = {column: loaded[column] for column in files}
+        draw_case(item, maps, SegmentationTask(**summary["task"]), picture, case)
         return _picture(picture)
 
 

@@ -16,7 +16,7 @@ from nibabel.orientations import aff2axcodes
 from pgl_ext.errors import few
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_volume"]
+__all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_affine", "check_volume"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
     """
     affine = getattr(image, "affine", None)
     if affine is not None:
-        _check_affine(np.asarray(affine, dtype=np.float64), source)
+        check_affine(np.asarray(affine, dtype=np.float64), source)
     voxels = np.asarray(image)
     if voxels.size == 0:
         raise BadVolumeError(f"{source} is empty: shape {voxels.shape}")
@@ -78,7 +78,8 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
         raise BadVolumeError(f"{source} is constant: all {voxels.size} voxels are {low:g}")
 
 
-def _check_affine(affine: np.ndarray, source: str) -> None:
+def check_affine(affine: np.ndarray, source: str) -> None:
+    """Raise where an affine (4, 4), voxel index to mm, is singular, not finite, or of zero spacing."""
     if not np.isfinite(affine).all():
         raise BadVolumeError(f"{source} has an affine that is not finite: {affine.tolist()}")
     spacing = np.linalg.norm(affine[:-1, :-1], axis=0)
@@ -108,12 +109,15 @@ class CheckVolumed(MapTransform):
             check_volume(data[key], source)
             values = _label_values(np.asarray(data[key]))
             if values is not None:
-                logger.warning(
-                    "%s looks like a label map, but is taken for a scan: its voxels have only %d different values, all "
-                    "whole numbers. Keep label maps out of the folder, or list the scans with --data_list_file_path.",
-                    source,
-                    values.size,
+                warning = (
+                    f"{source} looks like a label map, but is taken for a scan: its voxels have only {values.size} "
+                    "different values, all whole numbers. Keep label maps out of the folder, or list the scans with "
+                    "--data_list_file_path."
                 )
+                logger.warning("%s", warning)
+                if isinstance(data[key], MetaTensor):
+                    # For whoever keeps the volume, to say it again.
+                    data[key].meta["warning"] = warning
         return dict(data)
 
 
@@ -194,7 +198,7 @@ class CheckLabeld(MapTransform):
 def _on_grid_of(label: MetaTensor, image: MetaTensor) -> MetaTensor:
     """The label map with the image's affine, its voxel axes turned as the image's are."""
     name, image_name = _name(label), _name(image)
-    _check_affine(label.affine.numpy(), name)
+    check_affine(label.affine.numpy(), name)
     axes = aff2axcodes(image.affine.numpy())
     if aff2axcodes(label.affine.numpy()) != axes:
         label = Orientation(axcodes="".join(axes), labels=None)(label)

@@ -73,6 +73,9 @@ def preprocessing(
 
     Returns:
         the steps with their digest.
+
+    Raises:
+        ValueError: the window is empty.
     """
     image, *labels = ensure_tuple(keys)
     placed = [image] if labels_on_file_grid else [image, *labels]
@@ -82,6 +85,8 @@ def preprocessing(
         steps.append(VolumeSpacingd(placed, pixdim=spacing, mode=modes))
     if hu_window is not None:
         low, high = hu_window
+        if not low < high:
+            raise ValueError(f"hu_window is {[low, high]}: give the lower value first.")
         steps.append(ScaleIntensityRanged(image, a_min=low, a_max=high, b_min=low, b_max=high, clip=True))
     steps += [NormalizeIntensityd(image), *extra]
     arguments = {

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from monai.config import PathLike
 
-from pgl_ext.files import write_atomically, write_text
+from pgl_ext.files import pointer_problem, write_atomically, write_text
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.weights.records import EncoderRecord, ModelRecord
 
@@ -90,6 +90,8 @@ def load_state(path: PathLike) -> dict:
         read = _safetensors().load_file
     else:
         read = partial(torch.load, map_location="cpu", weights_only=True)
+    if pointer := pointer_problem(path):
+        raise ValueError(f"{path} {pointer}")
     try:
         _check_sums(path)
         content = read(path)

@@ -194,7 +194,13 @@ def _first_names(network: FeatureNetwork, state: Mapping[str, torch.Tensor]) -> 
 def _load(path: PathLike, kind: str, remedy: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind} {Path(path).absolute()} does not exist: give {remedy}.")
-    return load_state(path)
+    state = load_state(path)
+    if isinstance(state.get("network"), Mapping):
+        raise ValueError(
+            f"{path} is a checkpoint, which holds all of a training, not weights alone: give {remedy}, or what 'pgl "
+            f"export {path} OUT' writes of a checkpoint of pre-training."
+        )
+    return state
 
 
 def _without_shortcut_bias(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict:

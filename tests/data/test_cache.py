@@ -465,6 +465,24 @@ def bad_items(folder: Path) -> dict[str, str]:
     return reasons
 
 
+def test_what_looks_like_a_label_map_is_said_at_every_start(tmp_path, caplog):
+    masks = np.random.default_rng(0).integers(0, 2, (2, 12, 12, 12))
+    items = [save(tmp_path / f"{n}.nii", mask) for n, mask in enumerate(masks)] + [save(tmp_path / "scan.nii")]
+    for _ in range(3):
+        caplog.clear()
+        cache = VolumeCache(tmp_path / "cache", transforms.preprocessing("image", hu_window=(-1024, 325)))
+        assert cache.prepare(items) == {}
+        for item in items:
+            assert (f"{item['image']} looks like a label map" in caplog.text) == ("scan" not in item["image"])
+
+
+@pytest.mark.parametrize("settings", [{"spacing": (500, 500, 500)}, {"hu_window": (5000, 6000)}])
+def test_what_settings_make_of_a_good_volume_is_not_laid_on_the_file(tmp_path, settings):
+    item = save(tmp_path / "scan.nii")
+    bad = VolumeCache(tmp_path / "cache", transforms.preprocessing("image", **settings)).prepare([item])
+    assert "scan.nii, after preprocessing (hu_window, spacing), is constant" in bad[item["image"]]
+
+
 def test_all_bad_volumes_are_found_and_listed_at_once(tmp_path, caplog):
     reasons = bad_items(tmp_path)
     items = [save(tmp_path / "good.nii"), *({"image": path} for path in reasons), save(tmp_path / "better.nii")]

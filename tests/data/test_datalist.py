@@ -1,10 +1,12 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 from made_files import touch, write_list
 
 from pgl_ext.data.datalist import labelled_items, listed_path, load_datalist, source_names, unique_names
+from pgl_ext.data.find import find_scans
 
 
 def data_list(folder: Path, content: object) -> Path:
@@ -163,6 +165,65 @@ class TestSourceNames:
 def test_listed_path(monkeypatch, path, dataset_dir, expected):
     monkeypatch.setenv("HOME", "/home/me")
     assert listed_path(path, "/lists/list.json", dataset_dir) == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="is how paths are there")
+class TestPathsWrittenOnWindows:
+    def test_backslashes_separate_folders(self, tmp_path):
+        touch(tmp_path, "images/a.nii", "labels/a.nii", "images/b\\c.nii")
+        entries = [{"image": ".\\images\\a.nii", "label": "labels\\a.nii"}, "images/b\\c.nii"]
+        items = load_datalist(data_list(tmp_path, {"training": entries}), keep=["label"])
+        assert items[0] == {"image": str(tmp_path / "images/a.nii"), "label": str(tmp_path / "labels/a.nii")}
+        assert items[1] == {"image": str(tmp_path / "images/b\\c.nii")}
+
+    @pytest.mark.parametrize("path", ["C:\\data\\a.nii", "d:/data/a.nii", "\\\\server\\share\\a.nii"])
+    def test_drives_and_shares_are_not_here(self, tmp_path, path):
+        touch(tmp_path, "b.nii")
+        with pytest.raises(ValueError, match=r"dataset\.json names .*a path of Windows: give paths that start"):
+            load_datalist(data_list(tmp_path, {"training": ["b.nii", path]}))
+
+
+class TestListsOfNNUNet:
+    def test_version_1_leaves_out_the_channel(self, tmp_path):
+        touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/b.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/a.nii.gz")
+        entries = [{"image": f"./imagesTr/{name}.nii.gz", "label": "./labelsTr/a.nii.gz"} for name in "ab"]
+        cases = labelled_items(data_list(tmp_path, {"training": entries}))
+        assert [os.path.basename(case["image"]) for case in cases] == ["a_0000.nii.gz", "b.nii.gz"]
+        assert cases[0]["label"] == str(tmp_path / "labelsTr/a.nii.gz")
+
+    def test_version_2_may_list_its_cases(self, tmp_path):
+        touch(tmp_path, "a_0000.nii.gz", "labels/a.nii.gz")
+        content = {
+            "labels": {"background": 0},
+            "dataset": {"a": {"images": ["a_0000.nii.gz"], "label": "labels/a.nii.gz"}},
+        }
+        (case,) = labelled_items(data_list(tmp_path, content))
+        assert case == {"image": str(tmp_path / "a_0000.nii.gz"), "label": str(tmp_path / "labels/a.nii.gz")}
+
+    @pytest.mark.parametrize(
+        "content",
+        [{"training": ["a.nii"]}, {"dataset": {"a": {"images": ["a_0000.nii", "a_0001.nii"], "label": "a.nii"}}}],
+    )
+    def test_several_channels_are_refused(self, tmp_path, content):
+        touch(tmp_path, "a_0000.nii", "a_0001.nii")
+        with pytest.raises(ValueError, match=r"several channels.* not supported"):
+            load_datalist(data_list(tmp_path, content))
+
+
+def test_the_axes_of_files_that_name_none_are_given_once_or_for_each(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii")
+    entries = [{"image": "a.nii", "label": "l.nii"}, {"image": "b.nii", "label": "l.nii", "orientation": "RAS"}]
+    path = data_list(tmp_path, {"orientation": "LAS", "training": entries})
+    assert [item["orientation"] for item in load_datalist(path)] == ["LAS", "RAS"]
+    assert [case["orientation"] for case in labelled_items(path)] == ["LAS", "RAS"]
+
+
+def test_what_is_listed_is_used_whatever_it_is_called(tmp_path):
+    names = ["ct_seg.nii.gz", ".hidden.nii", "labels/a.nii", "x.seg.nrrd", "x_probabilities.nii.gz"]
+    touch(tmp_path, *names)
+    path = data_list(tmp_path, {"test": names})
+    for items in (load_datalist(path, key="test"), find_scans(None, path, "test", passed_over=["_seg.nii.gz"])):
+        assert [item["image"] for item in items] == [str(tmp_path / name) for name in names]
 
 
 def test_a_dicom_folder_may_have_a_dot_in_its_name(tmp_path):

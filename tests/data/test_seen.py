@@ -105,7 +105,7 @@ def write_slices(folder, patient):
         header.TransferSyntaxUID, header.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
         header.MediaStorageSOPInstanceUID = generate_uid()
         data = Dataset()
-        data.file_meta, data.SeriesInstanceUID, data.PatientID = header, uid, patient
+        data.file_meta, data.SeriesInstanceUID, data.PatientID, data.Rows = header, uid, patient, 4
         data.save_as(folder / f"{uid}.{number}.dcm", enforce_file_format=True)
     return uid
 

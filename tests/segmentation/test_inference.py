@@ -212,11 +212,13 @@ def test_grid_of_a_nifti_scan(tmp_path, suffix):
     assert np.array_equal(np.asarray(found.dataobj), expected)
 
 
-def test_a_scan_without_qform_and_sform(tmp_path):
+@pytest.mark.parametrize("orientation", ["LAS", "RAS", "PSR"])
+def test_a_scan_without_qform_and_sform(tmp_path, orientation):
+    """Read by the axes that its item gives; the label map lies on it in every viewer, whatever that assumes."""
     image = nib.Nifti1Image(np.random.default_rng(0).normal(size=SHAPE).astype(np.float32), None)
     image.header.set_zooms((0.8, 0.9, 2.0))
     nib.save(image, tmp_path / "case.nii")
-    SaveSegmentations(tmp_path, TASK).save(result(tmp_path / "case.nii", masks_of()))
+    SaveSegmentations(tmp_path, TASK).save(result(tmp_path / "case.nii", masks_of(), orientation=orientation))
     found = nib.load(tmp_path / "case_seg.nii.gz")
     assert np.array_equal(found.affine, nib.load(tmp_path / "case.nii").affine)
     assert int(found.header["qform_code"]) == int(found.header["sform_code"]) == 0

@@ -232,6 +232,13 @@ def test_unreadable_file_is_named(tmp_path, name, write):
     assert str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd", "a.mha", "a.dcm"])
+def test_a_pointer_of_git_lfs(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n")
+    with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS, .*`git lfs pull`"):
+        load(tmp_path / name)
+
+
 def write_rgb_nifti(path: Path) -> None:
     colour = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
     save_nifti(path, np.zeros(SHAPE, colour))

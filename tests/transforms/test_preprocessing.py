@@ -185,6 +185,12 @@ def digest_with(step: object) -> str:
     return preprocessing("image", extra=[step]).digest
 
 
+@pytest.mark.parametrize("window", [(325, -1024), (5, 5)])
+def test_an_empty_window(window):
+    with pytest.raises(ValueError, match=r"hu_window is \[.*: give the lower value first"):
+        preprocessing("image", hu_window=window)
+
+
 ARGUMENTS = {"keys": BOTH, "spacing": (1, 1, 3), "hu_window": WINDOW, "task": TASK}
 
 

@@ -17,6 +17,7 @@ from pgl_ext.weights import (
     build_encoder,
     load_decoder,
     load_encoder,
+    load_model,
     load_state,
     save_decoder,
     save_encoder,
@@ -91,6 +92,26 @@ class TestSaveAndLoad:
     def test_no_record(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no description .*encoder\.json"):
             EncoderRecord.load(tmp_path / "encoder.pt")
+
+
+@pytest.mark.parametrize("load", [load_encoder, load_decoder, load_model])
+class TestFilesThatAreNoWeights:
+    @pytest.mark.parametrize(
+        ("content", "command"),
+        [
+            ("version https://git-lfs.github.com/spec/v1\noid sha256:0123456789\nsize 12345\n", "git lfs pull"),
+            ("/annex/objects/MD5E-s12345--0123456789.pt\n", "git annex get"),
+        ],
+    )
+    def test_a_pointer(self, network, tmp_path, load, content, command):
+        (tmp_path / "file.pt").write_text(content)
+        with pytest.raises(ValueError, match=rf"file\.pt is a pointer of .*: fetch it with `{command}`"):
+            load(network, tmp_path / "file.pt")
+
+    def test_a_checkpoint(self, network, tmp_path, load):
+        torch.save({"network": {"online.encoder.conv1.weight": torch.ones(1)}, "step": 10}, tmp_path / "file.pt")
+        with pytest.raises(ValueError, match=r"file\.pt is a checkpoint, .*'pgl export .*file\.pt OUT'"):
+            load(network, tmp_path / "file.pt")
 
 
 class TestForeignFiles:
