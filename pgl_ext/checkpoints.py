@@ -22,7 +22,7 @@ from ignite.engine import Engine, Events
 from monai.config import PathLike
 
 from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
-from pgl_ext.files import claim_folder, write_atomically, write_text
+from pgl_ext.files import claim_folder, release_folder, write_atomically, write_text
 from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
 from pgl_ext.weights.records import EncoderRecord, InputRecord, flat_entries
@@ -134,6 +134,7 @@ class CheckpointHandler:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
         engine.add_event_handler(Events.COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, lambda: release_folder(self.folder.folder.parent))
 
     def _start(self, engine: Engine) -> None:
         if threading.current_thread() is threading.main_thread():

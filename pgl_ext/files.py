@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import gzip
 import io
@@ -23,10 +24,12 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
+    "append_csv",
     "claim_folder",
     "pointer_problem",
     "read_csv",
     "read_json",
+    "release_folder",
     "visible_files",
     "write_atomically",
     "write_csv",
@@ -91,22 +94,33 @@ def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -
         temporary.unlink(missing_ok=True)
 
 
-_claimed: dict[Path, Any] = {}
+_claimed: dict[Path, tuple[Any, int]] = {}  # the locked file, and the process that has locked it
 
 
 def claim_folder(folder: str | os.PathLike) -> None:
-    """Keep other runs out of an output folder until this process ends, and remove what a dead one left half written.
+    """Keep other runs out of an output folder until :func:`release_folder` or the end of this process.
 
-    The file ``in_use`` in it is locked, which other machines see too where their storage passes locks on. Processes
+    What a dead run left half written is removed.
+
+    The file ``.in_use`` in it is locked, which other machines see too where their storage passes locks on. Processes
     that this one starts do not hold the lock, so that a run that was killed can be repeated at once.
 
     Raises:
         FileExistsError: another process has the folder.
     """
-    path = Path(os.path.abspath(folder), "in_use")
-    if path in _claimed:
+    path = Path(os.path.abspath(folder), ".in_use")
+    if path in _claimed and _claimed[path][1] == os.getpid():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    _claimed[path] = _locked(path), os.getpid()
+    atexit.register(release_folder, folder)
+    # Volumes may lie in a cache that other runs fill.
+    for left in [*path.parent.glob("tmp-*"), *path.parent.glob("*/tmp-*")]:
+        if left.suffix != ".b2nd":
+            left.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> Any:
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - until this process ends
     if fcntl is not None:
         try:
@@ -119,14 +133,22 @@ def claim_folder(folder: str | os.PathLike) -> None:
             ) from error
         except OSError:  # storage without locks
             pass
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.close()
+            return _locked(path)  # a run that ended just now has removed it
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    _claimed[path] = file
-    # Volumes may lie in a cache that other runs fill.
-    for left in [*path.parent.glob("tmp-*"), *path.parent.glob("*/tmp-*")]:
-        if left.suffix != ".b2nd":
-            left.unlink(missing_ok=True)
+    return file
+
+
+def release_folder(folder: str | os.PathLike) -> None:
+    """Let others use a folder that this process has claimed."""
+    path = Path(os.path.abspath(folder), ".in_use")
+    file, process = _claimed.pop(path, (None, None))
+    if process == os.getpid():  # and not of the process that has forked this one
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -172,11 +194,21 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Text that a spreadsheet would take for a formula gets a quote before it.
     """
+    header = io.StringIO()
+    csv.DictWriter(header, rows[0]).writeheader()
+    write_text(path, header.getvalue() + _csv_text(rows))
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a file that :func:`write_csv` has written with the same keys."""
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        file.write(_csv_text(rows))
+
+
+def _csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    write_text(path, text.getvalue())
+    csv.DictWriter(text, rows[0]).writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def _cell(value: Any) -> Any:

@@ -36,6 +36,12 @@ def test_a_folder_is_for_one_process_until_that_is_dead(tmp_path):
     process.stdin.close()
 
 
+def test_nothing_of_it_stays(tmp_path):
+    code = "import sys; from pgl_ext.files import claim_folder; claim_folder(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_dead_run_left_half_written_is_removed(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "cache").mkdir()

@@ -252,7 +252,9 @@ def unique_names(items: Sequence[Mapping]) -> list[str]:
     for index, item in enumerate(items):
         if count[names[index]] > 1:
             below = Path(os.path.relpath(without_suffix(item["image"]), root))
-            names[index] = "_".join([*below.parts, *filter(None, [item.get("series_uid")])])
+            # A list says what it likes; a name is of one file, in one folder.
+            uid = re.sub(r"[^\w.-]", "_", str(item.get("series_uid") or ""))
+            names[index] = "_".join(filter(None, [*below.parts, uid]))
     # Two formats of one scan in one folder.
     count = Counter(names)
     taken = set(names)

@@ -28,7 +28,7 @@ from pgl_ext.evaluation.summary import (
     summary_rows,
     summary_table,
 )
-from pgl_ext.files import write_csv, write_nifti, write_text
+from pgl_ext.files import claim_folder, release_folder, write_csv, write_nifti, write_text
 from pgl_ext.segmentation.cases import draw_case, segmented_items
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumesError
@@ -90,6 +90,7 @@ class EvaluationReport:
             )
         if self.loading is not None and (bad := check_items(self.cases, self.loading)):
             raise BadVolumesError(bad, len(self.cases), can_skip=False)
+        claim_folder(self.folder)
         self.rows = []
 
     def _add_all(self, engine: Engine) -> None:
@@ -144,6 +145,7 @@ class EvaluationReport:
         self._draw_overlays()
         # Last, since it says that the report is complete.
         write_csv(self.folder / "cases.csv", [{name: row[name] for name in CASE_COLUMNS} for row in self.rows])
+        release_folder(self.folder)
         logger.info("%d cases, report in %s\n%s", len(self.cases), self.folder, summary_table(summary))
 
     def _draw_overlays(self) -> None:

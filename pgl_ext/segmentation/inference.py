@@ -17,7 +17,7 @@ from monai.utils import convert_to_numpy
 from pgl_ext.data.find import find_scans
 from pgl_ext.data.prepare import check_items, resolve_bad
 from pgl_ext.errors import few
-from pgl_ext.files import read_csv, write_csv, write_nifti
+from pgl_ext.files import append_csv, claim_folder, read_csv, release_folder, write_csv, write_nifti
 from pgl_ext.segmentation.cases import draw_case, segmented_items
 from pgl_ext.segmentation.dicom_seg import require_highdicom, write_dicom_seg
 from pgl_ext.settings import parse_bool
@@ -30,6 +30,7 @@ __all__ = ["SaveSegmentations", "scans_to_segment"]
 logger = logging.getLogger(__name__)
 
 _NIFTI_OUTPUTS = ("_seg.nii.gz", "_probabilities.nii.gz", "_uncertainty.nii.gz")
+_VOLUMES = "volumes.csv"
 _OUTPUTS = (*_NIFTI_OUTPUTS, "_seg.dcm", "_overlay.png")
 
 
@@ -42,6 +43,7 @@ def scans_to_segment(
     skip_bad_files: bool = False,
     overwrite: bool = False,
     dicom_seg: bool = True,
+    resume: bool = False,
 ) -> list[dict]:
     """The scans to segment, after making sure that all can be read and that nothing is overwritten.
 
@@ -52,6 +54,7 @@ def scans_to_segment(
         skip_bad_files: leave out scans that cannot be read instead of raising.
         overwrite: whether outputs of an earlier run may be replaced.
         dicom_seg: whether DICOM SEG will be written for DICOM series.
+        resume: leave out the scans that an earlier run has finished; its last one is done again.
 
     Returns:
         Items with ``"image"``, ``"name"`` (unique, usable as a file name) and ``"series_uid"`` for a DICOM series.
@@ -62,15 +65,19 @@ def scans_to_segment(
         FileExistsError: there are outputs of these scans already.
         ImportError: a package for DICOM SEG is not installed.
     """
-    overwrite = parse_bool(overwrite, "overwrite")
+    overwrite, resume = parse_bool(overwrite, "overwrite"), parse_bool(resume, "resume")
     items = find_scans(dataset_dir, data_list_file_path, data_list_key, passed_over=_NIFTI_OUTPUTS)
     paths = [Path(output_dir) / f"{item['name']}{suffix}" for item in items for suffix in _OUTPUTS]
     present = [str(path) for path in paths if path.exists()]
-    if present and not overwrite:
+    if present and not overwrite and not resume:
         raise FileExistsError(
-            f"{few(present, 3)} exist already: give another folder with --output_dir DIR, or replace them "
-            "with --overwrite true."
+            f"{few(present, 3)} exist already: give another folder with --output_dir DIR, go on where the earlier run "
+            "was stopped with --resume true, or replace them with --overwrite true."
         )
+    table = Path(output_dir) / _VOLUMES
+    if resume and table.is_file():
+        *finished, _ = dict.fromkeys(row["case"] for row in read_csv(table)) or [None]
+        items = [item for item in items if item["name"] not in finished]
     if parse_bool(dicom_seg, "save_dicom_seg") and any(_is_dicom(item["image"]) for item in items):
         require_highdicom()
     return resolve_bad(check_items(items, loading), items, skip_bad_files, Path(output_dir) / "skipped_files.txt")
@@ -102,9 +109,12 @@ class SaveSegmentations:
         self.task = task
         self.dicom_seg = parse_bool(dicom_seg, "save_dicom_seg")
         self.overlays = parse_bool(overlays, "overlays")
+        self._volumes: dict[str, list[dict[str, str]]] | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Write after each iteration."""
+        """Write after each iteration; where another run writes to the folder now, a FileExistsError ends this one."""
+        engine.add_event_handler(Events.STARTED, lambda: claim_folder(self.output_dir))
+        engine.add_event_handler(Events.COMPLETED, lambda: release_folder(self.output_dir))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_all)
 
     def _save_all(self, engine: Engine) -> None:
@@ -130,7 +140,6 @@ class SaveSegmentations:
                 values = np.moveaxis(convert_to_numpy(data[key]), 0, -1)
                 write_nifti(values[..., 0] if values.shape[-1] == 1 else values, affine, file, header)
         masks = convert_to_numpy(data["organs"])
-        self._add_volumes(name, masks, affine)
         if self.dicom_seg and _is_dicom(path):
             self._write_dicom(dicom, masks, path, data.get("series_uid", ""))
         if self.overlays:
@@ -141,15 +150,32 @@ class SaveSegmentations:
                 overlay,
                 name,
             )
+        # Last, since it says that the scan is finished.
+        self._add_volumes(name, masks, affine)
         logger.info("%s: segmented, %s", path, nifti[0])
 
     def _add_volumes(self, name: str, masks: np.ndarray, affine: np.ndarray) -> None:
-        path = self.output_dir / "volumes.csv"
-        rows = [row for row in read_csv(path) if row["case"] != name] if path.is_file() else []
+        path = self.output_dir / _VOLUMES
+        if self._volumes is None:
+            rows = read_csv(path) if path.is_file() else []
+            self._volumes = {
+                case: [row for row in rows if row["case"] == case] for case in {r["case"]: 0 for r in rows}
+            }
+            is_new = True
+        else:
+            is_new = name in self._volumes
         voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-        for organ, mask in zip(self.task.names, masks, strict=True):
-            rows.append({"case": name, "organ": organ, "millilitres": f"{np.count_nonzero(mask) * voxel_ml:.3f}"})
-        write_csv(path, [{column: row.get(column, "") for column in rows[-1]} for row in rows])
+        volumes = [np.count_nonzero(mask) * voxel_ml for mask in masks]
+        added = [
+            {"case": name, "organ": organ, "millilitres": f"{volume:.3f}"}
+            for organ, volume in zip(self.task.names, volumes, strict=True)
+        ]
+        self._volumes.pop(name, None)
+        self._volumes[name] = added
+        if is_new:
+            write_csv(path, [{n: row.get(n, "") for n in added[0]} for rows in self._volumes.values() for row in rows])
+        else:  # not all anew for each of thousands of scans
+            append_csv(path, added)
 
     def _write_dicom(self, out: Path, masks: np.ndarray, path: str, series_uid: str) -> None:
         files = series_files(path, series_uid) if os.path.isdir(path) else [path]

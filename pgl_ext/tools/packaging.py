@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -172,12 +172,7 @@ def _check_version(path: Path) -> None:
 
 def _add_weights(files: dict[str, bytes], path: str, weights: _Weights) -> None:
     """Put weights and their record into a bundle, and what the model takes and gives into its metadata."""
-    # Folders of the machine that trained are nobody else's business.
-    record = {
-        key: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-        for key, value in weights.record.to_json().items()
-    }
-    files[str(PurePosixPath(path).with_suffix(".json"))] = _json(record)
+    files[str(PurePosixPath(path).with_suffix(".json"))] = _json(_without_folders(weights.record.to_json()))
     if path == _MODEL:
         files[_METADATA] = _json(_described(json.loads(files[_METADATA]), weights.record))
     large = len(weights.content) > _LARGE
@@ -195,6 +190,16 @@ def _add_weights(files: dict[str, bytes], path: str, weights: _Weights) -> None:
     listed = yaml.safe_load(files.get("large_files.yml", b"large_files: []"))
     listed["large_files"].append({"path": path, "url": weights.url, "hash_val": digest, "hash_type": "sha256"})
     files["large_files.yml"] = yaml.safe_dump(listed, sort_keys=False).encode()
+
+
+def _without_folders(value: Any) -> Any:
+    """A record without the folders of the machine that trained, which are nobody else's business."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(entry) for entry in value]
+    is_path = isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute())
+    return PureWindowsPath(value).name if is_path else value
 
 
 def _described(metadata: dict[str, Any], record: EncoderRecord | ModelRecord) -> dict[str, Any]:

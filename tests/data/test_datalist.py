@@ -1,6 +1,6 @@
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 from made_files import touch, write_list
@@ -329,3 +329,14 @@ def test_names_are_unique_whatever_scans_are_called(paths, expected):
     names = unique_names([{"image": f"/data/{path}"} for path in paths])
     assert len(set(names)) == len(paths)
     assert expected in (None, names)
+
+
+@pytest.mark.parametrize("uid", ["/../../../evil", "..", "a/b", "..\\up", "C:x", "\0", 7])
+def test_names_of_outputs_lead_nowhere_else(uid):
+    """Whatever a data list gives as the series of a scan."""
+    names = unique_names([{"image": "/d/a/x.nii", "series_uid": uid}, {"image": "/d/b/x.nii"}])
+    assert names[1] == "b_x"
+    assert names[0].startswith("a_x_")
+    for path in (PurePosixPath(names[0]), PureWindowsPath(names[0])):
+        assert path.parts == (names[0],)
+    assert not set(names[0]) & set("/\\:\0")

@@ -18,6 +18,8 @@ from monai.transforms import Compose, Transform
 from scipy import ndimage
 
 from pgl_ext.errors import root_cause
+from pgl_ext.files import write_csv
+from pgl_ext.segmentation import inference
 from pgl_ext.segmentation.inference import SaveSegmentations, scans_to_segment
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed
@@ -107,6 +109,37 @@ def test_nothing_is_overwritten(tmp_path, suffix):
         with pytest.raises(FileExistsError, match=rf"a{suffix} exist already.*--overwrite true"):
             scans_to_segment(tmp_path / "out", LOADING, tmp_path / "a.nii.gz", overwrite=overwrite)
     assert scans_to_segment(tmp_path / "out", LOADING, tmp_path / "a.nii.gz", overwrite=True)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    """With the scans that have no row of volumes, which is written last, and the one whose row is the last."""
+    for name in "abcd":
+        save_scan(tmp_path / "scans" / f"{name}.nii.gz")
+    out, scans = tmp_path / "out", tmp_path / "scans"
+    assert len(scans_to_segment(out, LOADING, scans, resume=True)) == 4
+    saver = SaveSegmentations(out, TASK, overlays=False)
+    for name in "ab":
+        saver.save(result(str(scans / f"{name}.nii.gz"), masks_of(), name))
+    (out / "c_seg.nii.gz").touch()  # half done
+    with pytest.raises(FileExistsError, match="--resume true"):
+        scans_to_segment(out, LOADING, scans)
+    assert [item["name"] for item in scans_to_segment(out, LOADING, scans, resume="true")] == ["b", "c", "d"]
+    again = SaveSegmentations(out, TASK, overlays=False)
+    for name in "bcd":
+        again.save(result(str(scans / f"{name}.nii.gz"), masks_of(), name))
+    with open(out / "volumes.csv", newline="") as file:
+        assert [row["case"] for row in csv.DictReader(file)] == [c for c in "abcd" for _ in TASK.names]
+    assert [item["name"] for item in scans_to_segment(out, LOADING, scans, resume=True)] == ["d"]
+
+
+def test_the_table_is_not_written_anew_for_each_scan(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(inference, "write_csv", lambda *args, original=write_csv: written.append(1) or original(*args))
+    saver = SaveSegmentations(tmp_path / "out", TASK, overlays=False)
+    for name in "abcde":
+        saver.save(result(save_scan(tmp_path / f"{name}.nii.gz"), masks_of(), name))
+    assert len(written) == 1
+    assert len((tmp_path / "out" / "volumes.csv").read_text().splitlines()) == 1 + 5 * len(TASK.names)
 
 
 # --- components -----------------------------------------------------------------------------------------------------

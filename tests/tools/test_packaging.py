@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from made_weights import encoder_record, model_record, small_network
 from monai.bundle import ConfigParser
@@ -95,7 +96,7 @@ class TestContents:
                 for name in option.replace("'", "").split(","):
                     assert (bundle / name).is_file() or name == "simsiam.yaml", f"{path}: {name}"
             for command in re.findall(r"pgl (\w+)", text):
-                assert callable(getattr(cli, command))
+                assert command in typer.main.get_command(cli.app).commands
 
     def test_no_personal_paths(self, bundle):
         for path, text in texts(bundle, ".py", ".json", ".yaml", ".md", ".txt", ".conf", ".html").items():
@@ -205,6 +206,7 @@ class TestWeights:
                 network={"family": "resnet", "arguments": network},
                 input=InputRecord(hu_window=[-100, 300], spacing=[2, 2, 3], patch_size=[32, 32, 16]),
                 pretrained_encoder="/home/someone/encoder.pt",
+                data={"lists": ["/home/someone/list.json", "C:\\Users\\someone\\other.json"], "training_cases": 3},
             ),
         }
         paths = {name: tmp_path / f"{name}.pt" for name in records}
@@ -231,7 +233,10 @@ class TestWeights:
                     for path in (models / name / "models" / f"{stem}.pt", files[source])
                 )
                 # Folders of the machine are left out.
-                assert found == (recorded | {"pretrained_encoder": "encoder.pt"} if source == "model" else recorded)
+                data = {"lists": ["list.json", "other.json"], "training_cases": 3}
+                public = {"pretrained_encoder": "encoder.pt", "data": data}
+                assert found == (recorded | public if source == "model" else recorded)
+                assert "someone" not in (models / name / "models" / f"{stem}.json").read_text()
             assert (models / name / "docs" / "data_license.txt").read_text() == "phantoms, CC0"
         formats = {
             name: json.loads((models / name / "configs" / "metadata.json").read_text())["network_data_format"]
