@@ -5,8 +5,10 @@ MONAI takes every option and every key, and a misspelt one has no effect: ``--ma
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pydoc import locate
@@ -22,7 +24,7 @@ from monai.utils import ensure_tuple
 from pgl_ext.errors import report_root_cause
 from pgl_ext.settings import check_kind
 
-__all__ = ["StrictWorkflow", "check_config"]
+__all__ = ["FILE_SETTINGS", "StrictWorkflow", "check_config", "is_list"]
 
 # Steps of a workflow, by the argument of MONAI that names another one.
 _STEPS = {"init_id": "initialize", "run_id": "run", "final_id": "finalize"}
@@ -32,6 +34,8 @@ _READ_BY_MONAI |= DEFAULT_MLFLOW_SETTINGS["configs"].keys() - DEFAULT_HANDLERS_I
 # One plan (``pgl plan``) is for both bundles, and of these settings each reads but some.
 _OF_PLANS = {"organs", "background_values", "multi_label", "annotated_key", "patch_size", "view_size", "encoder"}
 _PLAN = "_desc_architecture"
+# What names of settings end in whose values are names of files or folders.
+FILE_SETTINGS = ("_dir", "_path", "pretrained_encoder", "pretrained_decoder")
 # Of settings that are numbers, the words that stand for one.
 _WORDS = {"micro_batch_size": ("auto",)}
 # A name this much like an argument is a slip, also where a target takes any other.
@@ -108,12 +112,54 @@ def _check(parser: ConfigParser, base: Mapping, steps: Mapping[str, str]) -> Non
             if step != _STEPS[argument]:
                 _check_step(str(step), parser, base)
         _Names(parser, base, steps.values()).check(parser.get(), base)
+        _check_file_names(parser, base)
         for name, default in base.items():
             if parser.get(name) not in _WORDS.get(name, ()):
                 check_kind(parser.get(name), default, name)
     except ValueError:
         report_root_cause()
         raise
+
+
+def _check_file_names(parser: ConfigParser, names: Iterable[str]) -> None:
+    """Names of files and folders are what was typed: fire reads ``run#2`` as ``run``, and ``2024`` as a number, and
+    MONAI's parser puts ``::`` for ``#``."""
+    for name in names:
+        value = parser.get(name)
+        if not name.endswith(FILE_SETTINGS) or value is None or _has_expressions(value):
+            continue
+        values, typed = (value if isinstance(value, (list, tuple)) else [value]), _typed(name)
+        if typed is not None and is_list(typed):
+            typed = None
+        if not all(isinstance(entry, str) for entry in values) or (typed is not None and typed != value):
+            problem = f"{typed!r} is read as {value!r}" if typed is not None else f"{value!r} is no name"
+            raise ValueError(
+                f"--{name}: {problem}. Put ./ before names that look like a number or a list, and rename what has # or "
+                ":: in its name, or make a link to it."
+            )
+        if any(mark in entry for entry in values for mark in ("#", ID_SEP_KEY)):
+            raise ValueError(
+                f"--{name} is {value!r}: # and :: have a meaning in MONAI's configs. Rename it, or make a link to it."
+            )
+
+
+def _typed(option: str) -> str | None:
+    """An option's value as it stands on the command line, if it does."""
+    found = None
+    for argument, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        if argument == f"--{option}":
+            found = following
+        elif argument.startswith(f"--{option}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def is_list(text: str) -> bool:
+    """Whether an option's value is written as a list, or as none."""
+    try:
+        return text == "$None" or (isinstance(ast.literal_eval(text), (list, tuple)) and text[0] in "[(")
+    except (SyntaxError, ValueError):
+        return False
 
 
 def _check_step(step: str, parser: ConfigParser, base: Mapping) -> None:

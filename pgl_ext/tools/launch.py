@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -12,9 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pgl_ext.config_check import StrictWorkflow
+import yaml
+from fire.parser import DefaultParseValue
+from monai.bundle import run_workflow
 
-__all__ = ["BundleRun", "option_settings"]
+from pgl_ext.config_check import FILE_SETTINGS, StrictWorkflow, is_list
+
+__all__ = ["BundleRun", "option_settings", "option_value"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,16 @@ class BundleRun:
 
     @property
     def _strict(self) -> list[str]:
-        """The same through the workflow that knows every name, also of parts that are not there."""
+        """The same through the workflow that knows every name, also of parts that are not there.
+
+        As JSON, since fire would read names of folders such as ``run#2`` and ``2024`` as something else.
+        """
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
-        workflow = ["run_workflow", "--workflow_name", f"{StrictWorkflow.__module__}.{StrictWorkflow.__name__}"]
-        section = ["--run_id", self.section] if self.section else []
+        values = {n: option_value(n, v) if isinstance(v, str) else v for n, v in self.settings.items()}
+        arguments = {name: "$None" if value is None else value for name, value in values.items()}
+        arguments |= {"config_file": list(self.configs)} | ({"run_id": self.section} if self.section else {})
         start = start if self.processes > 1 else []
-        return [sys.executable, *start, "-m", "monai.bundle", *workflow, *section, *self._options]
+        return [sys.executable, *start, "-m", "pgl_ext.tools.launch", json.dumps(arguments, default=os.fspath)]
 
     @property
     def _options(self) -> list[str]:
@@ -83,6 +92,15 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
+def option_value(name: str, text: str) -> Any:
+    """A setting's value from an option's text: as YAML or Python has it, but names of files and folders verbatim."""
+    if name.endswith(FILE_SETTINGS) and not is_list(text):
+        return text
+    value = None if text == "$None" else yaml.safe_load(text)
+    # YAML takes 1e-3 for text.
+    return DefaultParseValue(value) if isinstance(value, str) else value
+
+
 def _option_text(value: Any) -> str:
     """A value as the command line of MONAI's bundles reads it."""
     if value is None:
@@ -109,3 +127,7 @@ def option_settings(arguments: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--{name} has no value: settings have the form --name value, as in --max_epochs 20.")
         settings[name] = value if equals else left.pop(0)
     return settings
+
+
+if __name__ == "__main__":
+    run_workflow(StrictWorkflow, **json.loads(sys.argv[1]))

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pgl_ext.evaluation.summary import AVERAGE, number_text
 from pgl_ext.files import read_csv, read_json, write_text
 from pgl_ext.tools.bundles import bundle_folder, config_path
-from pgl_ext.tools.launch import BundleRun
+from pgl_ext.tools.launch import BundleRun, option_value
 from pgl_ext.tools.plan import Data, Plan, make_plan
 from pgl_ext.tools.task_config import task_config
 from pgl_ext.weights import EncoderRecord
@@ -106,7 +104,7 @@ class Pretrained:
 
 def _as_value(value: Any) -> Any:
     """A setting as typed, or as recorded, to compare."""
-    value = None if value == "$None" else yaml.safe_load(value) if isinstance(value, str) else value
+    value = option_value("", value) if isinstance(value, str) else value
     return [float(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -1,10 +1,12 @@
 """The command lines of bundles, and what of a line is a setting."""
 
+import json
 import shlex
 
 import pytest
+from programs import run
 
-from pgl_ext.tools.launch import BundleRun, option_settings
+from pgl_ext.tools.launch import BundleRun, option_settings, option_value
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,52 @@ class Process:
 
     def wait(self) -> int:
         return self.status
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("lr", "1e-3", 0.001),
+        ("lr", "0.1", 0.1),
+        ("amp", "false", False),
+        ("spacing", "null", None),
+        ("spacing", "$None", None),
+        ("spacing", "[4, 4, 3]", [4, 4, 3]),
+        ("organs", "{'liver': 1}", {"liver": 1}),
+        ("note", "a b", "a b"),
+        *((name, text, text) for name in ("output_dir", "cache_dir") for text in ("2024", "run#2", "a,b", "$x", "[")),
+        ("pretrained_encoder", "2024", "2024"),
+        ("data_list_file_path", "['a.json', 'b.json']", ["a.json", "b.json"]),
+        ("dataset_dir", "$None", None),
+    ],
+)
+def test_values_are_read_as_yaml_but_names_verbatim(name, text, value):
+    assert option_value(name, text) == value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2024", "a,b", "[x"])
+def test_folders_have_the_name_that_was_typed(tmp_path, name):
+    (tmp_path / "c.json").write_text(json.dumps({"output_dir": "", "run": ["$print(repr(@output_dir))"]}))
+    done = run([*BundleRun("", [str(tmp_path / "c.json")], {"output_dir": name})._strict[1:]], tmp_path)
+    assert repr(name) in done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run#2", "a::b"])
+def test_names_that_monai_cannot_take_are_refused(tmp_path, name):
+    (tmp_path / "c.json").write_text(json.dumps({"output_dir": "", "run": ["$print(repr(@output_dir))"]}))
+    done = run([*BundleRun("", [str(tmp_path / "c.json")], {"output_dir": name})._strict[1:]], tmp_path)
+    assert done.returncode == 1
+    assert f"error: --output_dir is {name!r}: # and :: have a meaning" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["run#2", "2024", "a,b"])
+def test_plain_monai_refuses_what_it_reads_otherwise(tmp_path, name):
+    steps = [{"_target_": "pgl_ext.config_check.check_config", "base": "c.json"}, "$print(repr(@output_dir))"]
+    (tmp_path / "c.json").write_text(json.dumps({"output_dir": "", "run": steps}))
+    line = ["-m", "monai.bundle", "run", "--config_file", str(tmp_path / "c.json"), "--output_dir"]
+    done = run([*line, name], tmp_path)
+    assert repr(name) in done.stdout.splitlines() if done.returncode == 0 else "error: --output_dir" in done.stdout
+    assert run([*line, f"./{name}"], tmp_path).returncode == (1 if name in ("run#2", "a::b") else 0)

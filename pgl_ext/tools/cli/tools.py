@@ -107,9 +107,10 @@ def study(
     What is finished is not run again, and what was interrupted goes on. Any entry of the file can be given, as in
     --pretraining#settings#max_epochs 2.
     """
+    from pgl_ext.tools.launch import option_value
     from pgl_ext.tools.study.run import planned_runs, run_study
 
-    values = {name: yaml.safe_load(value) for name, value in given_settings(context).items()}
+    values = {name: option_value(name, value) for name, value in given_settings(context).items()}
     given = (file, out, None, jobs, values)
     print(planned_runs(*given) if dry_run else run_study(*given)[0])
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from pgl_ext.tools.cli.options import (
     SETTINGS,
@@ -146,13 +145,14 @@ def gain(
     Any setting of the fine-tunings can be given too, as in --max_epochs 8.
     """
     from pgl_ext.tools.gain import gain_study, run_gain
+    from pgl_ext.tools.launch import option_value
     from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import Pretrained
 
     settings, data = given_settings(context), read_data(cases, data_list_key, labelled=True)
     weights = Pretrained(pretrained)
     weights.check(settings)
-    values = {name: yaml.safe_load(value) for name, value in settings.items()}
+    values = {name: option_value(name, value) for name, value in settings.items()}
     made, folder = plan_for(plan, data, None, preset, weights, settings), absolute(out)
     file = gain_study(data, folder, made, weights, seeds, test_cases, labelled_cases, values)
     print(f"$ pgl study {file} --out {folder}", flush=True)
