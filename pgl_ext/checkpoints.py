@@ -22,7 +22,7 @@ from ignite.engine import Engine, Events
 from monai.config import PathLike
 
 from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
-from pgl_ext.files import claim_folder, release_folder, write_atomically, write_text
+from pgl_ext.files import claim_folder, release_folder, write_atomically
 from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
 from pgl_ext.weights.records import EncoderRecord, InputRecord, flat_entries
@@ -165,7 +165,8 @@ class CheckpointHandler:
                 "--overwrite true, which removes them, or choose another --output_dir."
             )
         if self.rank == 0:
-            write_text(self.folder.folder / "job", _job())
+            self.folder.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder.folder / "job").write_text(_job(), encoding="utf-8")
 
     def _is_restart(self) -> bool:
         """Whether torchrun has started this run again, and not one that another run's folder has stopped."""
