@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 
@@ -121,3 +122,27 @@ def test_what_is_no_command_fails(run, arguments):
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     assert stop.value.code not in (0, None)
+
+
+def test_options_are_spelt_as_settings_are():
+    for name, command in typer.main.get_command(app).commands.items():
+        for parameter in command.params:
+            assert not any("-" in option.lstrip("-") for option in parameter.opts), (name, parameter.opts)
+
+
+def test_commands_in_the_documents_have_the_options_that_they_are_given():
+    """But for commands that take any setting of a bundle, which the bundles check."""
+    commands = typer.main.get_command(app).commands
+    texts = [path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*.md"))]
+    texts += [path.read_text() for path in ROOT.glob("bundles/*/docs/*.md")]
+    found = 0
+    for line in re.findall(r"\bpgl ((?:[a-z]+) [^`\n|#]*)", "\n".join(texts).replace("\\\n", " ")):
+        name, *words = line.split()
+        if name not in commands or commands[name].context_settings.get("ignore_unknown_options"):
+            continue
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        for word in words:
+            if word.startswith("--") and word != "--":
+                assert word.partition("=")[0].rstrip(".,;:)'\"") in known, line
+                found += 1
+    assert found > 10

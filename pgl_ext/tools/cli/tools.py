@@ -138,9 +138,11 @@ def package(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("dist"),
     model: Annotated[Path | None, typer.Option(help="Model file that comes with pgl_segmentation.")] = None,
     encoder: Annotated[Path | None, typer.Option(help="Encoder file that comes with every bundle.")] = None,
-    model_url: Annotated[str | None, typer.Option(help="Where a model of over 25 MB can be downloaded.")] = None,
-    encoder_url: Annotated[str | None, typer.Option(help="The same of the encoder.")] = None,
-    data_license: Annotated[Path | None, typer.Option(help="Text file on the training data and its terms.")] = None,
+    model_url: Annotated[str | None, typer.Option("--model_url", help="Address of a model of over 25 MB.")] = None,
+    encoder_url: Annotated[str | None, typer.Option("--encoder_url", help="The same of the encoder.")] = None,
+    data_license: Annotated[
+        Path | None, typer.Option("--data_license", help="Text on the training data and its terms.")
+    ] = None,
     overlays: Annotated[
         str | None, typer.Option(help="Of pgl_segmentation's train.json, with commas between them: for MONAI Label.")
     ] = None,
