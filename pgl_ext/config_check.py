@@ -6,7 +6,9 @@ MONAI takes every option and every key, and a misspelt one has no effect: ``--ma
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -85,7 +87,18 @@ class StrictWorkflow(ConfigWorkflow):
                 _merge(parser, name, value)
         steps = {argument: arguments.get(argument) or step for argument, step in _STEPS.items()}
         _check(parser, ConfigParser.load_config_file(files[0]), steps)
-        super().__init__(config_file, **arguments)
+        with _quiet("monai.bundle.workflows"):  # a warning for each overlay in another folder
+            super().__init__(config_file, **arguments)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    before = logging.getLogger(name).level
+    logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).setLevel(before)
 
 
 def _merge(parser: ConfigParser, name: str, value: Any) -> None:
