@@ -288,5 +288,7 @@ def _written(name: str) -> str:
 
 def _nearest(name: str, known: Collection[str] | Mapping[str, str]) -> str:
     """The end of a message: up to three of the known names that are like this one, or what they stand for."""
-    names = [known[match] if isinstance(known, Mapping) else match for match in get_close_matches(name, known)]
+    initials = "".join(word[:1] for word in name.split("_"))  # lr, for learning_rate
+    matches = [initials] if initials in known else get_close_matches(name, known)
+    names = [known[match] if isinstance(known, Mapping) else match for match in matches]
     return f": did you mean {' or '.join(names)}?" if names else ""

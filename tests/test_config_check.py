@@ -52,6 +52,7 @@ def refusal(kind: type[ConfigWorkflow], files: list[Path], **options) -> str:
 NO_SETTING = "the config has no setting "
 REFUSED = [
     (PRETRAINING, {"max_epoch": 3}, f"{NO_SETTING}'max_epoch': did you mean max_epochs or warmup_epochs?"),
+    (PRETRAINING, {"learning_rate": 0.1}, f"{NO_SETTING}'learning_rate': did you mean lr?"),
     (PRETRAINING, {"outputdir": "OUT"}, f"{NO_SETTING}'outputdir': did you mean output_dir?"),
     (FINE_TUNING, {"train#max_epochs": 3}, f"{NO_SETTING}'train#max_epochs': did you mean max_epochs?"),
     (PRETRAINING, {"momentum": 0.8}, f"{NO_SETTING}'momentum': did you mean optimizer#momentum or base_momentum?"),
