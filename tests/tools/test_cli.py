@@ -146,3 +146,17 @@ def test_commands_in_the_documents_have_the_options_that_they_are_given():
                 assert word.partition("=")[0].rstrip(".,;:)'\"") in known, line
                 found += 1
     assert found > 10
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("finetune CASES OUT --fold 5", "--folds"),
+        ("gain CASES OUT --pretrained P --seed 3", "--seeds"),
+        ("pretrain S O --gpu 2", "--gpus"),
+    ],
+)
+def test_misspelt_options_of_a_command(line, option, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pgl", *line.split()])
+    with pytest.raises(SystemExit, match=f"did you mean {option}"):
+        main()

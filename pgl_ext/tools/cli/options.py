@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,10 +77,15 @@ def plan_for(
 
 
 def given_settings(context: typer.Context) -> dict[str, str]:
-    """Settings of the bundle among the options."""
+    """Settings of the bundle among the options; what looks like a misspelt option of the command itself is refused."""
     from pgl_ext.tools.launch import option_settings
 
-    return option_settings(context.args)
+    settings = option_settings(context.args)
+    own = [option.removeprefix("--") for parameter in context.command.params for option in parameter.opts]
+    for name in settings:
+        if like := get_close_matches(name, own, 1, cutoff=0.8):
+            raise ValueError(f"pgl {context.info_name} has no option --{name}: did you mean --{like[0]}?")
+    return settings
 
 
 def absolute(path: Path) -> Path:
