@@ -25,6 +25,7 @@ __all__ = ["answer", "gain_study", "held_out", "run_gain"]
 
 RANDOM, PRETRAINED = "random", "pre-trained"
 _FOLDS = 3
+_LEARNED = 0.05  # Dice; what has learned a structure has more
 _SHARES_OF_STEPS = (0.25, 0.5, 0.75)  # after which models are kept and tested
 
 
@@ -147,6 +148,10 @@ def run_gain(file: Path, out: Path, jobs: int | None = None) -> list[str]:
         shutil.copytree(evaluation_folder(best.folder), evaluation_folder(out), dirs_exist_ok=True)
     models = f"the {study.folds} networks in {out}" if study.folds else model_file(out)
     written = [f"Tables, curves and report: {out / 'report.html'}.", f"Model for 'pgl segment': {models}, {why}."]
+    if max(noted["mean_dice"] or 0 for run, noted in results.finished if not run.is_pretraining) < _LEARNED:
+        written.append(
+            "No network has learned to segment so far: train for longer, with --max_epochs, in another folder."
+        )
     return [*written, *([study.note] * bool(study.note)), answer(results)]
 
 
