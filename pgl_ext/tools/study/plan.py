@@ -20,6 +20,7 @@ from pgl_ext.tools.study.commands import (
     fine_tuning_commands,
     pretraining_commands,
     rates_to_choose,
+    scans_text,
     segmentation_commands,
     settings_of_labels,
 )
@@ -84,8 +85,11 @@ class Study:
         self._pretraining = pretraining_commands(content, self._pretraining_folder, bundles)
         self.folds: int | None = content["test"]["folds"]
         base, self._evaluation, test = segmentation_commands(content, self.folder, bundles)
+        scans = ""
         if self._pretraining:  # all have the same scans
-            check_unseen(next(iter(self._pretraining.values())), test)
+            pretraining = next(iter(self._pretraining.values()))
+            scans = scans_text(pretraining, content["pretraining"]["scans"])
+            check_unseen(pretraining, test)
         self._fine_tuning = fine_tuning_commands(content, base, self.folder, bundles)
         self._rates = rates_to_choose(content, self._pretraining, self._fine_tuning)
         self._of_labels = {labels: settings_of_labels(content, base, labels)[0] for labels in self.labels}
@@ -94,7 +98,7 @@ class Study:
         self.kept_steps = sorted(config["kept_steps"])
         # With folds, patients stay together.
         training = [] if self.folds else cases_of(base, "fine_tuning")
-        self.note = " ".join([str(content["note"]), *self._remarks(config, training, test)]).strip()
+        self.note = " ".join([str(content["note"]), scans, *self._remarks(config, training, test)]).strip()
 
     def runs(self, rates: Mapping[str, Rates]) -> list[Run]:
         """All runs in the order to run them: one seed of all methods after another, pre-training before its use.

@@ -16,7 +16,7 @@ __all__ = ["labels_to_compare", "read_study_file"]
 _DEFAULTS: dict[str, Any] = {
     "title": "Comparison of pre-training methods",
     "note": "",
-    "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": [], "folder": None},
+    "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": [], "folder": None, "scans": []},
     "fine_tuning": {
         "configs": ["train.json"],
         "random_start": [],
