@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import finite, finite_mean, grouped
 from pgl_ext.tools.compare import (
     Scores,
@@ -24,8 +25,8 @@ from pgl_ext.tools.study.runs import Run, evaluation_folder
 
 __all__ = ["REPORTED", "Results"]
 
-REPORTED = ("dice", "iou", "hd95_mm")
-"""Columns of ``cases.csv`` that a study reports."""
+REPORTED = tuple(METRICS)
+"""Columns of ``cases.csv`` that a study reports: those of the paper's tables, and HD95 and NSD."""
 
 
 class Results:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from made_studies import finish, make_study
 
+from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.evaluation.verdict import paired_statistics
 from pgl_ext.tools.study.figures import draw_figures, plot_learning_curves
@@ -97,7 +98,9 @@ def test_differences_are_paired_by_seed_and_case(study):
 def test_other_metrics(study):
     finish_all(study)
     rows = rows_of(study)
-    for metric, of_dice in (("iou", lambda d: d / (2 - d)), ("hd95_mm", lambda d: 10 - d)):
+    of_dice_by_metric = {"iou": lambda d: d / (2 - d), "hd95_mm": lambda d: 10 - d}
+    of_dice_by_metric |= {"hd_mm": lambda d: 20 - d, "nsd": lambda d: d / 2}
+    for metric, of_dice in of_dice_by_metric.items():
         means = [of_dice(DICE["B", seed]["liver"]).mean() for seed in (0, 1, 2)]
         assert rows[metric, "B", "liver"]["mean"] == pytest.approx(np.mean(means), abs=1e-5)
 
@@ -153,7 +156,7 @@ def test_files(study):
     assert len(scores) == 3 * 3 * 2 * CASES
     found = {(row["method"], row["seed"], row["case"], row["organ"]): float(row["dice"]) for row in scores}
     assert found["C", "2", "case_6", "spleen"] == DICE["C", 2]["spleen"][6]
-    assert set(scores[0]) == {"labelled_cases", "method", "seed", "case", "organ", "dice", "iou", "hd95_mm"}
+    assert set(scores[0]) == {"labelled_cases", "method", "seed", "case", "organ", *METRICS}
 
     runs = {row["run"]: row for row in read_csv(study.folder / "runs.csv")}
     assert len(runs) == 3 * 3 + 2 * 3
@@ -163,13 +166,14 @@ def test_files(study):
     assert runs["pretraining/B/seed_1"]["cost"] == "0.5"
 
     table = read_csv(study.folder / "table.csv")
-    assert len(table) == 3 * 3 * 3
+    assert len(table) == len(METRICS) * 3 * 3
     assert {row["pretraining_cost"] for row in table if row["method"] == "B"} == {"0.5"}
 
     text = (study.folder / "table.md").read_text()
     means = [np.mean([DICE["B", seed][organ].mean() for organ in BASE]) for seed in (0, 1, 2)]
     assert f"| B | {np.mean(means):.3f} ± {np.std(means, ddof=1):.3f} | +0.0" in text
     assert "### HD95 (mm), 3 labelled cases" in text
+    assert "### HD (mm), 3 labelled cases" in text
     assert "not adjusted" in text
     assert "missing" not in text
 
