@@ -127,13 +127,18 @@ class Study:
             for method, rates in self._rates.items()
         }
 
+    def pretrained_as(self, method: str) -> str:
+        """The method whose pre-training a method takes, by default its own."""
+        return self._entries[method]["pretrained_as"] or method
+
     def pretraining(self, method: str, seed: int, rate: float | None = None) -> Run | None:
         """The pre-training of a method; None where it starts from random weights or from an encoder file."""
         if method not in self._pretraining:
             return None
+        command, method = self._pretraining[method], self.pretrained_as(method)
         name = f"pretraining/{_folder_name(method, Rates(rate))}/seed_{seed}"
         folder = self._pretraining_folder / name
-        command = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed)
+        command = command.with_settings(output_dir=str(folder), seed=seed)
         command = command if rate is None else command.with_settings(lr=rate)
         return Run(folder, name, method, seed, (command,), rates=Rates(rate))
 

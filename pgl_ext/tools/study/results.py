@@ -84,6 +84,8 @@ class Results:
         """Mean cost of each method's pre-training over its seeds, and its unit; None where there was none."""
         noted = [{**noted, "method": run.method} for run, noted in self.finished if run.is_pretraining]
         costs = {name: finite_mean(row["cost"] for row in rows) for name, rows in grouped(noted, "method").items()}
+        named = {method: self.study.pretrained_as(method) for method in self.study.methods}
+        costs = {method: costs[name] for method, name in named.items() if name in costs}
         return costs, noted[0]["unit"] if noted else None
 
     def means(self, scores: Sequence[Scores], metric: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from programs import CONFIGS, ROOT
 from pgl_ext.data.datalist import load_datalist
 from pgl_ext.tools.cli import main
 from pgl_ext.tools.study.configs import merged_config
+from pgl_ext.tools.study.fingerprint import fingerprint
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Rates
 from pgl_ext.tools.study.study_file import read_study_file
@@ -114,6 +115,34 @@ def test_a_decoder_that_was_pretrained_too(tmp_path):
     methods = {"random": {"encoder": None}, "both": {"configs": ["methods/models_genesis.yaml"], "decoder": True}}
     run = make_study(tmp_path, methods=methods).fine_tuning("both", 3, 1)
     assert config_of(run)["pretrained_decoder"] == str(run.pretraining.folder / "models" / "pgl_decoder.pt")
+
+
+def test_a_variant_shares_the_pretraining(tmp_path):
+    genesis = {"configs": ["methods/models_genesis.yaml"], "settings": {"lr": 0.5}, "decoder": True}
+    methods = {"random": {"encoder": None}, "alone": {"pretrained_as": "both"}, "both": genesis}
+    study = make_study(tmp_path, methods=methods)
+    alone, both = (study.fine_tuning(name, 3, 1) for name in ("alone", "both"))
+    assert alone.folder != both.folder
+    assert alone.pretraining.name == both.pretraining.name == "pretraining/both/seed_1"
+    assert fingerprint(alone.pretraining) == fingerprint(both.pretraining)
+    encoders = {config_of(run)["pretrained_encoder"] for run in (alone, both)}
+    assert encoders == {str(both.pretraining.folder / "models" / "pgl_encoder.pt")}
+    assert config_of(alone)["pretrained_decoder"] is None
+    assert [run.name for run in study.runs({}) if run.is_pretraining] == [f"pretraining/both/seed_{s}" for s in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"pretrained_as": "nobody"}, "is pretrained_as 'nobody': name a method of the study"),
+        ({"pretrained_as": "random"}, "name a method of the study that is pre-trained itself"),
+        ({"pretrained_as": "PGL", "encoder": "a.pt"}, "give no encoder"),
+        ({"pretrained_as": "PGL", "settings": {"lr": 1.0}}, "besides it can have decoder and fine_tuning"),
+    ],
+)
+def test_variants_of_nothing(tmp_path, entry, words):
+    with pytest.raises(ValueError, match=words):
+        make_study(tmp_path, methods={"random": {"encoder": None}, "PGL": {}, "variant": entry})
 
 
 # --- test cases -----------------------------------------------------------------------------------------------------
@@ -512,7 +541,7 @@ def test_base_files_and_overrides(tmp_path):
     assert content["title"] == "Mine"
     assert content["pretraining"]["settings"] == {"encoder#layers": [1, 1, 1, 1]}
     assert content["methods"]["PGL"] == {
-        **{"configs": [], "settings": {}, "decoder": False, "learning_rates": None},
+        **{"configs": [], "settings": {}, "decoder": False, "learning_rates": None, "pretrained_as": None},
         "fine_tuning": {"configs": [], "settings": {}, "learning_rates": None},
     }
     assert content["methods"]["BYOL"]["configs"] == ["methods/byol.yaml"]
@@ -538,7 +567,7 @@ def test_files_that_come_with_the_project(path, tmp_path):
     study = Study(path, tmp_path / "runs", overrides={**overrides, "pretraining#scans": []})
     selection = study.selection()
     runs = study.runs({method: next(iter(runs)) for method, runs in selection.items()})
-    trained = [name for name in study.methods if name != "random"]
+    trained = {study.pretrained_as(name) for name in study.methods if name != "random"}
     fine_tunings = len(study.methods) * len(study.labels) * len(study.seeds)
     assert len(runs) == fine_tunings + len(trained) * len(study.seeds)
     for name in trained:
