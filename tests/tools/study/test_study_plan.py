@@ -611,6 +611,7 @@ def test_the_paper_s_studies_take_the_paper_s_scans(name, cases, tmp_path, monke
     assert config_of(run.pretraining)["validation_fraction"] == 0
     fine_tuning = config_of(run)
     training = load_datalist(fine_tuning["data_list_file_path"], fine_tuning["dataset_dir"])
+    assert fine_tuning["scale_range"] == config_of(run.pretraining)["scale_range"] == [1.1, 1.4]
     assert len(training) == {30: 15, 210: 105, 131: 66, 41: 20}[cases]
     if name != "msd_spleen":
         return
