@@ -11,7 +11,9 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from pgl_ext.data.datalist import named_items
 from pgl_ext.data.seen import patients_text, seen_scans, seen_text
+from pgl_ext.errors import few
 from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.tools.study.commands import (
     absolute,
@@ -47,6 +49,7 @@ class Study:
         methods: names in their order.
         reference: the method that the others are compared with.
         ablations: the methods of the ablations' figure.
+        pictured_cases: names of test cases that the report shows beside the best, median and worst.
         labels: numbers (int) or fractions (float) of labelled cases, ascending.
         seeds: each for all methods.
         folds: of each seed's cross-validation; None: there are test cases.
@@ -74,6 +77,7 @@ class Study:
         self.methods = list(self._entries)
         self.reference: str = content["reference"]
         self.ablations: list[str] = content["ablations"]
+        self.pictured_cases: list[str] = content["pictured_cases"]
         self.labels = labels_to_compare(content)
         self.seeds = [int(seed) for seed in content["seeds"]]
         folders = {_folder_name(name) for name in self.methods}
@@ -85,6 +89,9 @@ class Study:
         self._pretraining = pretraining_commands(content, self._pretraining_folder, bundles)
         self.folds: int | None = content["test"]["folds"]
         base, self._evaluation, test = segmentation_commands(content, self.folder, bundles)
+        names = [case["name"] for case in named_items(test)]
+        if not set(self.pictured_cases) <= set(names):
+            raise ValueError(f"pictured_cases is {self.pictured_cases}, but test cases are {few(names)}: name some.")
         scans = ""
         if self._pretraining:  # all have the same scans
             pretraining = next(iter(self._pretraining.values()))

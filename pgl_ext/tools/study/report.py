@@ -135,7 +135,7 @@ def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], fai
         study.folder / "report.html",
         title=study.title,
         note=study.note,
-        cases=case_pictures({run.method: evaluation_folder(run.folder) for run in pictured}),
+        cases=case_pictures({run.method: evaluation_folder(run.folder) for run in pictured}, study.pictured_cases),
         results=results,
         verdicts=verdicts(results),
         tables=paper_tables(results),

@@ -30,6 +30,7 @@ _DEFAULTS: dict[str, Any] = {
     "methods": {},
     "reference": "random",
     "ablations": [],
+    "pictured_cases": [],
     "labelled_cases": [],
     "label_fractions": [],
     "seeds": [0, 1, 2],

@@ -205,6 +205,28 @@ def test_pictures_show_the_gains_of_the_table(study, monkeypatch):
         assert (one.value, one.high - one.low) == pytest.approx((row["mean"], 2 * row["sd"]))
 
 
+def test_dice_of_each_method_by_share_of_labels(tmp_path, monkeypatch):
+    """Figure 5 of the paper: absolute values, at each share that there is."""
+    study = make_study(tmp_path, methods={"A": {"encoder": None}, "B": {}}, reference="A", labelled_cases=[3, 5])
+    for run in study.runs({}):
+        shift = 0 if run.is_pretraining else run.labels / 100 + 0.01 * run.seed
+        finish(run, None if run.is_pretraining else {organ: v + shift for organ, v in BASE.items()})
+    drawn = {}
+    monkeypatch.setattr(
+        "pgl_ext.tools.study.figures.plot_estimates",
+        lambda *args, **style: drawn.update({args[2].name: (args[0], style)}),
+    )
+    draw_figures(results_of(study))
+    estimates, style = drawn["labels.png"]
+    assert style == {"differences": False, "lines": True}
+    assert [(one.place, one.method) for one in estimates] == [(f"{n} labelled cases", m) for n in (3, 5) for m in "AB"]
+    base = np.mean(list(BASE.values()))
+    for one, labels in zip(estimates, (3, 3, 5, 5), strict=True):
+        sd = np.std([0, 0.01], ddof=1)
+        expected = base + labels / 100 + 0.005
+        assert (one.value, one.low, one.high) == pytest.approx((expected, expected - sd, expected + sd))
+
+
 def test_a_loss_is_called_worse(study):
     for run in study.runs({}):
         scores = {} if run.is_pretraining else DICE["A" if run.method == "B" else "B", run.seed]
@@ -367,15 +389,21 @@ def test_page(study):
 def test_cases_are_those_of_the_most_labels_and_the_first_seed(tmp_path, monkeypatch):
     """The reference is first; so the cases are its best, median and worst."""
     methods = {"A": {"encoder": None}, "B": {}, "C": {}}
-    study = make_study(tmp_path, methods=methods, reference="B", labelled_cases=[3, 5], seeds=[1, 2])
+    study = make_study(
+        tmp_path, methods=methods, reference="B", labelled_cases=[3, 5], seeds=[1, 2], pictured_cases=["case_11"]
+    )
     for run in study.runs({}):
         if run.name != "fine_tuning/C/5_cases/seed_1":
             finish(run, None if run.is_pretraining else BASE)
     shown = []
-    monkeypatch.setattr("pgl_ext.tools.study.report.case_pictures", lambda folders: shown.append(folders) or [])
+    monkeypatch.setattr("pgl_ext.tools.study.report.case_pictures", lambda *given: shown.append(given) or [])
     assert "The same cases" not in write_study_report(results_of(study), [], {}).read_text()
     folders = {name: study.folder / "fine_tuning" / name / "5_cases/seed_1/evaluation" for name in "BA"}
-    assert list(shown[0].items()) == list(folders.items())
+    ((shown_folders, names),) = shown
+    assert list(shown_folders.items()) == list(folders.items())
+    assert names == study.pictured_cases == ["case_11"]
+    with pytest.raises(ValueError, match=r"pictured_cases is \['case_1'\], but test cases are case_10, .*: name some"):
+        make_study(tmp_path, methods=methods, reference="B", pictured_cases=["case_1"])
 
 
 def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
