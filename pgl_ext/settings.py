@@ -36,7 +36,8 @@ def check_positive(value: int, name: str, remedy: str) -> int:
 
 
 def check_kind(value: Any, default: Any, name: str) -> None:
-    """Check that a setting is of its default's kind: true or false, a number, text, or a list of as many numbers.
+    """Check that a setting is of its default's kind: true or false, a number, text (or several), or a list of as many
+    numbers.
 
     None and expressions always will do, as does anything where the default is none of these. Numbers are whole, and not
     negative, where the default is. A list whose default has one number or none may have any length.
@@ -51,11 +52,12 @@ def check_kind(value: Any, default: Any, name: str) -> None:
     """
     if value is None or _is_expression(value) or _is_expression(default):
         return
+    several = isinstance(value, (list, tuple))
     if isinstance(default, bool):
         parse_bool(value, name)
     elif isinstance(default, Real):
         _check_number(value, default, name)
-    elif isinstance(default, str) and not isinstance(value, str):
+    elif isinstance(default, str) and not all(isinstance(text, str) for text in (value if several else [value])):
         raise ValueError(f"{name} must be text, such as {default!r}, got {value!r}.")
     elif isinstance(default, list) and all(map(_is_number, default)):
         _check_numbers(value, default, name)

@@ -100,7 +100,8 @@ def finish(
     evaluations = {**(kept or {}), **({} if dice is None else {None: dice})}
     for step, of_step in evaluations.items():
         rows = [
-            {"case": f"case_{number}", "organ": organ, "dice": value, "iou": value / (2 - value), "hd95_mm": 10 - value}
+            {"case": f"case_{number}", "organ": organ, "dice": value, "iou": value / (2 - value)}
+            | {"hd_mm": 20 - value, "hd95_mm": 10 - value, "nsd": value / 2}
             for organ, values in of_step.items()
             for number, value in enumerate(values)
         ]

@@ -192,6 +192,17 @@ class TestProperties:
         aligned = PriorGuidedAligner(alignment="paper", sampling_ratio=1)(features, self.affines, VIEW)
         torch.testing.assert_close(aligned, features)
 
+    def test_flips_of_one_crop_are_undone_exactly(self):
+        """Of all 64 pairs of flips by MONAI: nothing is resampled, so that this is the paper's FlipAlign alone."""
+        volume = coordinate_ramp((110, 104, 24))
+        crops = {flip: batch(stock_view(volume, (7, 3, 5), VIEW, VIEW, flip))[1][0, 0] for flip in FLIPS}
+        aligner, features = PriorGuidedAligner(alignment="paper", sampling_ratio=1), torch.randn(1, 2, 3, 6, 6, 2)
+        for flips in itertools.product(FLIPS, FLIPS):
+            aligned = aligner(features, torch.stack([crops[flip] for flip in flips])[None], VIEW)
+            for view, flip in enumerate(flips):
+                expected = torch.flip(features[0, view], [axis + 1 for axis in range(3) if flip[axis]])
+                torch.testing.assert_close(aligned[0, view], expected, rtol=0, atol=1e-4)
+
     @pytest.mark.parametrize(
         ("output_size", "expected"), [(None, (6, 6, 2)), ((4, 5, 3), (4, 5, 3)), ([1, 1, 1], (1, 1, 1))]
     )

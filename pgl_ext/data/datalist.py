@@ -40,7 +40,7 @@ def item_name(item: Mapping) -> str:
 def load_datalist(
     data_list_file_path: PathLike | Sequence[PathLike],
     dataset_dir: PathLike | None = None,
-    key: str = "training",
+    key: str | Sequence[str] = "training",
     keep: Iterable[str] = (),
 ) -> list[dict]:
     """Read a data list in the style of the Medical Segmentation Decathlon, or several that are aggregated.
@@ -51,7 +51,8 @@ def load_datalist(
             entries without. Where nnU-Net 1 leaves out the ``_0000`` of an image, or 2 lists its cases under
             ``"dataset"``, these are found.
         dataset_dir: folder that relative paths start from; by default the folder of each JSON file.
-        key: which list of the file to take.
+        key: which list of the file to take, or which lists: ``("training", "test")`` also takes the Decathlon's scans
+            without labels. Of several each file has all, of which some may be empty.
         keep: further fields of the entries to keep, as they are, but a path as ``"label"`` absolute.
 
     Returns:
@@ -63,7 +64,7 @@ def load_datalist(
             type; not one of the images of a file exists; or a scan is named more than once, in one file or several.
     """
     paths = map(Path, ensure_tuple(data_list_file_path))
-    items = [item for path in paths for item in _read_list(path, dataset_dir, key, keep)]
+    items = [item for path in paths for item in _read_list(path, dataset_dir, ensure_tuple(key), keep)]
     twice = [name for name, count in Counter(map(item_name, items)).items() if count > 1]
     if twice:
         raise ValueError(
@@ -73,13 +74,14 @@ def load_datalist(
     return items
 
 
-def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterable[str]) -> list[dict]:
-    content = _read_content(path, key)
+def _read_list(path: Path, dataset_dir: PathLike | None, keys: Sequence[str], keep: Iterable[str]) -> list[dict]:
+    content = _read_content(path, keys)
+    entries = [entry for key in keys for entry in content[key]]
     task = content.get("task", content.get("name"))
     sources = {"task": task, "group": content.get("group", task), "orientation": content.get("orientation")}
     sources = {field: value for field, value in sources.items() if value is not None}
     kept = (*_KEPT_KEYS, *keep)
-    items = [{**sources, **_to_item(entry, index, dataset_dir, path, kept)} for index, entry in enumerate(content[key])]
+    items = [{**sources, **_to_item(entry, index, dataset_dir, path, kept)} for index, entry in enumerate(entries)]
     unsupported = [item["image"] for item in items if not _is_supported(item["image"])]
     if unsupported:
         raise ValueError(
@@ -95,18 +97,19 @@ def _read_list(path: Path, dataset_dir: PathLike | None, key: str, keep: Iterabl
     return items
 
 
-def _read_content(path: Path, key: str) -> dict:
+def _read_content(path: Path, keys: Sequence[str]) -> dict:
+    wanted = " and ".join(map(repr, keys))
     if not path.is_file():
         raise ValueError(f"Data list {path} does not exist or is not a file: give the path of a JSON data list.")
-    content = read_json(path, "Data list", f"give one with a list {key!r}")
+    content = read_json(path, "Data list", f"give one with a list {wanted}")
     cases = content.get("dataset")
     if isinstance(cases, dict) and all(isinstance(case, dict) and "images" in case for case in cases.values()):
         images = (case["images"] for case in cases.values())
         paths = (image[0] if isinstance(image, list) and len(image) == 1 else image for image in images)
         content["training"] = [{**case, "image": image} for case, image in zip(cases.values(), paths, strict=True)]
     lists = [name for name, value in content.items() if isinstance(value, list) and value]
-    if key not in lists:
-        raise ValueError(f"Data list {path} has no entries under the key {key!r}; keys with entries: {lists}.")
+    if not set(keys) & set(lists) or not all(isinstance(content.get(key), list) for key in keys):
+        raise ValueError(f"Data list {path} has no entries under the key {wanted}; keys with entries: {lists}.")
     return content
 
 
@@ -192,7 +195,7 @@ def source_names(items: Iterable[Mapping], field: str) -> list[str]:
 def labelled_items(
     data_list_file_path: PathLike | Sequence[PathLike],
     dataset_dir: PathLike | None = None,
-    key: str = "training",
+    key: str | Sequence[str] = "training",
     annotated_key: str | None = None,
 ) -> list[dict]:
     """Read the labelled cases of a data list in the style of the Medical Segmentation Decathlon.

@@ -159,7 +159,7 @@ def _case_name(path: str, folder: str) -> str:
 def find_scans(
     dataset_dir: PathLike | None = None,
     data_list_file_path: PathLike | None = None,
-    data_list_key: str = "training",
+    data_list_key: str | Sequence[str] = "training",
     passed_over: Sequence[str] = (),
 ) -> list[dict]:
     """The scans that inference runs on.

@@ -40,7 +40,7 @@ def prepare_volumes(
     cache: VolumeCache,
     dataset_dir: str | None = None,
     data_list_file_path: str | Sequence[str] | None = None,
-    data_list_key: str = "training",
+    data_list_key: str | Sequence[str] = "training",
     validation_fraction: float = 0.05,
     seed: int = 0,
     skip_bad_files: bool = False,
@@ -53,7 +53,7 @@ def prepare_volumes(
         cache, skip_bad_files, report_path: see :func:`prepare_items`.
         dataset_dir: folder that is searched recursively, or that the data list's paths are relative to.
         data_list_file_path: Decathlon-style JSON to use instead of searching, or several.
-        data_list_key: the list in that JSON.
+        data_list_key: the list in that JSON, or several.
         validation_fraction, seed: see :func:`split_volumes`.
         source_fields: what the method has to know of every scan, of ``"task"`` and ``"group"``.
 
@@ -85,7 +85,7 @@ def prepare_cases(
     task: SegmentationTask,
     dataset_dir: str | None = None,
     data_list_file_path: str | Sequence[str] | None = None,
-    data_list_key: str = "training",
+    data_list_key: str | Sequence[str] = "training",
     annotated_key: str | None = None,
     test_cases: int = 0,
     validation_fraction: float | None = 0.2,
@@ -105,7 +105,7 @@ def prepare_cases(
         dataset_dir: folder with a ``dataset.json``, or with images and label maps (see :func:`find_cases`), or that
             the data list's paths are relative to.
         data_list_file_path: Decathlon-style JSON to use instead, or several.
-        data_list_key: the list in the JSON.
+        data_list_key: the list in the JSON, or several.
         annotated_key: see :func:`labelled_items`.
         test_cases, validation_fraction, label_fraction, labelled_cases, seed, test_fold: see :func:`split_cases`.
         split_path: JSON file for the split, see :func:`write_split`. Where it exists already, for the same settings and
@@ -152,7 +152,7 @@ def prepare_cases(
 def listed_cases(
     dataset_dir: str | None,
     data_list_file_path: str | Sequence[str] | None,
-    key: str = "training",
+    key: str | Sequence[str] = "training",
     annotated_key: str | None = None,
 ) -> list[dict]:
     """The labelled cases of a data list or folder; see :func:`prepare_cases`."""
@@ -213,7 +213,7 @@ def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task
 def evaluation_cases(
     data_list_file_path: PathLike | None,
     dataset_dir: PathLike | None = None,
-    data_list_key: str = "test",
+    data_list_key: str | Sequence[str] = "test",
     annotated_key: str | None = None,
     split_path: PathLike | None = None,
     seen: Collection[str] = (),
@@ -254,7 +254,7 @@ def cases_of_models(
     models: Sequence[PathLike],
     data_list_file_path: PathLike | None = None,
     dataset_dir: PathLike | None = None,
-    data_list_key: str = "test",
+    data_list_key: str | Sequence[str] = "test",
     annotated_key: str | None = None,
 ) -> list[dict]:
     """The cases to evaluate trained networks on: of a data list, or those that the trainings held out.

@@ -26,7 +26,7 @@ def task_of_data(
     multi_label: bool = False,
     dataset_dir: PathLike | None = None,
     data_list_file_path: PathLike | Sequence[PathLike] | None = None,
-    data_list_key: str = "training",
+    data_list_key: str | Sequence[str] = "training",
     metadata: PathLike | None = None,
 ) -> SegmentationTask:
     """The task that settings describe, or where they name no organs, the data.

@@ -17,7 +17,7 @@ from monai.data.utils import affine_to_spacing
 from monai.utils import convert_to_numpy, convert_to_tensor
 
 from pgl_ext.data.prepare import check_items
-from pgl_ext.evaluation.metrics import METRICS, organ_scores
+from pgl_ext.evaluation.metrics import METRICS, TOLERANCE_MM, organ_scores
 from pgl_ext.evaluation.summary import (
     AVERAGE,
     case_means,
@@ -48,7 +48,7 @@ class EvaluationReport:
     It stops before the first case where the folder holds a report already, or where cases are bad. It writes:
 
     - ``predictions/NAME.nii.gz``: label map on the grid of the image, with the values of the task's label files;
-    - ``cases.csv``: Dice, IoU, HD and HD95 (mm) of each case and organ, see :mod:`pgl_ext.evaluation.metrics`;
+    - ``cases.csv``: Dice, IoU, HD and HD95 (mm), NSD of each case and organ, see :mod:`pgl_ext.evaluation.metrics`;
     - ``summary.csv``, ``summary.json``: mean, standard deviation and 95 % confidence interval per organ and of all; the
       latter also where the files of the cases lie, for pictures in reports;
     - ``boxplots.png``: Dice and HD95;
@@ -63,6 +63,10 @@ class EvaluationReport:
         cases: from :func:`pgl_ext.data.prepare.evaluation_cases`.
         loading: transforms that load and check one case; None: don't check.
         description: further entries for ``summary.json``, such as the model's path.
+        tolerance_mm: of the NSD, of all organs or by name; None, or an organ not named: 2 mm.
+
+    Raises:
+        ValueError: a tolerance is not positive, or is of an organ that the task does not have.
     """
 
     output_dir: PathLike
@@ -70,8 +74,17 @@ class EvaluationReport:
     cases: Sequence[Mapping]
     loading: Callable[[Mapping], Any] | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
+    tolerance_mm: Mapping[str, float] | float | None = None
 
     def __post_init__(self) -> None:
+        given = {} if self.tolerance_mm is None else self.tolerance_mm
+        given = given if isinstance(given, Mapping) else dict.fromkeys(self.task.names, given)
+        self.tolerances = {**dict.fromkeys(self.task.names, TOLERANCE_MM), **given}
+        if len(self.tolerances) > len(self.task.names) or not all(value > 0 for value in given.values()):
+            raise ValueError(
+                f"tolerance_mm must be a positive number of mm, or one by name of the organs {self.task.names}, got "
+                f"{self.tolerance_mm!r}."
+            )
         self.folder = Path(self.output_dir)
         self.by_name = {case["name"]: case for case in self.cases}
         self.rows: list[dict[str, Any]] = []
@@ -110,7 +123,8 @@ class EvaluationReport:
         for organ, mask in zip(self.task.names, masks.numpy(), strict=True):
             # One at a time, so that the masks of a large reference never lie in memory all at once.
             reference = self.task.mask_of_labels(labels, organ)[0].numpy()
-            scores = organ_scores(mask, reference, affine_to_spacing(affine), organ in annotated)
+            known, spacing = organ in annotated, affine_to_spacing(affine)
+            scores = organ_scores(mask, reference, spacing, known, self.tolerances[organ])
             rows.append({"case": name, "organ": organ, **scores})
         write_nifti(self.task.labels_of_masks(masks)[0].numpy(), affine, self._prediction_path(name))
         self.rows += rows
@@ -131,6 +145,7 @@ class EvaluationReport:
             AVERAGE: summary[AVERAGE],
             "organs": {name: summary[name] for name in self.task.names},
             "task": self.task.description(),
+            "tolerance_mm": self.tolerances,
             "files": self.by_name,
         }
         write_text(self.folder / "summary.json", json.dumps(content, indent=4) + "\n")

@@ -1,14 +1,14 @@
-"""How well a segmentation agrees with its reference: Dice, IoU, and Hausdorff distances in mm, per case and organ.
+"""How well a segmentation agrees with its reference, in volume and in surface, per case and organ.
 
-==================  ==================  ==========  ===================================  ===============
-reference           prediction          Dice, IoU   HD, HD95                             status
-==================  ==================  ==========  ===================================  ===============
-some voxels         some voxels         measured    measured                             ok
-some voxels         empty               0           diagonal of the volume (a penalty)   missed
-empty               some voxels         0           diagonal of the volume (a penalty)   spurious
-empty               empty               NaN         NaN                                  absent
-not annotated       anything            NaN         NaN                                  not annotated
-==================  ==================  ==========  ===================================  ===============
+==================  ==================  ==============  ===================================  ===============
+reference           prediction          Dice, IoU, NSD  HD, HD95                             status
+==================  ==================  ==============  ===================================  ===============
+some voxels         some voxels         measured        measured                             ok
+some voxels         empty               0               diagonal of the volume (a penalty)   missed
+empty               some voxels         0               diagonal of the volume (a penalty)   spurious
+empty               empty               NaN             NaN                                  absent
+not annotated       anything            NaN             NaN                                  not annotated
+==================  ==================  ==============  ===================================  ===============
 
 NaN takes no part in means. The penalty keeps a method that finds nothing from looking better than one that tries.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 from scipy.spatial import KDTree
 
-__all__ = ["METRICS", "STATUSES", "Metric", "organ_scores", "surface_voxels"]
+__all__ = ["METRICS", "STATUSES", "TOLERANCE_MM", "Metric", "organ_scores", "surface_voxels"]
 
 
 class Metric(NamedTuple):
@@ -43,8 +43,12 @@ METRICS = {
     "iou": Metric("IoU", 3, 1.0),
     "hd_mm": Metric("HD (mm)", 1, 0.0),
     "hd95_mm": Metric("HD95 (mm)", 1, 0.0),
+    "nsd": Metric("NSD", 3, 1.0),
 }
 """By column of ``cases.csv``."""
+
+TOLERANCE_MM = 2.0
+"""Distance up to which surfaces agree in the normalised surface distance, unless told otherwise."""
 
 STATUSES = ("ok", "missed", "spurious", "absent", "not annotated")
 
@@ -54,23 +58,30 @@ _TREE_LIMIT = 300_000
 
 
 def organ_scores(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], annotated: bool = True
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    annotated: bool = True,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> dict[str, float | str]:
     """Compare one organ of one case.
 
     With P and R the sets of voxels, Dice = 2 |P ∩ R| / (|P| + |R|) and IoU = |P ∩ R| / |P ∪ R|. The Hausdorff distance
     (HD) is the largest distance from a surface voxel of either mask to the nearest surface voxel of the other, HD95 the
-    larger of the two directed 95th percentiles; see :func:`surface_voxels`.
+    larger of the two directed 95th percentiles; see :func:`surface_voxels`. The normalised surface distance (NSD) is
+    the share of both masks' surface voxels that lie within the tolerance of the other's surface, as MONAI's
+    ``compute_surface_dice`` has it.
 
     Args:
         prediction: bool (X, Y, Z).
         reference: bool (X, Y, Z) on the same grid; not looked at where the organ is not annotated.
         spacing: mm per voxel of each axis.
         annotated: whether it is known where the organ lies.
+        tolerance_mm: of the NSD.
 
     Returns:
-        ``dice``, ``iou``, ``hd_mm``, ``hd95_mm``, the volumes ``reference_ml`` and ``predicted_ml``, and ``status``;
-        where a mask is empty as the table of this module says.
+        ``dice``, ``iou``, ``hd_mm``, ``hd95_mm``, ``nsd``, the volumes ``reference_ml`` and ``predicted_ml``, and
+        ``status``; where a mask is empty as the table of this module says.
 
     Raises:
         ValueError: the masks differ in shape.
@@ -87,10 +98,10 @@ def organ_scores(
     if predicted and expected > 0:
         common = int(np.count_nonzero(prediction & reference))
         dice, iou = 2 * common / (predicted + expected), common / (predicted + expected - common)
-        values, status = (dice, iou, *_hausdorff_distances(prediction, reference, spacing)), "ok"
+        values, status = (dice, iou, *_surface_scores(prediction, reference, spacing, tolerance_mm)), "ok"
     elif annotated and (predicted or expected):
         diagonal = math.hypot(*np.multiply(prediction.shape, spacing))
-        values, status = (0.0, 0.0, diagonal, diagonal), "missed" if expected else "spurious"
+        values, status = (0.0, 0.0, diagonal, diagonal, 0.0), "missed" if expected else "spurious"
     else:
         values, status = (math.nan,) * len(METRICS), "absent" if annotated else "not annotated"
     return {**dict(zip(METRICS, values, strict=True)), **volumes, "status": status}
@@ -107,13 +118,15 @@ def surface_voxels(mask: np.ndarray) -> np.ndarray:
     return np.argwhere(inside & ~binary_erosion(inside)) + [axis.start for axis in box]
 
 
-def _hausdorff_distances(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
-) -> tuple[float, float]:
-    """HD and HD95 in mm of two masks that are not empty."""
+def _surface_scores(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], tolerance_mm: float
+) -> tuple[float, float, float]:
+    """HD and HD95 in mm, and NSD, of two masks that are not empty."""
     surfaces = surface_voxels(prediction), surface_voxels(reference)
     directed = [_distances(start, end, spacing) for start, end in (surfaces, surfaces[::-1])]
-    return max(d.max() for d in directed).item(), max(np.percentile(d, 95) for d in directed).item()
+    hd, hd95 = max(d.max() for d in directed), max(np.percentile(d, 95) for d in directed)
+    # A distance of just the tolerance, such as one or two voxels, counts however spacings are rounded.
+    return hd.item(), hd95.item(), np.mean(np.concatenate(directed) <= tolerance_mm + 1e-4).item()
 
 
 def _distances(start: np.ndarray, end: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

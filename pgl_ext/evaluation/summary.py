@@ -143,7 +143,7 @@ def summary_rows(summary: Summary) -> list[dict[str, Any]]:
 
 def summary_table(summary: Summary) -> str:
     """What :func:`summarise` returned as a table to read."""
-    head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "cases", "missed", "spurious")
+    head = ("organ", "Dice", "95 % CI", "IoU", "HD mm", "HD95 mm", "NSD", "cases", "missed", "spurious")
     rows = []
     for organ, entry in summary.items():
         dice, *means = (number_text(entry[name]["mean"], metric.digits) for name, metric in METRICS.items())

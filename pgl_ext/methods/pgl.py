@@ -20,8 +20,9 @@ class PGL(OnlineTargetMethod):
     The online path (encoder, projector, aligner, predictor) predicts the target path's aligned features of the other
     view, cell by cell (equation 9); the loss lies in [0, 8].
 
-    The paper's ablations are settings of the views, and the aligner follows by itself: w/o F is ``flip_prob=0``, w/o CS
-    is ``scale_range=(1, 1)`` with ``min_overlap=1`` (see ``transforms.RandOverlappingViewsd``), w/o F&CS is both.
+    The paper's ablations (section 5.3) are settings of the views (see ``transforms.RandOverlappingViewsd``): w/o F is
+    ``flip_prob=0``, w/o CS is ``scale_range=(1, 1)`` with ``min_overlap=1``, w/o F&CS is both. Without CS there is no
+    CSAlign either: with ``alignment="paper"`` and ``sampling_ratio=1`` the aligner then is ``torch.flip`` alone.
 
     Args:
         encoder: the network whose encoder is pre-trained.

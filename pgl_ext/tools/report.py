@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -102,14 +102,17 @@ def write_report(
     )
 
 
-def case_pictures(evaluations: Mapping[str, Path]) -> list[dict[str, Any]]:
+def case_pictures(evaluations: Mapping[str, Path], chosen: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Pictures of the best, median and worst case of the first evaluation, by mean Dice, as all runs segment them.
+
+    And of cases chosen by name, as in figure 8 of the PGL paper.
 
     They are drawn from the predictions in the evaluations' folders, and from the scans and label maps where the first
     evaluation found them.
 
     Args:
         evaluations: output folder of each evaluation by the name of its run, all of one task.
+        chosen: names of further cases.
 
     Returns:
         For each case its ``heading``, ``pictures`` (data URLs; each of the reference and up to three runs), ``runs``
@@ -119,12 +122,13 @@ def case_pictures(evaluations: Mapping[str, Path]) -> list[dict[str, Any]]:
     first = next(iter(dice), None)
     notable = notable_cases(dice[first]) if dice else {}
     entries = []
-    for case in dict.fromkeys(notable.values()):
+    for case in dict.fromkeys([*notable.values(), *(chosen if dice else ())]):
         words = " and ".join(word for word, name in notable.items() if name == case).capitalize()
+        words = f"{words} case of {first} by mean Dice" if words else "Chosen case"
         paths = {name: folder / "predictions" / f"{case}.nii.gz" for name, folder in evaluations.items()}
         runs = [name for name, path in paths.items() if path.is_file()]
         absent = ", ".join(name for name in paths if name not in runs)
-        entry = {"heading": f"{words} case of {first} by mean Dice: {case}", "pictures": [], "runs": ", ".join(runs)}
+        entry = {"heading": f"{words}: {case}", "pictures": [], "runs": ", ".join(runs)}
         entry["remarks"] = [f"Without a prediction of this case: {absent}."] if absent else []
         try:
             for start in range(0, len(runs), _RUNS_PER_PICTURE):

@@ -37,6 +37,24 @@ def test_load_datalist_with_dataset_dir_and_key(tmp_path):
     assert load_datalist(path, tmp_path / "data", key="test") == [{"image": str(tmp_path / "data/a.nii")}]
 
 
+def test_several_keys(tmp_path):
+    """As in the Decathlon's tasks, whose scans without labels are plain strings."""
+    touch(tmp_path, "imagesTr/a.nii.gz", "imagesTs/b.nii.gz")
+    content = {
+        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+        "test": ["./imagesTs/b.nii.gz"],
+    }
+    items = [{"image": str(tmp_path / "imagesTr/a.nii.gz")}, {"image": str(tmp_path / "imagesTs/b.nii.gz")}]
+    assert load_datalist(data_list(tmp_path, content), key=("training", "test")) == items
+    assert load_datalist(data_list(tmp_path, {**content, "test": []}), key=["training", "test"]) == items[:1]
+    for wrong in ({"training": content["training"]}, {"training": [], "test": []}):
+        with pytest.raises(ValueError, match="no entries under the key 'training' and 'test'; keys with entries"):
+            load_datalist(data_list(tmp_path, wrong), key=["training", "test"])
+    with pytest.raises(ValueError, match=r"more than once: .*/b\.nii\.gz"):
+        load_datalist(data_list(tmp_path, {**content, "training": content["test"]}), key=["training", "test"])
+    assert len(load_datalist(data_list(tmp_path, content), key=["test", "training"])) == 2
+
+
 def test_load_datalist_keeps_fields_as_they_are_but_for_paths(tmp_path):
     touch(tmp_path, "l/a.nii")
     entries = [

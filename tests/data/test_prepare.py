@@ -257,6 +257,15 @@ class TestPrepareVolumes:
         assert len(parts["training"]) == 2
         assert len(parts["validation"]) == 1
 
+    def test_all_scans_of_a_task_of_the_decathlon(self, volumes, cache, tmp_path):
+        """With those without labels, and as the paper trains, without validation."""
+        names = [f"volumes/{Path(item['image']).name}" for item in volumes]
+        data_list = tmp_path / "dataset.json"
+        data_list.write_text(json.dumps({"training": [{"image": name} for name in names[:3]], "test": names[3:]}))
+        parts = prepare_volumes(cache, None, str(data_list), ["training", "test"], validation_fraction=0)
+        assert [item["image"] for item in parts["training"]] == [item["image"] for item in volumes]
+        assert parts["validation"] == []
+
     def test_from_several_data_lists(self, volumes, cache, tmp_path):
         lists = []
         for name, items in (("liver", volumes[:2]), ("neck", volumes[2:])):

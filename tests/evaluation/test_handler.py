@@ -147,7 +147,7 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
     names = [f"patient {number}_scan" for number in range(3)]
     assert [(row["case"], row["organ"]) for row in rows] == [(case, organ) for case in names for organ in ORGANS]
     for row in rows:
-        assert [float(row[key]) for key in ("dice", "iou", "hd_mm", "hd95_mm")] == [1, 1, 0, 0]
+        assert [float(row[key]) for key in ("dice", "iou", "hd_mm", "hd95_mm", "nsd")] == [1, 1, 0, 0, 1]
         assert row["status"] == "ok"
     for number, (name, affine) in enumerate(zip(names, AFFINES, strict=True)):
         predicted = nib.load(out / "predictions" / f"{name}.nii.gz")
@@ -261,6 +261,24 @@ def test_organs_that_are_not_annotated_take_no_part(tmp_path):
     assert case_means(rows, "dice") == {"a": 0.5}
 
 
+def test_each_organ_has_its_tolerance(tmp_path, data_list):
+    """Within a volume's size all surfaces agree, within less than a voxel those of a network that is wrong do not."""
+    network = ByIntensity()
+    network.bias.data.mul_(0.5)
+    first, second = ORGANS
+    evaluator(tmp_path, data_list, network=network, tolerance_mm={first: 0.01, second: 1000.0}).run()
+    content = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert content["tolerance_mm"] == {first: 0.01, second: 1000.0}
+    assert content["organs"][first]["nsd"]["mean"] < 1
+    assert content["organs"][second]["nsd"]["mean"] == 1
+    for wrong in ({"lung": 2.0}, {first: 0}, -1):
+        with pytest.raises(ValueError, match="tolerance_mm must be a positive number of mm, or one by name"):
+            EvaluationReport(tmp_path, SegmentationTask(ORGANS), [], tolerance_mm=wrong)
+    for given, expected in ((None, [2, 2]), (3, [3, 3]), ({second: 1}, [2, 1])):
+        report = EvaluationReport(tmp_path, SegmentationTask(ORGANS), [], tolerance_mm=given)
+        assert list(report.tolerances.values()) == expected
+
+
 # --- summary --------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +286,7 @@ def rows_of(dice: dict[str, list[float]]) -> list[dict]:
     statuses = {True: "absent", False: "ok"}
     return [
         {"case": f"case {number}", "organ": organ, "dice": value, "iou": value, "hd_mm": 10 * value, "hd95_mm": value}
-        | {"status": statuses[math.isnan(value)]}
+        | {"nsd": value, "status": statuses[math.isnan(value)]}
         for number in range(len(next(iter(dice.values()))))
         for organ, value in ((organ, values[number]) for organ, values in dice.items())
     ]

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
-from pgl_ext.evaluation.metrics import organ_scores, surface_voxels
+from pgl_ext.evaluation.metrics import METRICS, organ_scores, surface_voxels
 from pgl_ext.tools.phantom import generate_case
 
 SPACING = (0.7, 1.3, 3.1)
@@ -94,12 +94,16 @@ def test_scores_of_monai(prediction, reference):
     for percentile, name in ((None, "hd_mm"), (95, "hd95_mm")):
         expected = compute_hausdorff_distance(*pair, percentile=percentile, spacing=SPACING).item()
         assert scores[name] == pytest.approx(expected, rel=1e-5)
+    for tolerance in (0.5, 0.7, 1.0, 2.0, 3.1, 8.0):  # also as large as a voxel's side
+        expected = compute_surface_dice(*pair, [tolerance], include_background=True, spacing=SPACING).item()
+        scores = organ_scores(prediction, reference, SPACING, tolerance_mm=tolerance)
+        assert scores["nsd"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_do_not_depend_on_the_order_but_the_status_does():
     a, b = blob(0), blob(1)
     forward, backward = organ_scores(a, b, SPACING), organ_scores(b, a, SPACING)
-    assert all(forward[name] == backward[name] for name in ("dice", "iou", "hd_mm", "hd95_mm"))
+    assert all(forward[name] == backward[name] for name in METRICS)
     assert (forward["reference_ml"], forward["predicted_ml"]) == (backward["predicted_ml"], backward["reference_ml"])
 
 
@@ -119,16 +123,16 @@ DIAGONAL = math.sqrt(sum((n * s) ** 2 for n, s in zip(SHAPE, SPACING, strict=Tru
 @pytest.mark.parametrize(
     ("prediction", "reference", "annotated", "expected", "status"),
     [
-        (EMPTY, blob(0), True, (0, 0, DIAGONAL, DIAGONAL), "missed"),
-        (blob(0), EMPTY, True, (0, 0, DIAGONAL, DIAGONAL), "spurious"),
-        (EMPTY, EMPTY, True, (math.nan,) * 4, "absent"),
-        (blob(0), EMPTY, False, (math.nan,) * 4, "not annotated"),
-        (EMPTY, EMPTY, False, (math.nan,) * 4, "not annotated"),
+        (EMPTY, blob(0), True, (0, 0, DIAGONAL, DIAGONAL, 0), "missed"),
+        (blob(0), EMPTY, True, (0, 0, DIAGONAL, DIAGONAL, 0), "spurious"),
+        (EMPTY, EMPTY, True, (math.nan,) * 5, "absent"),
+        (blob(0), EMPTY, False, (math.nan,) * 5, "not annotated"),
+        (EMPTY, EMPTY, False, (math.nan,) * 5, "not annotated"),
     ],
 )
 def test_empty_masks(prediction, reference, annotated, expected, status):
     scores = organ_scores(prediction, reference, SPACING, annotated)
-    assert [scores[name] for name in ("dice", "iou", "hd_mm", "hd95_mm")] == pytest.approx(expected, nan_ok=True)
+    assert [scores[name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
     assert scores["status"] == status
     assert math.isnan(scores["reference_ml"]) == (not annotated)
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from method_checks import distance, online_parameters, swapped, target_parameters
+from programs import CONFIGS
 from pytorch_optimizer import LARS
 
 from pgl_ext.aligner import PriorGuidedAligner
 from pgl_ext.methods import Method, feature_std
+from pgl_ext.tools.study.configs import merged_config
 
 
 class TestLoss:
@@ -165,6 +168,21 @@ class TestAblations:
         assert torch.allclose(boxes[:, 0], boxes[:, 1], atol=1e-4) != crops
         loss = make_pgl()({key: value[:2] for key, value in batch.items()})["loss"]
         assert 0 < float(loss.detach()) <= 8
+
+    @pytest.mark.parametrize("name", ["pgl_without_crop_scale", "pgl_without_flip_and_crop_scale"])
+    def test_without_crop_and_scale_features_are_flipped_alone(self, name, make_batch):
+        """No CSAlign is left: white noise, which any resampling would smooth, stays as it is."""
+        config = merged_config([str(CONFIGS / file) for file in ("train.json", f"methods/{name}.yaml")])
+        config.update({"encoder#widen_factor": 0.125, "hidden_channels": 8, "out_channels": 4})
+        views = {setting: config[setting] for setting in ("flip_prob", "scale_range", "min_overlap")}
+        affines = make_batch(16, **views)["affines"]
+        features = torch.randn(16, 2, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        aligned = config.get_parsed_content("network_def").aligner(features, affines, (32, 32, 16))
+        flipped = affines.diagonal(dim1=2, dim2=3)[..., :3] < 0
+        assert bool(flipped.any()) == (name == "pgl_without_crop_scale")
+        for pair in itertools.product(range(16), range(2)):
+            axes = [axis + 1 for axis in range(3) if flipped[pair][axis]]
+            torch.testing.assert_close(aligned[pair], torch.flip(features[pair], axes), atol=1e-4, rtol=0)
 
     def test_without_both_the_views_are_the_same(self, make_batch):
         views = make_batch(4, flip_prob=0, **self.without_crop)["views"]

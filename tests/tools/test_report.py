@@ -46,7 +46,8 @@ def make_run(folder, dice: float, encoder: str | None = None, order=(0, 1, 2)):
         {
             "case": f"case_{number}",
             "organ": organ,
-            **{"dice": dice + 0.01 * order.index(number), "iou": 0.5, "hd_mm": 9.0, "hd95_mm": 4.0, "status": "ok"},
+            **{"dice": dice + 0.01 * order.index(number), "iou": 0.5, "hd_mm": 9.0, "hd95_mm": 4.0, "nsd": 0.9},
+            "status": "ok",
         }
         for number in range(3)
         for organ in TASK.names
@@ -203,6 +204,19 @@ def test_cases_are_those_of_the_first_run(tmp_path, drawn):
         ("case_2", ["reference", "a mean Dice 0.500", "b mean Dice 0.520"]),
     ]
     assert not any(entry["remarks"] for entry in entries)
+
+
+def test_cases_chosen_by_name_follow(tmp_path, drawn):
+    (folder,) = evaluations(tmp_path, a=(0, 1, 2)).values()
+    rows = (folder / "cases.csv").read_text().splitlines()
+    (folder / "cases.csv").write_text("\n".join(row for row in rows if "case_1" not in row))
+    entries = case_pictures({"a": folder}, ["case_1", "case_2"])
+    assert [entry["heading"] for entry in entries] == [
+        "Best case of a by mean Dice: case_2",
+        "Median and worst case of a by mean Dice: case_0",
+        "Chosen case: case_1",
+    ]
+    assert [title for title, _ in drawn] == ["case_2", "case_0", "case_1"]
 
 
 def test_many_runs_have_several_pictures(tmp_path, drawn):

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from monai.utils import ensure_tuple
+
 from pgl_ext.code_digest import digest
 from pgl_ext.data.datalist import item_name, labelled_items, load_datalist
 from pgl_ext.data.find import find_cases, find_volumes
@@ -26,6 +28,7 @@ __all__ = [
     "fine_tuning_commands",
     "pretraining_commands",
     "rates_to_choose",
+    "scans_text",
     "segmentation_commands",
     "settings_of_labels",
 ]
@@ -126,6 +129,32 @@ def _check_outside(command: Command, folder: Path) -> None:
             f"the study's folder {folder} lies within the scans to pre-train on, {scans}, and what it writes would be "
             "taken for further scans: give an --out elsewhere."
         )
+
+
+def scans_text(pretraining: Command, expected: Sequence[int]) -> str:
+    """A sentence on how many scans each of several data lists gives to pre-train on; empty where there is one, or none.
+
+    Args:
+        pretraining: any method's, since all have the same scans.
+        expected: what each list should give, in their order; empty: whatever it does.
+
+    Raises:
+        ValueError: one gives another number.
+    """
+    paths, *where = (pretraining.config()[name] for name in _LIST_SETTINGS[:3])
+    paths = ensure_tuple(paths or ())
+    if not expected and len(paths) < 2:
+        return ""
+    counts = [len(load_datalist(path, *where)) for path in paths]
+    listed = ", ".join(
+        f"{count} of {'/'.join(Path(path).parts[-2:])}" for count, path in zip(counts, paths, strict=True)
+    )
+    if expected and counts != list(expected):
+        raise ValueError(
+            f"the scans to pre-train on are {listed or 'in no data list'}, where the study has {expected}: complete "
+            'the lists, or go on with what there is, --pretraining#scans "[]".'
+        )
+    return f"Pre-trained on {sum(counts)} scans: {listed}."
 
 
 def check_unseen(pretraining: Command, test: Sequence[Mapping[str, Any]]) -> None:

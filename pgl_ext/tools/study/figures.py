@@ -23,12 +23,13 @@ __all__ = ["draw_figures", "plot_learning_curves"]
 Curve = tuple[np.ndarray, np.ndarray]
 """Ascending steps and values."""
 
-_PICTURES = ("gains.png", "organs.png", "ablations.png", "learning_curves.png", "curves.png")
+_PICTURES = ("gains.png", "labels.png", "organs.png", "ablations.png", "learning_curves.png", "curves.png")
 
 
 def draw_figures(results: Results) -> None:
-    """Draw ``gains.png``, ``organs.png``, ``ablations.png``, ``learning_curves.png`` (Dice of validation cases) and
-    ``curves.png`` (of test cases), those that have anything.
+    """Draw ``gains.png``, ``labels.png`` (Dice by share of labels, as figure 5 of the PGL paper), ``organs.png``,
+    ``ablations.png``, ``learning_curves.png`` (Dice of validation cases) and ``curves.png`` (of test cases), those that
+    have anything.
     """
     study = results.study
     for name in _PICTURES:  # of a study that was in this folder before
@@ -46,10 +47,16 @@ def draw_figures(results: Results) -> None:
         for row in results.select(metric="dice")
         for low, high in [(row["mean"] - row["sd"], row["mean"] + row["sd"])]
     ]
+    # With one share there is nothing to draw them against.
+    by_labels = [
+        one._replace(panel="average Dice", place=one.panel.removeprefix("Dice, "))
+        for one in organs
+        if one.place == AVERAGE and len(study.labels) > 1
+    ]
     ablations = [estimate for estimate in gains if estimate.method in study.ablations]
-    for name, estimates in (("gains", gains), ("ablations", ablations), ("organs", organs)):
+    for name, estimates in (("gains", gains), ("labels", by_labels), ("ablations", ablations), ("organs", organs)):
         if estimates:
-            style = {"differences": name != "organs", "lines": name == "gains"}
+            style = {"differences": name in ("gains", "ablations"), "lines": name in ("gains", "labels")}
             plot_estimates(estimates, colors, study.folder / f"{name}.png", **style)
     for name, cases, curves in (
         ("learning_curves", "validation", _learning_curves(results)),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.utils import ensure_tuple
 
 from pgl_ext.code_digest import code_digests, digest
 from pgl_ext.data.datalist import load_datalist
@@ -76,9 +77,9 @@ def _data_digest(config: Mapping[str, Any], used: tuple[str, ...]) -> str | None
     """Digest of a data list and the sizes of what is used; without one, of the names and sizes of a folder's files."""
     paths, folder = config["data_list_file_path"], config["dataset_dir"]
     if paths is not None:
-        paths = (paths,) if isinstance(paths, str) else tuple(paths)
+        paths, keys = ensure_tuple(paths), ensure_tuple(config["data_list_key"])
         content = digest(b"".join(Path(path).read_bytes() for path in paths))
-        return digest(content + _sizes_digest(paths, folder, config["data_list_key"], used, content))
+        return digest(content + _sizes_digest(paths, folder, keys, used, content))
     if folder is None:
         return None
     sizes = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in _files(Path(folder)))
@@ -86,9 +87,11 @@ def _data_digest(config: Mapping[str, Any], used: tuple[str, ...]) -> str | None
 
 
 @functools.lru_cache
-def _sizes_digest(paths: tuple[str, ...], folder: str | None, key: str, used: tuple[str, ...], content: str) -> str:
+def _sizes_digest(
+    paths: tuple[str, ...], folder: str | None, keys: tuple[str, ...], used: tuple[str, ...], content: str
+) -> str:
     """Kept while the lists' ``content`` is the same: thousands of files for every run would take long."""
-    items = load_datalist(paths, folder, key, keep=["label"])
+    items = load_datalist(paths, folder, keys, keep=["label"])
     return digest(json.dumps([[_size(item.get(name)) for name in used] for item in items]))
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from pgl_ext.data.datalist import named_items
 from pgl_ext.data.seen import patients_text, seen_scans, seen_text
+from pgl_ext.errors import few
 from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.tools.study.commands import (
     absolute,
@@ -20,6 +22,7 @@ from pgl_ext.tools.study.commands import (
     fine_tuning_commands,
     pretraining_commands,
     rates_to_choose,
+    scans_text,
     segmentation_commands,
     settings_of_labels,
 )
@@ -46,6 +49,7 @@ class Study:
         methods: names in their order.
         reference: the method that the others are compared with.
         ablations: the methods of the ablations' figure.
+        pictured_cases: names of test cases that the report shows beside the best, median and worst.
         labels: numbers (int) or fractions (float) of labelled cases, ascending.
         seeds: each for all methods.
         folds: of each seed's cross-validation; None: there are test cases.
@@ -73,6 +77,7 @@ class Study:
         self.methods = list(self._entries)
         self.reference: str = content["reference"]
         self.ablations: list[str] = content["ablations"]
+        self.pictured_cases: list[str] = content["pictured_cases"]
         self.labels = labels_to_compare(content)
         self.seeds = [int(seed) for seed in content["seeds"]]
         folders = {_folder_name(name) for name in self.methods}
@@ -84,8 +89,14 @@ class Study:
         self._pretraining = pretraining_commands(content, self._pretraining_folder, bundles)
         self.folds: int | None = content["test"]["folds"]
         base, self._evaluation, test = segmentation_commands(content, self.folder, bundles)
+        names = [case["name"] for case in named_items(test)]
+        if not set(self.pictured_cases) <= set(names):
+            raise ValueError(f"pictured_cases is {self.pictured_cases}, but test cases are {few(names)}: name some.")
+        scans = ""
         if self._pretraining:  # all have the same scans
-            check_unseen(next(iter(self._pretraining.values())), test)
+            pretraining = next(iter(self._pretraining.values()))
+            scans = scans_text(pretraining, content["pretraining"]["scans"])
+            check_unseen(pretraining, test)
         self._fine_tuning = fine_tuning_commands(content, base, self.folder, bundles)
         self._rates = rates_to_choose(content, self._pretraining, self._fine_tuning)
         self._of_labels = {labels: settings_of_labels(content, base, labels)[0] for labels in self.labels}
@@ -94,7 +105,7 @@ class Study:
         self.kept_steps = sorted(config["kept_steps"])
         # With folds, patients stay together.
         training = [] if self.folds else cases_of(base, "fine_tuning")
-        self.note = " ".join([str(content["note"]), *self._remarks(config, training, test)]).strip()
+        self.note = " ".join([str(content["note"]), scans, *self._remarks(config, training, test)]).strip()
 
     def runs(self, rates: Mapping[str, Rates]) -> list[Run]:
         """All runs in the order to run them: one seed of all methods after another, pre-training before its use.
@@ -123,13 +134,18 @@ class Study:
             for method, rates in self._rates.items()
         }
 
+    def pretrained_as(self, method: str) -> str:
+        """The method whose pre-training a method takes, by default its own."""
+        return self._entries[method]["pretrained_as"] or method
+
     def pretraining(self, method: str, seed: int, rate: float | None = None) -> Run | None:
         """The pre-training of a method; None where it starts from random weights or from an encoder file."""
         if method not in self._pretraining:
             return None
+        command, method = self._pretraining[method], self.pretrained_as(method)
         name = f"pretraining/{_folder_name(method, Rates(rate))}/seed_{seed}"
         folder = self._pretraining_folder / name
-        command = self._pretraining[method].with_settings(output_dir=str(folder), seed=seed)
+        command = command.with_settings(output_dir=str(folder), seed=seed)
         command = command if rate is None else command.with_settings(lr=rate)
         return Run(folder, name, method, seed, (command,), rates=Rates(rate))
 

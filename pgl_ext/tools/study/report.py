@@ -22,12 +22,13 @@ __all__ = ["NOTES", "paper_tables", "verdicts", "write_study_report", "write_tab
 NOTES = """\
 Scores are means over the test cases; of several seeds their mean is given and, after ±, their standard deviation.
 Differences are paired, by the seeds that both methods have and by case. An organ that a test case lacks has Dice 0
-where it is predicted all the same, and else no score, but in differences the perfect one (Dice 1, HD95 0) where the
+where it is predicted all the same, and else no score, but in differences the perfect one (Dice 1, HD 0) where the
 other method or another seed predicts it: so they need not be those of the means. From three seeds on, the 95 % interval
 covers other seeds and other test cases: that of Student's t with the variances of both. With fewer it is a bootstrap
 over the test cases alone, there is no p, and nothing is called a difference, since single runs differ by their seed. p
 is not adjusted; p (Holm) is adjusted for the number of methods. A method is called better or worse than the reference
-where, of its average Dice, p (Holm) is below 0.05. The cost, at the end of a row, is that of one pre-training."""
+where, of its average Dice, p (Holm) is below 0.05. NSD is the normalised surface distance, with the tolerance that the
+evaluations' summary.json has for each organ. The cost, at the end of a row, is that of one pre-training."""
 
 
 def verdicts(results: Results) -> list[str]:
@@ -134,7 +135,7 @@ def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], fai
         study.folder / "report.html",
         title=study.title,
         note=study.note,
-        cases=case_pictures({run.method: evaluation_folder(run.folder) for run in pictured}),
+        cases=case_pictures({run.method: evaluation_folder(run.folder) for run in pictured}, study.pictured_cases),
         results=results,
         verdicts=verdicts(results),
         tables=paper_tables(results),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import finite, finite_mean, grouped
 from pgl_ext.tools.compare import (
     Scores,
@@ -24,8 +25,8 @@ from pgl_ext.tools.study.runs import Run, evaluation_folder
 
 __all__ = ["REPORTED", "Results"]
 
-REPORTED = ("dice", "iou", "hd95_mm")
-"""Columns of ``cases.csv`` that a study reports."""
+REPORTED = tuple(METRICS)
+"""Columns of ``cases.csv`` that a study reports: those of the paper's tables, and HD95 and NSD."""
 
 
 class Results:
@@ -83,6 +84,8 @@ class Results:
         """Mean cost of each method's pre-training over its seeds, and its unit; None where there was none."""
         noted = [{**noted, "method": run.method} for run, noted in self.finished if run.is_pretraining]
         costs = {name: finite_mean(row["cost"] for row in rows) for name, rows in grouped(noted, "method").items()}
+        named = {method: self.study.pretrained_as(method) for method in self.study.methods}
+        costs = {method: costs[name] for method, name in named.items() if name in costs}
         return costs, noted[0]["unit"] if noted else None
 
     def means(self, scores: Sequence[Scores], metric: str) -> np.ndarray:

@@ -16,7 +16,7 @@ __all__ = ["labels_to_compare", "read_study_file"]
 _DEFAULTS: dict[str, Any] = {
     "title": "Comparison of pre-training methods",
     "note": "",
-    "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": [], "folder": None},
+    "pretraining": {"configs": ["train.json"], "settings": {}, "learning_rates": [], "folder": None, "scans": []},
     "fine_tuning": {
         "configs": ["train.json"],
         "random_start": [],
@@ -30,13 +30,14 @@ _DEFAULTS: dict[str, Any] = {
     "methods": {},
     "reference": "random",
     "ablations": [],
+    "pictured_cases": [],
     "labelled_cases": [],
     "label_fractions": [],
     "seeds": [0, 1, 2],
 }
 _PARTS = ("pretraining", "fine_tuning", "test")
 _OF_METHOD: dict[str, Any] = {"configs": [], "settings": {}, "learning_rates": None}
-_METHOD: dict[str, Any] = {**_OF_METHOD, "decoder": False, "fine_tuning": _OF_METHOD}
+_METHOD: dict[str, Any] = {**_OF_METHOD, "decoder": False, "fine_tuning": _OF_METHOD, "pretrained_as": None}
 _FORMS = {dict: "NAME: VALUE", list: "[0, 1, 2]"}
 
 
@@ -88,7 +89,26 @@ def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     content["methods"] = {str(name): copy.deepcopy(_METHOD) | (entry or {}) for name, entry in methods}
     for entry in content["methods"].values():
         entry["fine_tuning"] = copy.deepcopy(_OF_METHOD) | (entry["fine_tuning"] or {})
+    for name, entry in content["methods"].items():
+        if entry["pretrained_as"] is not None:
+            _take_pretraining(name, entry, content["methods"])
     return content
+
+
+def _take_pretraining(name: str, entry: dict[str, Any], methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make the pre-training of a method that of the one that it names as ``pretrained_as``."""
+    other = methods.get(entry["pretrained_as"], {"encoder": None})
+    if "encoder" in other or "encoder" in entry or other["pretrained_as"] is not None:
+        raise ValueError(
+            f"method {name!r} is pretrained_as {entry['pretrained_as']!r}: name a method of the study that is "
+            "pre-trained itself, and give no encoder."
+        )
+    of_other = {part: other[part] for part in _OF_METHOD}
+    if any(entry[part] not in (default, of_other[part]) for part, default in _OF_METHOD.items()):
+        raise ValueError(
+            f"method {name!r} is pretrained_as {entry['pretrained_as']!r}: besides it can have decoder and fine_tuning."
+        )
+    entry.update(of_other)
 
 
 def _override(content: dict[str, Any], name: list[str], value: Any) -> None:

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from made_files import touch
 from made_studies import make_study, other_scans, write_list, write_study
 from programs import CONFIGS, ROOT
 
+from pgl_ext.data.datalist import load_datalist
 from pgl_ext.tools.cli import main
 from pgl_ext.tools.study.configs import merged_config
+from pgl_ext.tools.study.fingerprint import fingerprint
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Rates
 from pgl_ext.tools.study.study_file import read_study_file
@@ -112,6 +115,34 @@ def test_a_decoder_that_was_pretrained_too(tmp_path):
     methods = {"random": {"encoder": None}, "both": {"configs": ["methods/models_genesis.yaml"], "decoder": True}}
     run = make_study(tmp_path, methods=methods).fine_tuning("both", 3, 1)
     assert config_of(run)["pretrained_decoder"] == str(run.pretraining.folder / "models" / "pgl_decoder.pt")
+
+
+def test_a_variant_shares_the_pretraining(tmp_path):
+    genesis = {"configs": ["methods/models_genesis.yaml"], "settings": {"lr": 0.5}, "decoder": True}
+    methods = {"random": {"encoder": None}, "alone": {"pretrained_as": "both"}, "both": genesis}
+    study = make_study(tmp_path, methods=methods)
+    alone, both = (study.fine_tuning(name, 3, 1) for name in ("alone", "both"))
+    assert alone.folder != both.folder
+    assert alone.pretraining.name == both.pretraining.name == "pretraining/both/seed_1"
+    assert fingerprint(alone.pretraining) == fingerprint(both.pretraining)
+    encoders = {config_of(run)["pretrained_encoder"] for run in (alone, both)}
+    assert encoders == {str(both.pretraining.folder / "models" / "pgl_encoder.pt")}
+    assert config_of(alone)["pretrained_decoder"] is None
+    assert [run.name for run in study.runs({}) if run.is_pretraining] == [f"pretraining/both/seed_{s}" for s in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"pretrained_as": "nobody"}, "is pretrained_as 'nobody': name a method of the study"),
+        ({"pretrained_as": "random"}, "name a method of the study that is pre-trained itself"),
+        ({"pretrained_as": "PGL", "encoder": "a.pt"}, "give no encoder"),
+        ({"pretrained_as": "PGL", "settings": {"lr": 1.0}}, "besides it can have decoder and fine_tuning"),
+    ],
+)
+def test_variants_of_nothing(tmp_path, entry, words):
+    with pytest.raises(ValueError, match=words):
+        make_study(tmp_path, methods={"random": {"encoder": None}, "PGL": {}, "variant": entry})
 
 
 # --- test cases -----------------------------------------------------------------------------------------------------
@@ -510,7 +541,7 @@ def test_base_files_and_overrides(tmp_path):
     assert content["title"] == "Mine"
     assert content["pretraining"]["settings"] == {"encoder#layers": [1, 1, 1, 1]}
     assert content["methods"]["PGL"] == {
-        **{"configs": [], "settings": {}, "decoder": False, "learning_rates": None},
+        **{"configs": [], "settings": {}, "decoder": False, "learning_rates": None, "pretrained_as": None},
         "fine_tuning": {"configs": [], "settings": {}, "learning_rates": None},
     }
     assert content["methods"]["BYOL"]["configs"] == ["methods/byol.yaml"]
@@ -525,17 +556,18 @@ def test_files_that_come_with_the_project(path, tmp_path):
     test = read_study_file(path)["test"]
     count = test["cases"] or 5
     data = write_list(tmp_path / "labelled" / "dataset.json", count + 15, validation=5, test=5)
-    lists = {"pretraining": write_list(tmp_path / "scans" / "dataset.json", 5), "fine_tuning": data, "test": data}
+    scans = write_list(tmp_path / "scans" / "dataset.json", 5, test=2)
+    lists = {"pretraining": scans, "fine_tuning": data, "test": data}
     overrides = {
         f"{part}#settings#{name}": value
         for part, list_ in lists.items()
         for name, value in (("data_list_file_path", list_), ("dataset_dir", None))
         if part != "test" or test["cases"] is None
     }
-    study = Study(path, tmp_path / "runs", overrides=overrides)
+    study = Study(path, tmp_path / "runs", overrides={**overrides, "pretraining#scans": []})
     selection = study.selection()
     runs = study.runs({method: next(iter(runs)) for method, runs in selection.items()})
-    trained = [name for name in study.methods if name != "random"]
+    trained = {study.pretrained_as(name) for name in study.methods if name != "random"}
     fine_tunings = len(study.methods) * len(study.labels) * len(study.seeds)
     assert len(runs) == fine_tunings + len(trained) * len(study.seeds)
     for name in trained:
@@ -544,6 +576,51 @@ def test_files_that_come_with_the_project(path, tmp_path):
     for run in runs:
         for command in run.commands:
             assert command.section in command.config()
+
+
+# Scans with and without labels in the paper's pre-training data; RibFrac's 660 are all in one list.
+PAPER_SCANS = {
+    "RibFrac": (660, 0),
+    "Task08_HepaticVessel": (303, 140),
+    "Task10_Colon": (126, 64),
+    "Task07_Pancreas": (281, 139),
+    "Task06_Lung": (63, 32),
+}
+
+
+def write_paper_scans(folder: Path) -> None:
+    """Empty files and data lists as RibFrac's one-liner and the Decathlon have them."""
+    for name, (training, test) in PAPER_SCANS.items():
+        content = {"training": [{"image": f"imagesTr/{i}.nii.gz"} for i in range(training)]}
+        content["test"] = [f"./imagesTs/{i}.nii.gz" for i in range(test)]
+        touch(folder / name, *(entry["image"] for entry in content["training"]), *content["test"])
+        (folder / name / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("name", "cases"), [("bcv", 30), ("kits19", 210), ("msd_liver", 131), ("msd_spleen", 41)])
+def test_the_paper_s_studies_take_the_paper_s_scans(name, cases, tmp_path, monkeypatch):
+    """Of section 4: 1808 CTs to pre-train on, and the halves for training and testing."""
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "studies" / f"paper_{name}.yaml"
+    labelled = read_study_file(path)["fine_tuning"]["settings"]["data_list_file_path"]
+    write_paper_scans(tmp_path)
+    write_list(tmp_path / labelled, cases)
+    study = Study(path, tmp_path / "runs")
+    assert study.note.startswith("Pre-trained on 1808 scans: 660 of RibFrac/dataset.json, 443 of Task08_HepaticVessel/")
+    run = study.fine_tuning("PGL", 1.0, 0)
+    assert config_of(run.pretraining)["validation_fraction"] == 0
+    fine_tuning = config_of(run)
+    training = load_datalist(fine_tuning["data_list_file_path"], fine_tuning["dataset_dir"])
+    assert fine_tuning["scale_range"] == config_of(run.pretraining)["scale_range"] == [1.1, 1.4]
+    assert len(training) == {30: 15, 210: 105, 131: 66, 41: 20}[cases]
+    if name != "msd_spleen":
+        return
+    lung = tmp_path / "Task06_Lung/dataset.json"
+    lung.write_text(json.dumps(json.loads(lung.read_text()) | {"test": []}))
+    with pytest.raises(ValueError, match=r"63 of Task06_Lung/dataset\.json, where the study has \[660, 443"):
+        Study(path, tmp_path / "runs")
+    note = Study(path, tmp_path / "runs", overrides={"pretraining#scans": []}).note
+    assert note.startswith("Pre-trained on 1776 scans")
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from made_studies import finish, make_study
 
+from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.evaluation.verdict import paired_statistics
 from pgl_ext.tools.study.figures import draw_figures, plot_learning_curves
@@ -97,7 +98,9 @@ def test_differences_are_paired_by_seed_and_case(study):
 def test_other_metrics(study):
     finish_all(study)
     rows = rows_of(study)
-    for metric, of_dice in (("iou", lambda d: d / (2 - d)), ("hd95_mm", lambda d: 10 - d)):
+    of_dice_by_metric = {"iou": lambda d: d / (2 - d), "hd95_mm": lambda d: 10 - d}
+    of_dice_by_metric |= {"hd_mm": lambda d: 20 - d, "nsd": lambda d: d / 2}
+    for metric, of_dice in of_dice_by_metric.items():
         means = [of_dice(DICE["B", seed]["liver"]).mean() for seed in (0, 1, 2)]
         assert rows[metric, "B", "liver"]["mean"] == pytest.approx(np.mean(means), abs=1e-5)
 
@@ -153,7 +156,7 @@ def test_files(study):
     assert len(scores) == 3 * 3 * 2 * CASES
     found = {(row["method"], row["seed"], row["case"], row["organ"]): float(row["dice"]) for row in scores}
     assert found["C", "2", "case_6", "spleen"] == DICE["C", 2]["spleen"][6]
-    assert set(scores[0]) == {"labelled_cases", "method", "seed", "case", "organ", "dice", "iou", "hd95_mm"}
+    assert set(scores[0]) == {"labelled_cases", "method", "seed", "case", "organ", *METRICS}
 
     runs = {row["run"]: row for row in read_csv(study.folder / "runs.csv")}
     assert len(runs) == 3 * 3 + 2 * 3
@@ -163,13 +166,14 @@ def test_files(study):
     assert runs["pretraining/B/seed_1"]["cost"] == "0.5"
 
     table = read_csv(study.folder / "table.csv")
-    assert len(table) == 3 * 3 * 3
+    assert len(table) == len(METRICS) * 3 * 3
     assert {row["pretraining_cost"] for row in table if row["method"] == "B"} == {"0.5"}
 
     text = (study.folder / "table.md").read_text()
     means = [np.mean([DICE["B", seed][organ].mean() for organ in BASE]) for seed in (0, 1, 2)]
     assert f"| B | {np.mean(means):.3f} ± {np.std(means, ddof=1):.3f} | +0.0" in text
     assert "### HD95 (mm), 3 labelled cases" in text
+    assert "### HD (mm), 3 labelled cases" in text
     assert "not adjusted" in text
     assert "missing" not in text
 
@@ -199,6 +203,28 @@ def test_pictures_show_the_gains_of_the_table(study, monkeypatch):
         assert one.panel == "Dice, 3 labelled cases"
         (row,) = results.select(metric="dice", method=one.method, organ=one.place)
         assert (one.value, one.high - one.low) == pytest.approx((row["mean"], 2 * row["sd"]))
+
+
+def test_dice_of_each_method_by_share_of_labels(tmp_path, monkeypatch):
+    """Figure 5 of the paper: absolute values, at each share that there is."""
+    study = make_study(tmp_path, methods={"A": {"encoder": None}, "B": {}}, reference="A", labelled_cases=[3, 5])
+    for run in study.runs({}):
+        shift = 0 if run.is_pretraining else run.labels / 100 + 0.01 * run.seed
+        finish(run, None if run.is_pretraining else {organ: v + shift for organ, v in BASE.items()})
+    drawn = {}
+    monkeypatch.setattr(
+        "pgl_ext.tools.study.figures.plot_estimates",
+        lambda *args, **style: drawn.update({args[2].name: (args[0], style)}),
+    )
+    draw_figures(results_of(study))
+    estimates, style = drawn["labels.png"]
+    assert style == {"differences": False, "lines": True}
+    assert [(one.place, one.method) for one in estimates] == [(f"{n} labelled cases", m) for n in (3, 5) for m in "AB"]
+    base = np.mean(list(BASE.values()))
+    for one, labels in zip(estimates, (3, 3, 5, 5), strict=True):
+        sd = np.std([0, 0.01], ddof=1)
+        expected = base + labels / 100 + 0.005
+        assert (one.value, one.low, one.high) == pytest.approx((expected, expected - sd, expected + sd))
 
 
 def test_a_loss_is_called_worse(study):
@@ -363,15 +389,21 @@ def test_page(study):
 def test_cases_are_those_of_the_most_labels_and_the_first_seed(tmp_path, monkeypatch):
     """The reference is first; so the cases are its best, median and worst."""
     methods = {"A": {"encoder": None}, "B": {}, "C": {}}
-    study = make_study(tmp_path, methods=methods, reference="B", labelled_cases=[3, 5], seeds=[1, 2])
+    study = make_study(
+        tmp_path, methods=methods, reference="B", labelled_cases=[3, 5], seeds=[1, 2], pictured_cases=["case_11"]
+    )
     for run in study.runs({}):
         if run.name != "fine_tuning/C/5_cases/seed_1":
             finish(run, None if run.is_pretraining else BASE)
     shown = []
-    monkeypatch.setattr("pgl_ext.tools.study.report.case_pictures", lambda folders: shown.append(folders) or [])
+    monkeypatch.setattr("pgl_ext.tools.study.report.case_pictures", lambda *given: shown.append(given) or [])
     assert "The same cases" not in write_study_report(results_of(study), [], {}).read_text()
     folders = {name: study.folder / "fine_tuning" / name / "5_cases/seed_1/evaluation" for name in "BA"}
-    assert list(shown[0].items()) == list(folders.items())
+    ((shown_folders, names),) = shown
+    assert list(shown_folders.items()) == list(folders.items())
+    assert names == study.pictured_cases == ["case_11"]
+    with pytest.raises(ValueError, match=r"pictured_cases is \['case_1'\], but test cases are case_10, .*: name some"):
+        make_study(tmp_path, methods=methods, reference="B", pictured_cases=["case_1"])
 
 
 def test_learning_curves_are_those_of_the_fine_tunings(study, monkeypatch):
