@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 PGL := $(VENV)/bin/pgl
 LABEL_VENV := .venv-label
 DEMO_DIR ?= runs/demo
-.PHONY: install label-environment demo test test-label lint format docs benchmarks package clean
+.PHONY: install label-environment demo test fuzz test-label lint format docs benchmarks package clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,12 @@ demo: $(VENV)/.commands
 
 test: install
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Headers of scans, mutated and compared with other readers; repeat a run with its MUTANTS and SEED.
+MUTANTS ?= 5000
+SEED ?= $(shell date +%s)
+fuzz: install
+	PGL_FUZZ_MUTANTS=$(MUTANTS) PGL_FUZZ_SEED=$(SEED) $(RUN) -m pytest tests/transforms/test_fuzz.py
 
 # A session with a MONAI Label server on this machine.
 test-label: install label-environment

@@ -68,9 +68,16 @@ def scan_header(path: str, tags: Sequence[str] = ()) -> Any:
         ImportError: ``pydicom`` is not installed.
         OSError: the file cannot be read, or is not DICOM.
     """
-    header = _dataset(path, stop_before_pixels=True, specific_tags=[*_HEADER, *tags])
-    is_scan = "Rows" in header and header.get("Modality") not in _NO_SCANS and header.get("SeriesInstanceUID")
-    return header if is_scan else None
+    header = _header(path, tags)
+    return header if _is_scan(header) else None
+
+
+def _header(path: str, tags: Sequence[str]) -> Any:
+    return _dataset(path, stop_before_pixels=True, specific_tags=[*_HEADER, *tags])
+
+
+def _is_scan(header: Any) -> bool:
+    return "Rows" in header and header.get("Modality") not in _NO_SCANS and bool(header.get("SeriesInstanceUID"))
 
 
 def series_files(directory: str, series_uid: str | None = None) -> list[str]:
@@ -78,22 +85,26 @@ def series_files(directory: str, series_uid: str | None = None) -> list[str]:
 
     Raises:
         BadVolumeError: the folder has no such series, or several where none is named; or a DICOM file in it cannot be
-            read, which might be one of the series.
+            read or lacks elements, which might be one of the series.
         ImportError: ``pydicom`` is not installed.
     """
     series: dict[str, dict[tuple, tuple[Any, str]]] = {}
+    others: dict[str, str] = {}
     for folder, _, names in visible_files(directory):
         for path in filter(may_be_dicom, (os.path.join(folder, name) for name in names)):
             try:
-                header = scan_header(path, [*_ELEMENTS, *_OTHER_NAMES.values(), *_FRAMES])
+                header = _header(path, [*_ELEMENTS, *_OTHER_NAMES.values(), *_FRAMES])
             except OSError as error:
                 raise BadVolumeError(
                     f"Cannot read the DICOM file {path}: {error}. Restore it, or remove it from the folder."
                 ) from error
-            if header is not None:
+            uid = str(header.get("SeriesInstanceUID", ""))
+            if _is_scan(header):
                 # Copies of a slice are one slice.
                 slice_ = header.get("SOPInstanceUID", path), str(header.get("ImagePositionPatient"))
-                series.setdefault(str(header.SeriesInstanceUID), {}).setdefault(slice_, (header, path))
+                series.setdefault(uid, {}).setdefault(slice_, (header, path))
+            elif uid or "Rows" in header:
+                others.setdefault(uid, path)
     uids = sorted(series)
     if not uids:
         raise BadVolumeError(f"Folder {directory} holds no DICOM series: give a folder of DICOM files, or a file.")
@@ -103,7 +114,14 @@ def series_files(directory: str, series_uid: str | None = None) -> list[str]:
         )
     if series_uid and series_uid not in uids:
         raise BadVolumeError(f"Folder {directory} has no DICOM series {series_uid!r}, only {', '.join(uids)}.")
-    frames = [_frames(header, path)[0] for header, path in series[series_uid or uids[0]].values()]
+    uid = series_uid or uids[0]
+    if lost := others.get(uid, others.get("")):
+        # A slice less would go unnoticed at the end of a scan.
+        raise BadVolumeError(
+            f"{lost} may be a slice of the DICOM series {uid}, but its SeriesInstanceUID, Rows or Modality is missing "
+            "or no scan's: correct it, or remove it from the folder."
+        )
+    frames = [_frames(header, path)[0] for header, path in series[uid].values()]
     return [frames[index].file for index in _order(frames)]
 
 
@@ -213,10 +231,10 @@ def _stored(dataset: Any, file: str) -> np.ndarray:
     # A little may pad the end. A row too many, and the size is wrong.
     if len(dataset.PixelData) >= pixels.nbytes + dataset.Columns * pixels.itemsize:
         raise ValueError(f"PixelData of {len(dataset.PixelData)} bytes is too long for its Rows and Columns")
-    above, below = bits - 1 - dataset.HighBit, dataset.HighBit + 1 - dataset.BitsStored
-    if above < 0 or below < 0:
+    above = bits - dataset.BitsStored
+    if above < 0 or dataset.HighBit + 1 != dataset.BitsStored:
         raise ValueError(f"HighBit {dataset.HighBit} and BitsStored {dataset.BitsStored} contradict each other")
-    return np.right_shift(np.left_shift(pixels, above), above + below)
+    return np.right_shift(np.left_shift(pixels, above), above)
 
 
 def _decompressed(file: str) -> np.ndarray:
@@ -269,8 +287,9 @@ def _problem(frames: Sequence[_Frame]) -> str:
     spacings = _array(frames, "PixelSpacing")
     if spacings.min() <= 0:
         return f"its slices have the PixelSpacing {spacings.min()} mm: correct it"
-    if len(sizes) > 1 or (np.ptp(spacings, axis=0) > _ROUNDING * spacings[0]).any():
-        return "its slices differ in size or PixelSpacing, as of several acquisitions: make a series of each"
+    modalities = {frame.modality for frame in frames}
+    if len(sizes) > 1 or len(modalities) > 1 or (np.ptp(spacings, axis=0) > _ROUNDING * spacings[0]).any():
+        return "its slices differ in size or PixelSpacing, or Modality, as of several scans: make a series of each"
     orientations = _array(frames, "ImageOrientationPatient")
     if np.abs(orientations - orientations[0]).max() > 1e-3:
         return "its slices lie in several planes, as those of a localizer: leave it out"

@@ -17,6 +17,11 @@ __all__ = ["read_itk"]
 _SPACES = ("right-anterior-superior", "left-anterior-superior", "left-posterior-superior", "ras", "las", "lps")
 _UNITS = {"mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 0.001, "µm": 0.001, "": 1.0, "?": 1.0}
 _UNITS |= {"millimeter": 1.0, "millimetre": 1.0, "micron": 0.001, "micrometer": 0.001, "meter": 1000.0}
+# How many numbers some fields have; ITK makes 0 or 1 of what is missing or no number.
+_COUNTS = {"sizes": 3, "spacedirections": 9, "spaceorigin": 3, "DimSize": 3, "ElementSpacing": 3, "ElementSize": 3}
+_COUNTS |= dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), 9)
+_COUNTS |= dict.fromkeys(("Offset", "Position", "Origin"), 3)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _LONGEST_HEADER = 1 << 20  # bytes
 
 
@@ -42,7 +47,7 @@ def read_itk(path: str, orientation: str | None = None) -> tuple[np.ndarray, np.
         raise ImportError(f"Reading {path} needs the package 'itk': pip install itk") from error
     is_nrrd = path.lower().endswith((".nrrd", ".nhdr"))
     fields, start = _header(path, is_nrrd)
-    stored = _decompressed_bytes(path, fields, start)
+    stored = _data_bytes(path, fields, start)
     image_io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
     # Without one the file cannot be read at all, and reading it says why.
     if image_io:
@@ -54,34 +59,52 @@ def read_itk(path: str, orientation: str | None = None) -> tuple[np.ndarray, np.
             return np.empty((*shape, channels), np.uint8), np.eye(4)
     image = itk.imread(path)
     voxels = itk.array_from_image(image).T
-    if stored is not None and stored < voxels.nbytes:
-        raise ValueError(f"it holds {stored} bytes of {voxels.nbytes}")
+    # A little may pad the end. As much as one more row or slice, and the size or the type is wrong.
+    if stored is not None and not 0 <= stored - voxels.nbytes < max(voxels.nbytes // max(voxels.shape, default=1), 1):
+        raise ValueError(f"it holds {stored} bytes of {voxels.nbytes}, by its size and type")
     if voxels.ndim != 3:
         return voxels, np.eye(4)
     return voxels, _affine(image, voxels.shape, path, fields, is_nrrd, orientation)
 
 
 def _header(path: str, is_nrrd: bool) -> tuple[dict[str, str], int]:
-    """Fields by name in lower case without blanks, and where the data begin."""
+    """Fields by name, of NRRD in lower case without blanks, and where the data begin."""
     with open(path, "rb") as file:
         text = file.read(_LONGEST_HEADER)
-    end = re.search(rb"\r?\n\r?\n" if is_nrrd else rb"(?i)ElementDataFile\s*=.*\r?\n", text)
+    end = re.search(rb"\r?\n\r?\n" if is_nrrd else rb"ElementDataFile\s*=.*\r?\n", text)
     start = end.end() if end else len(text)
-    lines = (line.partition(":" if is_nrrd else "=") for line in text[:start].decode("latin-1").splitlines())
-    fields = {name.lower().replace(" ", ""): value.strip() for name, sign, value in lines if sign and value[:1] != "="}
+    fields: dict[str, str] = {}
+    for line in text[:start].decode("latin-1").splitlines():
+        name, sign, value = line.partition(":" if is_nrrd else "=")
+        if not sign or value[:1] == "=" or name.startswith("#"):  # a comment, or a user's own value
+            continue
+        name, value = name.lower().replace(" ", "") if is_nrrd else name.strip(), value.strip()
+        if fields.setdefault(name, value) != value:
+            raise ValueError(f"it has two values for {name}, {fields[name]} and {value}")
     return fields, start
 
 
-def _decompressed_bytes(path: str, fields: Mapping[str, str], start: int) -> int | None:
-    """Size of compressed data, after reading all of them with their checksum; None where they are not compressed."""
-    is_gzip = fields.get("encoding", "").lower() in ("gzip", "gz")
-    if not is_gzip and fields.get("compresseddata", "").lower() != "true":
-        return None
-    name = fields.get("datafile") or fields.get("elementdatafile") or "LOCAL"
+def _is_true(fields: Mapping[str, str], name: str) -> bool:
+    return fields.get(name, "").upper().startswith(("T", "1"))  # as ITK takes it
+
+
+def _data_bytes(path: str, fields: Mapping[str, str], start: int) -> int | None:
+    """Size of the data, of compressed ones after reading all of them with their checksum; None where it is unknown."""
+    encoding = fields.get("encoding", "raw").lower()
+    is_gzip = encoding in ("gzip", "gz")
+    is_packed = is_gzip or _is_true(fields, "CompressedData")
+    if "ElementDataFile" in fields and not is_packed and not _is_true(fields, "BinaryData"):
+        raise BadVolumeError(f"{path} does not say BinaryData = True: convert text to binary data, or add it.")
+    name = fields.get("datafile") or fields.get("ElementDataFile") or "LOCAL"
     if re.search("LIST|%", name):
-        raise BadVolumeError(f"{path} has several compressed data files: convert it to a single one.")
+        if is_packed:
+            raise BadVolumeError(f"{path} has several compressed data files: convert it to a single one.")
+        return None
     if name != "LOCAL":
         path, start = os.path.join(os.path.dirname(path), name), 0
+    if not is_packed:
+        skips = [fields.get(skip, "0") for skip in ("lineskip", "byteskip", "HeaderSize")]
+        return os.path.getsize(path) - start if encoding == "raw" and set(skips) == {"0"} else None
     decoder, size = zlib.decompressobj(47), 0  # zlib or gzip
     with open(path, "rb") as file:
         file.seek(start)
@@ -94,9 +117,9 @@ def _decompressed_bytes(path: str, fields: Mapping[str, str], start: int) -> int
     if not decoder.eof or rest.strip(b"\0\r\n"):
         raise ValueError("more follows its compressed data" if decoder.eof else "its compressed data end early")
     # ITK makes noise of data that are not as long as MetaImage's header says.
-    if not is_gzip and fields.get("compresseddatasize") != str(used):
+    if not is_gzip and int(fields.get("CompressedDataSize", 0)) != used:
         raise ValueError(
-            f"its CompressedDataSize is {fields.get('compresseddatasize')}, but its data have {used} bytes"
+            f"its CompressedDataSize is {fields.get('CompressedDataSize')}, but its data have {used} bytes"
         )
     return size
 
@@ -106,17 +129,21 @@ def _affine(
 ) -> np.ndarray:
     import itk
 
+    for name in fields.keys() & _COUNTS.keys():
+        words = re.sub("[(),]", " ", fields[name]).split()
+        if (len(words) != _COUNTS[name] and words != ["none"]) or not all(map(_NUMBER.fullmatch, words)):
+            raise BadVolumeError(f"{path} has {fields[name]!r} for {name}, not {_COUNTS[name]} numbers: correct it.")
     if is_nrrd:
         units = re.findall('"(.*?)"', fields.get("spaceunits") or fields.get("units", "")) or [""]
         placed = fields.get("space", "").lower() in _SPACES and "spacedirections" in fields
         sized = "spacedirections" in fields or "spacings" in fields
         missing, size = "space and space directions", "spacings"
     else:
-        units = [fields.get("distanceunits", "")]
-        placed = any(name in fields for name in ("transformmatrix", "rotation", "orientation"))
-        sized = fields.get("elementspacing") or fields.get("elementsize")
+        units = [fields.get("DistanceUnits", "")]
+        placed = any(name in fields for name in ("TransformMatrix", "Rotation", "Orientation"))
+        sized = fields.get("ElementSpacing") or fields.get("ElementSize")
         missing, size = "TransformMatrix", "ElementSpacing"
-        for name, neutral in (("elementtointensityfunctionslope", 1), ("elementtointensityfunctionoffset", 0)):
+        for name, neutral in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
             if float(fields.get(name, neutral)) != neutral:
                 raise BadVolumeError(f"{path} has values by an {name}, which is not applied: convert the file.")
     if not sized:

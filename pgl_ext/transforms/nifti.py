@@ -74,35 +74,45 @@ def _affine(header: nib.Nifti1Header, path: str, orientation: str | None) -> np.
     pixdim = header["pixdim"].astype(np.float64)
     sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
     unit = _UNITS.get(int(header["xyzt_units"]) % 8)
+    sform, qform = header.get_sform() if 0 < sform_code <= 5 else None, _qform(header)
+    has_form = sform is not None or qform is not None
     for name, is_right in {
         f"pixdim {pixdim[1:4].tolist()}": np.isfinite(pixdim[1:4]).all() and pixdim[1:4].min() > 0,
         f"xyzt_units {header['xyzt_units']}": unit is not None,
-        f"sform_code {sform_code}": 0 <= sform_code <= 5,
-        f"qform_code {qform_code}": 0 <= qform_code <= 5,
-        f"qfac {pixdim[0]:g}": not qform_code or pixdim[0] in (-1, 0, 1),
+        f"sform_code {sform_code}, and a qform of code {qform_code}, qfac {pixdim[0]:g} and its quaternion": has_form
+        or sform_code == qform_code == 0,
     }.items():
         if not is_right:
             raise BadVolumeError(f"{path} has {name}: correct its header.")
     to_mm = np.diag([unit, unit, unit, 1.0])
-    if not sform_code and not qform_code:
+    if not has_form:
         return to_mm @ assumed_affine(pixdim[1:4], header.get_data_shape()[:3], orientation, path)
-    header["pixdim"][0] = pixdim[0] or 1  # as NIfTI says of files older than it
-    sform, qform = header.get_sform(), header.get_qform() if qform_code else None
-    sizes = np.linalg.norm(sform[:3, :3], axis=0)
-    if sform_code and np.allclose(sizes, pixdim[1:4], rtol=_ROUNDING, atol=0):
+    sizes = np.linalg.norm(header.get_sform()[:3, :3], axis=0)
+    if sform is not None and np.allclose(sizes, pixdim[1:4], rtol=_ROUNDING, atol=0):
         # A few degrees between the two are an alignment; more, and one has left and right, or other ends, reversed.
-        if qform_code and np.diag(np.linalg.solve(qform[:3, :3], sform[:3, :3])).min() < 0.5:
+        if qform is not None and np.diag(np.linalg.solve(qform[:3, :3], sform[:3, :3])).min() < 0.5:
             axes = ["".join(nib.aff2axcodes(form)) for form in (sform, qform)]
             raise BadVolumeError(
                 f"{path} has the axes {axes[0]} by its sform, but {axes[1]} by its qform: correct one."
             )
         return to_mm @ sform
-    if qform_code and (not sform_code or sform_code in _STANDARD_SPACE):
+    if qform is not None and (sform is None or sform_code in _STANDARD_SPACE):
         return to_mm @ qform
     raise BadVolumeError(
         f"{path} has voxels of {sizes.tolist()} by its sform, but of {pixdim[1:4].tolist()} by its pixdim: correct its "
         "header."
     )
+
+
+def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
+    """The qform (4, 4), None where there is none, or its code, qfac or quaternion is out of bounds."""
+    if not 0 < header["qform_code"] <= 5 or header["pixdim"][0] not in (-1, 0, 1):
+        return None
+    header["pixdim"][0] = header["pixdim"][0] or 1  # as NIfTI says of files older than it
+    try:
+        return header.get_qform()
+    except (ValueError, nib.spatialimages.HeaderDataError):  # such as a quaternion longer than 1
+        return None
 
 
 def assumed_affine(

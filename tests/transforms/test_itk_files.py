@@ -113,11 +113,16 @@ NO_DIRECTIONS = {"space": None, "space directions": None, "space origin": None}
         (write_meta, {"TransformMatrix": "2 0 0 0 1 0 0 0 1"}, "no unit vectors"),
         (write_meta, {"TransformMatrix": "1 0 0 1 0 0 0 0 1"}, "Cannot read|singular"),
         (write_meta, {"DistanceUnits": "furlong"}, "units furlong"),
-        (write_meta, {"ElementToIntensityFunctionSlope": 2}, "elementtointensityfunctionslope"),
+        (write_meta, {"ElementToIntensityFunctionSlope": 2}, "ElementToIntensityFunctionSlope"),
         (write_meta, {"CompressedData": "True", "CompressedDataSize": 7}, "CompressedDataSize is 7, but its data have"),
         (write_meta, {"CompressedData": "True", "CompressedDataSize": None}, "CompressedDataSize is None"),
         (write_meta, {"CompressedData": "True", "data": b"too little"}, "it holds 10 bytes of 420"),
         (write_meta, {"data": VOXELS.tobytes(order="F")[:-9]}, "Cannot read"),
+        (write_meta, {"DimSize": "5 6 6"}, "it holds 420 bytes of 360"),
+        (write_meta, {"ElementType": "MET_UCHAR"}, "it holds 420 bytes of 210"),
+        (write_meta, {"BinaryData": None}, "does not say BinaryData = True"),
+        (write_meta, {"Offset": "1 2"}, "'1 2' for Offset, not 3 numbers"),
+        (write_meta, {"Offset ": "1 2 4"}, "two values for Offset, 1 2 3 and 1 2 4"),
     ],
 )
 def test_what_is_missing_or_contradicts_is_named(tmp_path, write, header, message):
