@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.config import PathLike
 from monai.data.utils import affine_to_spacing
+from monai.engines.utils import IterationEvents
 from monai.utils import convert_to_numpy, convert_to_tensor
 
 from pgl_ext.data.prepare import check_items
@@ -50,7 +52,8 @@ class EvaluationReport:
     - ``predictions/NAME.nii.gz``: label map on the grid of the image, with the values of the task's label files;
     - ``cases.csv``: Dice, IoU, HD and HD95 (mm), NSD of each case and organ, see :mod:`pgl_ext.evaluation.metrics`;
     - ``summary.csv``, ``summary.json``: mean, standard deviation and 95 % confidence interval per organ and of all; the
-      latter also where the files of the cases lie, for pictures in reports;
+      latter also where the files of the cases lie, for pictures in reports, and the median time of the network for a
+      case (``seconds_per_case``) with the ``device``;
     - ``boxplots.png``: Dice and HD95;
     - ``overlays/best.png``, ``median.png``, ``worst.png``: reference and prediction, by the case's mean Dice.
 
@@ -88,10 +91,13 @@ class EvaluationReport:
         self.folder = Path(self.output_dir)
         self.by_name = {case["name"]: case for case in self.cases}
         self.rows: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
 
     def attach(self, engine: Engine) -> None:
         """Check the cases at the start, score each, write the report at the end; means become the engine's metrics."""
         engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._start_clock)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop_clock)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_all)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
 
@@ -104,7 +110,15 @@ class EvaluationReport:
         if self.loading is not None and (bad := check_items(self.cases, self.loading)):
             raise BadVolumesError(bad, len(self.cases), can_skip=False)
         claim_folder(self.folder)
-        self.rows = []
+        self.rows, self.seconds = [], []
+
+    def _start_clock(self) -> None:
+        self._started = time.perf_counter()
+
+    def _stop_clock(self, engine: Engine) -> None:
+        if engine.state.device.type == "cuda":
+            torch.cuda.synchronize(engine.state.device)
+        self.seconds.append(time.perf_counter() - self._started)
 
     def _add_all(self, engine: Engine) -> None:
         for data in segmented_items(engine):
@@ -146,6 +160,9 @@ class EvaluationReport:
             "organs": {name: summary[name] for name in self.task.names},
             "task": self.task.description(),
             "tolerance_mm": self.tolerances,
+            # The first case is slower, where kernels are chosen or compiled.
+            "seconds_per_case": float(np.median(self.seconds)),
+            "device": _device_name(engine.state.device),
             "files": self.by_name,
         }
         write_text(self.folder / "summary.json", json.dumps(content, indent=4) + "\n")
@@ -173,3 +190,9 @@ class EvaluationReport:
             maps = {column: loaded[column] for column in files}
             heading = f"{title}: {name}, mean Dice {dice[name]:.3f}"
             draw_case(case, maps, self.task, self.folder / "overlays" / f"{title}.png", heading)
+
+
+def _device_name(device: torch.device) -> str:
+    """The GPU's model, or how many threads of the CPU are used."""
+    is_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} CPU threads"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,23 @@ def test_a_network_that_is_right_scores_perfectly_on_any_grid(tmp_path, data_lis
     for entry in case_pictures({"a": out, "b": out}):
         assert [picture[:15] for picture in entry["pictures"]] == ["data:image/png;"]
         assert entry["remarks"] == []
+
+
+def test_time_of_the_network(tmp_path, data_list):
+    """For a case, whatever windows it takes; not that of reading, scoring and drawing."""
+
+    class Slow(ByIntensity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return super().forward(x)
+
+    for overlap in (0.0, 0.5):  # windows of 16 on volumes of 26 x 22 x 14 voxels: 2 x 2 x 1 and 3 x 2 x 1
+        out = tmp_path / str(overlap)
+        evaluator(tmp_path, data_list, network=Slow(), overlap=overlap, sw_batch_size=1, output_dir=str(out)).run()
+        summary = json.loads((out / "summary.json").read_text())
+        windows = 4 if overlap == 0 else 6
+        assert 0.05 * windows <= summary["seconds_per_case"] < 0.05 * windows + 2
+        assert summary["device"] == f"{torch.get_num_threads()} CPU threads"
 
 
 def test_best_and_worst_are_what_they_are_called(tmp_path, data_list, monkeypatch):

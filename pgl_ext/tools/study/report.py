@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pgl_ext.evaluation.metrics import METRICS
-from pgl_ext.evaluation.summary import AVERAGE
+from pgl_ext.evaluation.summary import AVERAGE, finite_mean, grouped, number_text
 from pgl_ext.evaluation.verdict import verdict
 from pgl_ext.files import write_csv, write_text
 from pgl_ext.tools.report import case_pictures, render_page
@@ -17,7 +18,7 @@ from pgl_ext.tools.study.results import REPORTED, Results
 from pgl_ext.tools.study.runs import Run, evaluation_folder, labels_text
 from pgl_ext.tools.tables import Table, difference_texts, score_text
 
-__all__ = ["NOTES", "paper_tables", "verdicts", "write_study_report", "write_tables"]
+__all__ = ["NOTES", "cost_table", "paper_tables", "verdicts", "write_study_report", "write_tables"]
 
 NOTES = """\
 Scores are means over the test cases; of several seeds their mean is given and, after ±, their standard deviation.
@@ -28,7 +29,8 @@ covers other seeds and other test cases: that of Student's t with the variances 
 over the test cases alone, there is no p, and nothing is called a difference, since single runs differ by their seed. p
 is not adjusted; p (Holm) is adjusted for the number of methods. A method is called better or worse than the reference
 where, of its average Dice, p (Holm) is below 0.05. NSD is the normalised surface distance, with the tolerance that the
-evaluations' summary.json has for each organ. The cost, at the end of a row, is that of one pre-training."""
+evaluations' summary.json has for each organ. The cost, at the end of a row, is that of one pre-training. The
+time for a test scan is the median of the network's passes over all its windows, without reading and writing."""
 
 
 def verdicts(results: Results) -> list[str]:
@@ -66,6 +68,24 @@ def paper_tables(results: Results) -> list[Table]:
     return tables
 
 
+def cost_table(results: Results) -> Table:
+    """What each method costs, as section 5.3 of the PGL paper has it: means over the seeds, with the most labels."""
+    costs, labels = results.costs()[0], results.study.labels[-1]
+    runs = grouped(
+        [{**noted, "method": run.method} for run, noted in results.finished if run.labels == labels], "method"
+    )
+    unit = next((rows[0]["unit"] for rows in runs.values()), "")
+    head = ["method", f"pre-training, {unit}", f"fine-tuning, {unit}", "ms for a test scan", "device"]
+    table = Table(f"Cost, {labels_text(labels)}", head, [])
+    for method in filter(runs.__contains__, results.study.methods):
+        seconds = finite_mean(row.get("seconds_per_case") or math.nan for row in runs[method])
+        fine_tuning = finite_mean(row["cost"] for row in runs[method])
+        hours = [number_text(costs.get(method), 2), number_text(fine_tuning, 2)]
+        devices = sorted({row["device"] for row in runs[method] if row.get("device")})
+        table.rows.append([method, *hours, number_text(1000 * seconds, 0), ", ".join(devices)])
+    return table
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +112,7 @@ def write_tables(results: Results, tried: Sequence[Mapping[str, Any]] = ()) -> N
         if rows:
             write_csv(study.folder / name, [{share if n == "labels" else n: v for n, v in row.items()} for row in rows])
     parts = [f"# {study.title}", study.note, *verdicts(results)]
-    parts += [*(table.markdown() for table in paper_tables(results)), NOTES]
+    parts += [*(table.markdown() for table in (*paper_tables(results), cost_table(results))), NOTES]
     further = efficiency_tables(results)
     parts += [*(table.markdown() for table in further), EFFICIENCY_NOTES if further else "", results.missing_text()]
     write_text(study.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
@@ -113,7 +133,8 @@ def _run_row(run: Run, noted: Mapping[str, Any], results: Results) -> dict[str, 
     scores = results.scores.get(run)
     for metric in REPORTED:
         row[f"mean_{metric}"] = None if scores is None else results.means([scores], metric)[0, -1]
-    return row | {name: noted.get(name) for name in ("val_mean_dice", "steps", "pairs", "seconds", "cost", "unit")}
+    names = ("val_mean_dice", "steps", "pairs", "seconds", "cost", "unit", "seconds_per_case", "device")
+    return row | {name: noted.get(name) for name in names}
 
 
 def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], failures: Mapping[str, str]) -> Path:
@@ -138,7 +159,7 @@ def write_study_report(results: Results, tried: Sequence[Mapping[str, Any]], fai
         cases=case_pictures({run.method: evaluation_folder(run.folder) for run in pictured}, study.pictured_cases),
         results=results,
         verdicts=verdicts(results),
-        tables=paper_tables(results),
+        tables=[*paper_tables(results), cost_table(results)],
         notes=NOTES,
         efficiency=efficiency_tables(results),
         efficiency_notes=EFFICIENCY_NOTES,

@@ -169,7 +169,9 @@ class Run:
         # The model is that of the best validation, which may be an earlier step.
         scores = {"steps": self._steps(), "val_mean_dice": None if None in dice else fmean(dice)}
         if not self.is_for_selection:
-            scores["mean_dice"] = read_json(evaluation_folder(self.folder) / "summary.json")[AVERAGE]["dice"]["mean"]
+            summary = read_json(evaluation_folder(self.folder) / "summary.json")
+            scores["mean_dice"] = summary[AVERAGE]["dice"]["mean"]
+            scores |= {name: summary.get(name) for name in ("seconds_per_case", "device")}
         return scores
 
     def _steps(self) -> int:

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from made_files import touch
 from made_studies import make_study, other_scans, write_list, write_study
 from programs import CONFIGS, ROOT
 
-from pgl_ext.data.datalist import load_datalist
 from pgl_ext.tools.cli import main
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.fingerprint import fingerprint
@@ -576,51 +574,6 @@ def test_files_that_come_with_the_project(path, tmp_path):
     for run in runs:
         for command in run.commands:
             assert command.section in command.config()
-
-
-# Scans with and without labels in the paper's pre-training data; RibFrac's 660 are all in one list.
-PAPER_SCANS = {
-    "RibFrac": (660, 0),
-    "Task08_HepaticVessel": (303, 140),
-    "Task10_Colon": (126, 64),
-    "Task07_Pancreas": (281, 139),
-    "Task06_Lung": (63, 32),
-}
-
-
-def write_paper_scans(folder: Path) -> None:
-    """Empty files and data lists as RibFrac's one-liner and the Decathlon have them."""
-    for name, (training, test) in PAPER_SCANS.items():
-        content = {"training": [{"image": f"imagesTr/{i}.nii.gz"} for i in range(training)]}
-        content["test"] = [f"./imagesTs/{i}.nii.gz" for i in range(test)]
-        touch(folder / name, *(entry["image"] for entry in content["training"]), *content["test"])
-        (folder / name / "dataset.json").write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(("name", "cases"), [("bcv", 30), ("kits19", 210), ("msd_liver", 131), ("msd_spleen", 41)])
-def test_the_paper_s_studies_take_the_paper_s_scans(name, cases, tmp_path, monkeypatch):
-    """Of section 4: 1808 CTs to pre-train on, and the halves for training and testing."""
-    monkeypatch.chdir(tmp_path)
-    path = ROOT / "studies" / f"paper_{name}.yaml"
-    labelled = read_study_file(path)["fine_tuning"]["settings"]["data_list_file_path"]
-    write_paper_scans(tmp_path)
-    write_list(tmp_path / labelled, cases)
-    study = Study(path, tmp_path / "runs")
-    assert study.note.startswith("Pre-trained on 1808 scans: 660 of RibFrac/dataset.json, 443 of Task08_HepaticVessel/")
-    run = study.fine_tuning("PGL", 1.0, 0)
-    assert config_of(run.pretraining)["validation_fraction"] == 0
-    fine_tuning = config_of(run)
-    training = load_datalist(fine_tuning["data_list_file_path"], fine_tuning["dataset_dir"])
-    assert fine_tuning["scale_range"] == config_of(run.pretraining)["scale_range"] == [1.1, 1.4]
-    assert len(training) == {30: 15, 210: 105, 131: 66, 41: 20}[cases]
-    if name != "msd_spleen":
-        return
-    lung = tmp_path / "Task06_Lung/dataset.json"
-    lung.write_text(json.dumps(json.loads(lung.read_text()) | {"test": []}))
-    with pytest.raises(ValueError, match=r"63 of Task06_Lung/dataset\.json, where the study has \[660, 443"):
-        Study(path, tmp_path / "runs")
-    note = Study(path, tmp_path / "runs", overrides={"pretraining#scans": []}).note
-    assert note.startswith("Pre-trained on 1776 scans")
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pgl_ext.evaluation.metrics import METRICS
 from pgl_ext.evaluation.summary import AVERAGE
 from pgl_ext.evaluation.verdict import paired_statistics
 from pgl_ext.tools.study.figures import draw_figures, plot_learning_curves
-from pgl_ext.tools.study.report import paper_tables, verdicts, write_study_report, write_tables
+from pgl_ext.tools.study.report import cost_table, paper_tables, verdicts, write_study_report, write_tables
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.run import choose_rates, planned_runs
 from pgl_ext.tools.study.runs import Rates
@@ -176,6 +176,24 @@ def test_files(study):
     assert "### HD (mm), 3 labelled cases" in text
     assert "not adjusted" in text
     assert "missing" not in text
+
+
+def test_cost_of_each_method(study):
+    """The means of what the runs noted; a method without pre-training has no cost of it."""
+    for run in study.runs({}):
+        noted = {"cost": 1.0 + run.seed, "unit": "GPU-hours"}
+        if run.is_pretraining:
+            finish(run, **noted)
+        else:
+            timing = {"seconds_per_case": 0.03 * (run.seed + 1), "device": "NVIDIA H100"}
+            finish(run, DICE[run.method, run.seed], **noted, **(timing if run.method != "C" else {}))
+    table = cost_table(results_of(study))
+    assert table.head == ["method", "pre-training, GPU-hours", "fine-tuning, GPU-hours", "ms for a test scan", "device"]
+    assert table.rows == [
+        ["A", "n/a", "2.00", "60", "NVIDIA H100"],
+        ["B", "2.00", "2.00", "60", "NVIDIA H100"],
+        ["C", "2.00", "2.00", "n/a", ""],
+    ]
 
 
 def test_words_say_what_cannot_be_told_apart(study):
