@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import csv
 import gzip
 import io
@@ -36,6 +37,7 @@ __all__ = [
     "write_json",
     "write_nifti",
     "write_text",
+    "writing",
 ]
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a formula begins with
@@ -73,6 +75,25 @@ def pointer_problem(path: str | os.PathLike) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what goes wrong while a file is written (no space, quota, no access, a lost folder) into one clear error.
+
+    Raises:
+        OSError: with the file's path, the reason and what to do.
+    """
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch raises the latter, with the reason behind it
+        reasons = (e.strerror for e in (error, error.__context__) if isinstance(e, OSError) and e.strerror)
+        raise OSError(
+            f"Cannot write {path}: {next(reasons, error)}. Make room in {Path(path).parent}, or make it writable, and "
+            "run the command again, with --resume true where it has that: what was finished is kept."
+        ) from error
+
+
 def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -> None:
     """Have ``save(file)`` write a file that is either complete or absent, also after a power cut.
 
@@ -81,17 +102,19 @@ def write_atomically(save: Callable[[BinaryIO], Any], path: str | os.PathLike) -
         path: where the file appears; its folder is made if missing. Until then the content is in ``tmp-*`` beside it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"tmp-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            # Otherwise a crash of the machine could leave the name with half the content.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                save(file)
+                file.flush()
+                # Otherwise a crash of the machine could leave the name with half the content.
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                temporary.unlink(missing_ok=True)
 
 
 _claimed: dict[Path, tuple[Any, int]] = {}  # the locked file, and the process that has locked it
@@ -111,8 +134,9 @@ def claim_folder(folder: str | os.PathLike) -> None:
     path = Path(os.path.abspath(folder), ".in_use")
     if path in _claimed and _claimed[path][1] == os.getpid():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _claimed[path] = _locked(path), os.getpid()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _claimed[path] = _locked(path), os.getpid()
     atexit.register(release_folder, folder)
     # Volumes may lie in a cache that other runs fill.
     for left in [*path.parent.glob("tmp-*"), *path.parent.glob("*/tmp-*")]:
@@ -201,7 +225,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a file that :func:`write_csv` has written with the same keys."""
-    with open(path, "a", newline="", encoding="utf-8") as file:
+    with writing(path), open(path, "a", newline="", encoding="utf-8") as file:
         file.write(_csv_text(rows))
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pgl_ext.distributed import launched_rank_and_world_size
 from pgl_ext.engines import TrainerEvents
-from pgl_ext.files import read_csv
+from pgl_ext.files import read_csv, writing
 from pgl_ext.settings import check_positive
 
 __all__ = [
@@ -187,14 +187,15 @@ class MetricsLog:
 
     def _start(self, engine: Engine) -> None:
         step = engine.state.iteration
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Steps that are done again would stand there twice.
         rows = read_csv(self.path) if step > 0 and self.path.is_file() else []
         rows = [row for row in rows if row["step"].isdecimal() and self._is_kept(row, step)]
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
         self._rows = len(rows)
         self._writer = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=step + 1 if step else None)
         self._clock, self._clock_step = time.perf_counter(), step
@@ -224,7 +225,7 @@ class MetricsLog:
     def _write(self, engine: Engine, values: dict[str, float]) -> None:
         step = engine.state.iteration
         self._rows += 1
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
             row = {"step": step, "epoch": engine.state.epoch, **{k: f"{v:.6g}" for k, v in values.items()}}
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(row)
         for name, value in values.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,17 +31,40 @@ from pgl_ext.evaluation.summary import (
     summary_rows,
     summary_table,
 )
-from pgl_ext.files import claim_folder, release_folder, write_csv, write_nifti, write_text
+from pgl_ext.files import claim_folder, release_folder, write_csv, write_nifti, write_text, writing
 from pgl_ext.segmentation.cases import draw_case, segmented_items
+from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import BadVolumesError
 from pgl_ext.transforms.load import LoadVolumed
+from pgl_ext.weights import model_files
 
-__all__ = ["CASE_COLUMNS", "EvaluationReport"]
+__all__ = ["CASE_COLUMNS", "EvaluationReport", "unfinished_cases"]
 
 logger = logging.getLogger(__name__)
 
 CASE_COLUMNS = ("case", "organ", *METRICS, "reference_ml", "predicted_ml", "status")
+
+_PROGRESS = "finished_cases.jsonl"
+
+
+def unfinished_cases(cases: Sequence[Mapping], output_dir: PathLike, resume: bool = False) -> list[Mapping]:
+    """The cases that an evaluation has to segment: all, or with ``resume`` those that a stopped one has not finished.
+
+    The last one that it has finished is segmented again.
+    """
+    finished = _finished(Path(output_dir))[1] if parse_bool(resume, "resume") else {}
+    return [case for case in cases if case["name"] not in finished]
+
+
+def _finished(folder: Path) -> tuple[list[Any], dict[str, list[dict[str, Any]]]]:
+    """What a stopped evaluation was of, and the rows of the cases that it has finished, all but the last."""
+    if not (folder / _PROGRESS).is_file():
+        return [], {}
+    # Of a line that a power cut has cut off there is nothing to use.
+    lines = (folder / _PROGRESS).read_text(encoding="utf-8").split("\n")[:-1]
+    settings, *rows = map(json.loads, lines or ["[]"])
+    return settings, {case[0]["case"]: case for case in rows[:-1]}
 
 
 @dataclass(eq=False, repr=False)
@@ -67,6 +91,7 @@ class EvaluationReport:
         loading: transforms that load and check one case; None: don't check.
         description: further entries for ``summary.json``, such as the model's path.
         tolerance_mm: of the NSD, of all organs or by name; None, or an organ not named: 2 mm.
+        resume: go on where an evaluation was stopped, whose evaluator got :func:`unfinished_cases`.
 
     Raises:
         ValueError: a tolerance is not positive, or is of an organ that the task does not have.
@@ -78,6 +103,7 @@ class EvaluationReport:
     loading: Callable[[Mapping], Any] | None = None
     description: Mapping[str, Any] = field(default_factory=dict)
     tolerance_mm: Mapping[str, float] | float | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         given = {} if self.tolerance_mm is None else self.tolerance_mm
@@ -110,7 +136,17 @@ class EvaluationReport:
         if self.loading is not None and (bad := check_items(self.cases, self.loading)):
             raise BadVolumesError(bad, len(self.cases), can_skip=False)
         claim_folder(self.folder)
-        self.rows, self.seconds = [], []
+        self.seconds = []
+        settings, finished = _finished(self.folder) if parse_bool(self.resume, "resume") else ([], {})
+        if settings and settings != self._settings():
+            release_folder(self.folder)
+            raise ValueError(
+                f"{self.folder} holds a part of an evaluation of another model, task or setting: set --resume false to "
+                "evaluate all cases anew."
+            )
+        self.rows = [row for rows in finished.values() for row in rows]
+        lines = [self._settings(), *finished.values()]
+        write_text(self.folder / _PROGRESS, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()
@@ -120,9 +156,18 @@ class EvaluationReport:
             torch.cuda.synchronize(engine.state.device)
         self.seconds.append(time.perf_counter() - self._started)
 
+    def _settings(self) -> list[Any]:
+        """What the scores depend on, as JSON has it."""
+        models = model_files(self.description["model"]) if "model" in self.description else []
+        written = [os.stat(path).st_mtime_ns for path in models if os.path.exists(path)]
+        return json.loads(json.dumps([self.description, self.task.description(), self.tolerances, written]))
+
     def _add_all(self, engine: Engine) -> None:
         for data in segmented_items(engine):
-            (dice,) = case_means(self.add(data["name"], data["pred"], data["label"]), "dice").values()
+            rows = self.add(data["name"], data["pred"], data["label"])
+            with writing(self.folder / _PROGRESS), open(self.folder / _PROGRESS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rows) + "\n")
+            (dice,) = case_means(rows, "dice").values()
             logger.info("%s: mean Dice %s", data["name"], number_text(dice, 4))
 
     def add(self, name: str, masks: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
@@ -177,6 +222,7 @@ class EvaluationReport:
         self._draw_overlays()
         # Last, since it says that the report is complete.
         write_csv(self.folder / "cases.csv", [{name: row[name] for name in CASE_COLUMNS} for row in self.rows])
+        (self.folder / _PROGRESS).unlink()
         release_folder(self.folder)
         logger.info("%d cases, report in %s\n%s", len(self.cases), self.folder, summary_table(summary))
 

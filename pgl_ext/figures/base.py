@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 
+from pgl_ext.files import write_atomically
+
 __all__ = [
     "BLUE",
     "GREY",
@@ -57,8 +59,7 @@ def figure_to_array(figure: Figure) -> np.ndarray:
 def save_figure(figure: Figure, out_path: str | Path | None) -> None:
     """Write a figure, where a path is given; its folder is made if missing, the ending sets the format."""
     if out_path is not None:
-        Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out_path)
+        write_atomically(lambda file: figure.savefig(file, format=Path(out_path).suffix[1:]), out_path)
 
 
 def tidy(axes: Axes) -> None:

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from programs import SEGMENTATION_CONFIGS
@@ -20,6 +21,7 @@ from pgl_ext.evaluation.figures import plot_scores
 from pgl_ext.evaluation.handler import CASE_COLUMNS, EvaluationReport
 from pgl_ext.evaluation.metrics import organ_scores
 from pgl_ext.evaluation.summary import AVERAGE, case_means, confidence_interval, summarise
+from pgl_ext.files import release_folder
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.report import case_pictures
 from pgl_ext.transforms.checks import BadVolumesError
@@ -226,6 +228,64 @@ def test_an_earlier_report_is_kept(tmp_path, data_list):
     with pytest.raises(FileExistsError, match=r"earlier evaluation.*--output_dir"):
         evaluator(tmp_path, data_list).run()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cases.csv"]
+
+
+@pytest.mark.parametrize("finished", [1, 2, 3])
+def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, data_list, finished):
+    """With the very files of one that was not; all but the last of the finished cases are not segmented again."""
+    blurred = ByIntensity()
+    blurred.bias.data += torch.tensor([0.0, 0.1, -0.2])
+    evaluator(tmp_path, data_list, network=blurred).run()
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    out.rename(whole)
+
+    engine = evaluator(tmp_path, data_list, network=blurred)
+    stop = Events.ITERATION_COMPLETED(once=finished) if finished < 3 else Events.EPOCH_COMPLETED
+    engine._event_handlers[Events.EPOCH_COMPLETED].clear()
+
+    @engine.on(stop)
+    def _stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    release_folder(out)
+    engine = evaluator(tmp_path, data_list, network=blurred, resume=True)
+    engine.run()
+    assert engine.state.iteration == 3 - (finished - 1)
+    paths = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file()) == paths
+    for path in paths:
+        assert (out / path).read_bytes() == (whole / path).read_bytes(), path
+
+
+def test_what_was_stopped_of_another_model_is_not_gone_on_with(tmp_path, data_list):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "finished_cases.jsonl").write_text("[{}, {}, []]\n")
+    with pytest.raises(ValueError, match=r"part of an evaluation of another model, task or setting.*--resume false"):
+        evaluator(tmp_path, data_list, resume=True).run()
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_what_is_finished(tmp_path, data_list, monkeypatch):
+    engine = evaluator(tmp_path, data_list)
+    calls = []
+
+    def fsync(number):
+        calls.append(number)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(
+        OSError, match=r"Cannot write .*nii\.gz: No space left on device\. Make room in .*--resume true"
+    ):
+        engine.run()
+    monkeypatch.undo()
+    release_folder(tmp_path / "out")
+    engine = evaluator(tmp_path, data_list, resume=True)
+    engine.run()
+    assert engine.state.iteration < 3
+    assert len(read_csv(tmp_path / "out" / "cases.csv")) == 6
 
 
 def test_all_bad_cases_are_named_before_anything_is_written(tmp_path, data_list):

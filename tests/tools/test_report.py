@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pgl_ext.evaluation.summary import summarise
-from pgl_ext.files import write_csv
+from pgl_ext.files import read_csv, write_csv
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.report import case_pictures, write_report
 
@@ -161,6 +161,15 @@ def test_nothing_lies_outside_the_file(report):
 def test_names_are_text_and_tables_scroll(tmp_path):
     name = """"><script>alert('1')</script><i onclick="x"""
     runs = {name: make_run(tmp_path / "a", 0.5), "b": make_run(tmp_path / "b", 0.5)}
+    case = name.replace("/", "")
+    for run in runs.values():
+        folder = run / "evaluation"
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["files"][case] = summary["files"].pop("case_0")
+        (folder / "summary.json").write_text(json.dumps(summary))
+        rows = read_csv(folder / "cases.csv")
+        write_csv(folder / "cases.csv", [{**row, "case": row["case"].replace("case_0", case)} for row in rows])
+        (folder / "predictions" / "case_0.nii.gz").rename(folder / "predictions" / f"{case}.nii.gz")
     reader = _Reader()
     reader.feed(write_report(tmp_path / "report.html", runs, title=name, note=name).read_text(encoding="utf-8"))
     assert reader.open == []
@@ -168,6 +177,7 @@ def test_names_are_text_and_tables_scroll(tmp_path):
     assert reader.attributes <= {"alt", "charset", "class", "colspan", "content", "href", "lang", "name", "rel", "src"}
     assert name in reader.alternatives
     assert name in reader.text
+    assert any(case in text for text in reader.text)
     assert reader.loose_tables == 0
 
 
