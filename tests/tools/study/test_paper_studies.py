@@ -12,7 +12,8 @@ import pytest
 from made_studies import write_list
 from programs import ROOT, SEGMENTATION_CONFIGS
 
-from pgl_ext.data.datalist import load_datalist
+from pgl_ext.data.datalist import labelled_items, load_datalist
+from pgl_ext.data.structures import listed_structures
 from pgl_ext.tools.cli import main
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.study_file import read_study_file
@@ -80,6 +81,34 @@ def commands_in(file: Path, program: str) -> list[str]:
     """The commands in a file's comments, as they stand; those of several lines end with a quotation mark."""
     text = "\n".join(line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#"))
     return re.findall(rf'^   ({program} -c "(?:[^"]|\n)*"|{program} study .*)$', text, flags=re.MULTILINE)
+
+
+LAYOUTS = {
+    "LiTS": [f"{kind}-{n}.nii" for kind in ("volume", "segmentation") for n in (0, 10, 130)],
+    "LUNA16": ["subset0/1.3.6.mhd", "subset9/1.3.7.mhd", "seg-lungs-LUNA16/1.3.6.mhd"],
+    "BraTS": [f"HGG/{case}/{case}_{kind}.nii.gz" for case in "ab" for kind in ("flair", "t1", "t1ce", "t2", "seg")],
+}
+
+
+@pytest.mark.parametrize("data", LAYOUTS)
+def test_lists_of_other_data_sets(data, tmp_path):
+    touch(tmp_path, *LAYOUTS[data])
+    readme = re.findall("^python -c .*$", (ROOT / "studies/README.md").read_text(), flags=re.MULTILINE)
+    commands = [*commands_in(SEGMENTATION_CONFIGS / "tasks/msd_liver.yaml", "python"), *readme]
+    (command,) = (one for one in commands if f"{data.lower().removesuffix('16')}.json" in one)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    (path,) = tmp_path.glob("*.json")
+    if data == "LUNA16":
+        names = [item["image"] for item in load_datalist(path)]
+        assert names == [str(tmp_path / name) for name in LAYOUTS[data][:2]]
+        return
+    cases = labelled_items(path)
+    assert len(cases) == len([name for name in LAYOUTS[data] if "seg" in name])
+    for case in cases:
+        assert case["label"] != case["image"]
+        assert case["label"].replace("segmentation", "volume").replace("_seg", "_flair") == case["image"]
+        assert Path(case["label"]).exists()
+    assert data != "BraTS" or listed_structures(json.loads(path.read_text()), path) == {"tumour": [1, 2, 4]}
 
 
 def write_labelled(folder: Path, name: str) -> Path | None:
