@@ -13,9 +13,12 @@ from made_studies import write_list
 from programs import ROOT, SEGMENTATION_CONFIGS
 
 from pgl_ext.data.datalist import labelled_items, load_datalist
+from pgl_ext.data.split import split_volumes
 from pgl_ext.data.structures import listed_structures
 from pgl_ext.tools.cli import main
+from pgl_ext.tools.study.fingerprint import fingerprint
 from pgl_ext.tools.study.plan import Study
+from pgl_ext.tools.study.runs import Rates
 from pgl_ext.tools.study.study_file import read_study_file
 
 # Scans with and without labels in the paper's pre-training data; RibFrac's 660 are all in one list.
@@ -81,6 +84,24 @@ def commands_in(file: Path, program: str) -> list[str]:
     """The commands in a file's comments, as they stand; those of several lines end with a quotation mark."""
     text = "\n".join(line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#"))
     return re.findall(rf'^   ({program} -c "(?:[^"]|\n)*"|{program} study .*)$', text, flags=re.MULTILINE)
+
+
+def test_one_domain_and_three_have_as_many_pairs(tmp_path, monkeypatch):
+    """On lists as long as the real ones, they differ by the scans alone."""
+    monkeypatch.chdir(tmp_path)
+    write_scans(tmp_path, {"openkbp_ssl": (165, 0), "sts_tumour": (36, 0), "ct_unlabelled_misc": (6, 0)})
+    write_list(tmp_path / "openkbp_seg/dataset.json", 70, validation=9)
+    pairs, fine_tunings = {}, {}
+    for name in ("one", "three"):
+        study = Study(ROOT / f"studies/openkbp_{name}_domain{'s' * (name == 'three')}.yaml", tmp_path / "runs")
+        run = study.fine_tuning(study.methods[1], 0.05, 0, Rates(0.3))
+        config = config_of(run.pretraining)
+        scans = load_datalist(config["data_list_file_path"])
+        training, _ = split_volumes(scans, config["validation_fraction"], 0)
+        pairs[name] = len(training) * config["patches_per_volume"] * config["max_epochs"]
+        fine_tunings[name] = fingerprint(study.fine_tuning("random", 0.05, 0))
+    assert pairs == {"one": 4710, "three": 4728}
+    assert fine_tunings["one"] == fine_tunings["three"]
 
 
 LAYOUTS = {
