@@ -12,9 +12,13 @@ import pytest
 from made_studies import write_list
 from programs import ROOT, SEGMENTATION_CONFIGS
 
-from pgl_ext.data.datalist import load_datalist
+from pgl_ext.data.datalist import labelled_items, load_datalist
+from pgl_ext.data.split import split_volumes
+from pgl_ext.data.structures import listed_structures
 from pgl_ext.tools.cli import main
+from pgl_ext.tools.study.fingerprint import fingerprint
 from pgl_ext.tools.study.plan import Study
+from pgl_ext.tools.study.runs import Rates
 from pgl_ext.tools.study.study_file import read_study_file
 
 # Scans with and without labels in the paper's pre-training data; RibFrac's 660 are all in one list.
@@ -80,6 +84,52 @@ def commands_in(file: Path, program: str) -> list[str]:
     """The commands in a file's comments, as they stand; those of several lines end with a quotation mark."""
     text = "\n".join(line.removeprefix("#") for line in file.read_text().splitlines() if line.startswith("#"))
     return re.findall(rf'^   ({program} -c "(?:[^"]|\n)*"|{program} study .*)$', text, flags=re.MULTILINE)
+
+
+def test_one_domain_and_three_have_as_many_pairs(tmp_path, monkeypatch):
+    """On lists as long as the real ones, they differ by the scans alone."""
+    monkeypatch.chdir(tmp_path)
+    write_scans(tmp_path, {"openkbp_ssl": (165, 0), "sts_tumour": (36, 0), "ct_unlabelled_misc": (6, 0)})
+    write_list(tmp_path / "openkbp_seg/dataset.json", 70, validation=9)
+    pairs, fine_tunings = {}, {}
+    for name in ("one", "three"):
+        study = Study(ROOT / f"studies/openkbp_{name}_domain{'s' * (name == 'three')}.yaml", tmp_path / "runs")
+        run = study.fine_tuning(study.methods[1], 0.05, 0, Rates(0.3))
+        config = config_of(run.pretraining)
+        scans = load_datalist(config["data_list_file_path"])
+        training, _ = split_volumes(scans, config["validation_fraction"], 0)
+        pairs[name] = len(training) * config["patches_per_volume"] * config["max_epochs"]
+        fine_tunings[name] = fingerprint(study.fine_tuning("random", 0.05, 0))
+    assert pairs == {"one": 4710, "three": 4728}
+    assert fine_tunings["one"] == fine_tunings["three"]
+
+
+LAYOUTS = {
+    "LiTS": [f"{kind}-{n}.nii" for kind in ("volume", "segmentation") for n in (0, 10, 130)],
+    "LUNA16": ["subset0/1.3.6.mhd", "subset9/1.3.7.mhd", "seg-lungs-LUNA16/1.3.6.mhd"],
+    "BraTS": [f"HGG/{case}/{case}_{kind}.nii.gz" for case in "ab" for kind in ("flair", "t1", "t1ce", "t2", "seg")],
+}
+
+
+@pytest.mark.parametrize("data", LAYOUTS)
+def test_lists_of_other_data_sets(data, tmp_path):
+    touch(tmp_path, *LAYOUTS[data])
+    readme = re.findall("^python -c .*$", (ROOT / "studies/README.md").read_text(), flags=re.MULTILINE)
+    commands = [*commands_in(SEGMENTATION_CONFIGS / "tasks/msd_liver.yaml", "python"), *readme]
+    (command,) = (one for one in commands if f"{data.lower().removesuffix('16')}.json" in one)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    (path,) = tmp_path.glob("*.json")
+    if data == "LUNA16":
+        names = [item["image"] for item in load_datalist(path)]
+        assert names == [str(tmp_path / name) for name in LAYOUTS[data][:2]]
+        return
+    cases = labelled_items(path)
+    assert len(cases) == len([name for name in LAYOUTS[data] if "seg" in name])
+    for case in cases:
+        assert case["label"] != case["image"]
+        assert case["label"].replace("segmentation", "volume").replace("_seg", "_flair") == case["image"]
+        assert Path(case["label"]).exists()
+    assert data != "BraTS" or listed_structures(json.loads(path.read_text()), path) == {"tumour": [1, 2, 4]}
 
 
 def write_labelled(folder: Path, name: str) -> Path | None:

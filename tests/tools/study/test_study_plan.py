@@ -546,14 +546,15 @@ def test_base_files_and_overrides(tmp_path):
     assert content["methods"]["BYOL"]["settings"] == {"lr": 0.5}
 
 
-STUDIES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if "fine_tuning:" in path.read_text()]
+STUDIES = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if "title:" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_files_that_come_with_the_project(path, tmp_path):
-    test = read_study_file(path)["test"]
-    count = test["cases"] or 5
-    data = write_list(tmp_path / "labelled" / "dataset.json", count + 15, validation=5, test=5)
+    content = read_study_file(path)
+    test = content["test"]
+    count = (test["cases"] or 5) + max(15, *content["labelled_cases"], 0)
+    data = write_list(tmp_path / "labelled" / "dataset.json", count, validation=5, test=5)
     scans = write_list(tmp_path / "scans" / "dataset.json", 5, test=2)
     lists = {"pretraining": scans, "fine_tuning": data, "test": data}
     overrides = {
