@@ -18,16 +18,15 @@ from pgl_ext.tools.bundles import bundles_folder
 from pgl_ext.tools.study.commands import (
     absolute,
     cases_of,
-    check_unseen,
     fine_tuning_commands,
     pretraining_commands,
     rates_to_choose,
-    scans_text,
     segmentation_commands,
     settings_of_labels,
 )
 from pgl_ext.tools.study.configs import Command
 from pgl_ext.tools.study.runs import AS_SET, Rates, Run, evaluation_folder, fold_folders, model_file
+from pgl_ext.tools.study.scans import check_unseen, scans_text
 from pgl_ext.tools.study.study_file import labels_to_compare, read_study_file
 
 __all__ = ["Study"]
