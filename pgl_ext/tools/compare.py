@@ -72,7 +72,8 @@ def read_scores(folder: str | os.PathLike, metrics: Sequence[str] = _COMPARED) -
         ValueError: it lacks columns, holds no case, or holds one twice.
     """
     path = Path(folder) / "cases.csv"
-    path = path if path.is_file() else Path(folder) / "evaluation" / "cases.csv"
+    below = Path(folder) / "evaluation" / "cases.csv"
+    path = below if below.is_file() and not path.is_file() else path
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: give the output_dir of a complete evaluation (run evaluating of pgl_segmentation)."
