@@ -84,9 +84,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except FileExistsError:
-        raise
     except (OSError, RuntimeError) as error:  # torch raises the latter, with the reason behind it
+        if getattr(error, "errno", 0) is None:  # not the system's: it says what to do already
+            raise
         reasons = (e.strerror for e in (error, error.__context__) if isinstance(e, OSError) and e.strerror)
         raise OSError(
             f"Cannot write {path}: {next(reasons, error)}. Make room in {Path(path).parent}, or make it writable, and "

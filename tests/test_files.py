@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pgl_ext.files import claim_folder, read_csv, write_csv
+from pgl_ext.files import claim_folder, read_csv, write_atomically, write_csv, write_text
 
 CLAIM = """
 import os, sys
@@ -66,3 +66,22 @@ def test_text_is_no_formula_of_a_spreadsheet(tmp_path, text):
     with open(tmp_path / "table.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row == {"case": f"'{text}", "dice": "-0.5"}
+
+
+def test_what_cannot_be_written_names_the_folder_and_the_remedy(tmp_path, monkeypatch):
+    """A full disk, as torch reports it too, and a folder that is none; what was there before stays."""
+    path = tmp_path / "a" / "x.pt"
+    write_text(path, "old")
+    (tmp_path / "file").touch()
+
+    def full(file):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - as torch.save does
+
+    for save, place, reason in ((full, path, "No space left"), (bytes, tmp_path / "file" / "x.pt", "File exists")):
+        with pytest.raises(OSError, match=rf"Cannot write {place}: {reason}.*Make room in {place.parent}.*--resume"):
+            write_atomically(save, place)
+    assert path.read_text() == "old"
+    assert [file.name for file in path.parent.iterdir()] == ["x.pt"]

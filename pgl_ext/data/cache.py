@@ -238,7 +238,7 @@ class VolumeCache:
             write_atomically(lambda file: file.write(frame), path)
         except OSError as error:
             raise OSError(
-                f"Cannot write the cache file {path}: {error}. Make room or set another cache_dir."
+                f"Cannot write the cache file {path}: {error.__cause__ or error}. Make room or set another cache_dir."
             ) from error
         if self._listed is None:
             self._listed = self._list()

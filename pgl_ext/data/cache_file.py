@@ -49,12 +49,17 @@ def cache_file_content(voxels: np.ndarray, affine: np.ndarray, source: str) -> b
         blocks=tuple(map(min, _BLOCK, voxels.shape)),
         cparams={**_COMPRESSION, "nthreads": 1},
     )
-    volume.vlmeta["affine"] = np.asarray(affine).tolist()
-    volume.vlmeta["source"] = source
-    volume.vlmeta["layout"] = _layout(volume)
-    volume.vlmeta[_SUMS] = [
-        zlib.crc32(volume.schunk.decompress_chunk(number)) for number in range(volume.schunk.nchunks)
-    ]
+    # blosc2 would start a thread for each core to compress each of these small entries.
+    threads = blosc2.set_nthreads(1)
+    try:
+        volume.vlmeta["affine"] = np.asarray(affine).tolist()
+        volume.vlmeta["source"] = source
+        volume.vlmeta["layout"] = _layout(volume)
+        volume.vlmeta[_SUMS] = [
+            zlib.crc32(volume.schunk.decompress_chunk(number)) for number in range(volume.schunk.nchunks)
+        ]
+    finally:
+        blosc2.set_nthreads(threads)
     return volume.to_cframe()
 
 

@@ -148,7 +148,8 @@ def _affine(
                 raise BadVolumeError(f"{path} has values by an {name}, which is not applied: convert the file.")
     if not sized:
         raise BadVolumeError(f"{path} has no {size}, so that the size of its voxels is unknown: add it to its header.")
-    scales = [_UNITS.get(unit.lower().strip().removesuffix("s")) for unit in units]
+    # Of symbols, capitals matter: Mm are no mm.
+    scales = [_UNITS.get((unit.lower() if len(unit) > 2 else unit).strip().removesuffix("s")) for unit in units]
     if None in scales or len(scales) not in (1, 3):
         raise BadVolumeError(f"{path} has the units {', '.join(units)}: give its voxels in mm, and say so.")
     scales = np.broadcast_to(scales, 3)
