@@ -147,23 +147,24 @@ class CheckpointHandler:
             # A further run in the same process, such as a round of federated learning: the next batches, not the first.
             self.sampler.start_step = engine.state.iteration
             return
-        if self.rank == 0:
-            claim_folder(self.folder.folder.parent)
         # Added only now, so that it comes after every other handler's: what validation at the end of the epoch finds,
         # such as the best score so far, belongs into the checkpoint.
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         # As the first process finds it: the others may run on other machines.
-        if self.resume or gather(self.rank == 0 and self._is_restart())[0]:
-            self._load(engine)
-        elif self.overwrite:
-            # Not left to the first that is written: the oldest go then, and those are not of the other run.
-            for path in self.folder.paths() if self.rank == 0 else []:
-                path.unlink()
-        elif self.folder.paths():
+        resumes = self.resume or gather(self.rank == 0 and self._is_restart())[0]
+        if not resumes and not self.overwrite and self.folder.paths():
             raise FileExistsError(
                 f"{self.folder.folder} already holds checkpoints: continue with --resume true, begin anew with "
                 "--overwrite true, which removes them, or choose another --output_dir."
             )
+        if self.rank == 0:
+            claim_folder(self.folder.folder.parent)
+        if resumes:
+            self._load(engine)
+        elif self.overwrite and self.rank == 0:
+            # Not left to the first that is written: the oldest go then, and those are not of the other run.
+            for path in self.folder.paths():
+                path.unlink()
         if self.rank == 0:
             self.folder.folder.mkdir(parents=True, exist_ok=True)
             (self.folder.folder / "job").write_text(_job(), encoding="utf-8")
