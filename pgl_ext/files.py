@@ -27,6 +27,7 @@ except ImportError:  # Windows
 __all__ = [
     "append_csv",
     "claim_folder",
+    "files_below",
     "pointer_problem",
     "read_csv",
     "read_json",
@@ -60,6 +61,11 @@ def visible_files(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield folder, folders, sorted(name for name in names if not name.startswith("."))
+
+
+def files_below(path: str) -> list[str]:
+    """The visible files in and below a folder; of anything else its path alone."""
+    return [os.path.join(folder, name) for folder, _, names in visible_files(path) for name in names] or [path]
 
 
 def pointer_problem(path: str | os.PathLike) -> str:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pgl_ext.data.cache_file import CachedVolume, CacheReadError, cache_file_content
 from pgl_ext.data.datalist import item_name
 from pgl_ext.errors import few, transform_error
-from pgl_ext.files import visible_files, write_atomically, write_text
+from pgl_ext.files import files_below, write_atomically, write_text
 from pgl_ext.transforms.checks import BadVolumeError, check_volume
 
 __all__ = ["VolumeCache", "can_be_sent"]
@@ -314,7 +314,7 @@ def _source_state(path: str) -> list[tuple[str, int, int]]:
     """
     files: list[os.DirEntry | Path] = [Path(path)]
     if os.path.isdir(path):
-        files = [Path(folder) / name for folder, _, names in visible_files(path) for name in names]
+        files = [*map(Path, files_below(path))]
     elif path.lower().endswith((".mhd", ".nhdr")) and os.path.isfile(path):
         beside = Path(path).with_name(_voxel_file(path))
         stem = Path(path).stem

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from monai.config import PathLike
 
 from pgl_ext.data.datalist import item_name
 from pgl_ext.errors import few
-from pgl_ext.files import read_json, visible_files
+from pgl_ext.files import files_below, read_json
 from pgl_ext.transforms.dicom import scan_header
 from pgl_ext.transforms.formats import is_dicom_file
 
@@ -81,9 +80,8 @@ def patient_of(item: Mapping[str, Any]) -> str:
     if item.get("patient") not in (None, ""):
         return str(item["patient"])
     path = str(item["image"])
-    files = [os.path.join(folder, name) for folder, _, names in visible_files(path) for name in names] or [path]
     wanted = item.get("series_uid")
-    for file in filter(is_dicom_file, files):
+    for file in filter(is_dicom_file, files_below(path)):
         header = scan_header(file, ["PatientID"])
         if header is not None and wanted in (None, "", header.SeriesInstanceUID):
             return str(header.get("PatientID", "")).strip()
@@ -92,10 +90,8 @@ def patient_of(item: Mapping[str, Any]) -> str:
 
 def _digest(path: PathLike) -> str:
     """Of a file, or of the files of a DICOM series' folder; of what is missing, that of nothing."""
-    folders = visible_files(str(path)) if os.path.isdir(path) else []
-    files = [Path(folder, name) for folder, _, names in folders for name in names] or [Path(path)]
     content = hashlib.sha256()
-    for file in files:
+    for file in map(Path, files_below(str(path))):
         if file.is_file():
             size = file.stat().st_size
             content.update(str(size).encode())

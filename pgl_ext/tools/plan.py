@@ -249,11 +249,10 @@ def _plan_structures(plan: Plan, data: Data) -> None:
     structures, reason = listed_structures(data.content, data.source), "as the data list names them"
     if not structures:
         structures, reason = found_structures(data.items), "the values of the label maps"
-    names = list(structures)
     entries = data.content.get(data.settings.get("data_list_key", ""), [])
-    annotated, spelt = annotated_field(entries if entries and isinstance(entries[0], dict) else [], names)
+    annotated, spelt = annotated_field(entries if entries and isinstance(entries[0], dict) else [], structures)
     used = [value for values in structures.values() for value in values]
-    partly = annotated is not None and any(len(set(entry[annotated])) < len(names) for entry in entries)
+    partly = annotated is not None and any(len(set(entry[annotated])) < len(structures) for entry in entries)
     plan.set("organs", {spelt.get(name, name): values for name, values in structures.items()}, reason)
     plan.set("background_values", [0], "label values that belong to no structure")
     overlapping = len(used) > len(set(used))

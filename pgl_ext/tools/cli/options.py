@@ -88,6 +88,16 @@ def given_settings(context: typer.Context) -> dict[str, str]:
     return settings
 
 
+def weights_for(pretrained: Path | None, settings: Mapping[str, str]) -> Any:
+    """Pre-trained weights, or None; settings that contradict their record are refused."""
+    from pgl_ext.tools.workflows import Pretrained
+
+    weights = None if pretrained is None else Pretrained(pretrained)
+    if weights is not None:
+        weights.check(settings)
+    return weights
+
+
 def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path.expanduser()))
 

@@ -21,6 +21,7 @@ from pgl_ext.tools.cli.options import (
     end_with,
     given_settings,
     plan_for,
+    weights_for,
     words,
 )
 
@@ -50,9 +51,7 @@ def probe(
     from pgl_ext.tools.plan import read_data
 
     settings, data = given_settings(context), read_data(cases, data_list_key, labelled=True)
-    weights = None if pretrained is None else workflows.Pretrained(pretrained)
-    if weights is not None:
-        weights.check(settings)
+    weights = weights_for(pretrained, settings)
     made = plan_for(plan, data, architecture, preset, weights, settings)
     values = {"test_data_list_key": test_key, **settings}
     workflows.probe(data, absolute(out), made, weights, values).run()

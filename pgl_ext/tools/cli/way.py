@@ -22,6 +22,7 @@ from pgl_ext.tools.cli.options import (
     end_with,
     given_settings,
     plan_for,
+    weights_for,
 )
 
 app = typer.Typer()
@@ -105,12 +106,10 @@ def finetune(
     """
     from pgl_ext.tools.folds import train_folds
     from pgl_ext.tools.plan import read_data
-    from pgl_ext.tools.workflows import Pretrained, fine_tuning, result_of_fine_tuning
+    from pgl_ext.tools.workflows import fine_tuning, result_of_fine_tuning
 
     settings, data = given_settings(context), read_data(cases, data_list_key, labelled=True)
-    weights = None if pretrained is None else Pretrained(pretrained)
-    if weights is not None:
-        weights.check(settings)
+    weights = weights_for(pretrained, settings)
     made, folder = plan_for(plan, data, architecture, preset, weights, settings), absolute(out)
     if folds is None:
         fine_tuning(data, folder, made, weights, settings).run()
@@ -147,11 +146,9 @@ def gain(
     from pgl_ext.tools.gain import gain_study, run_gain
     from pgl_ext.tools.launch import option_value
     from pgl_ext.tools.plan import read_data
-    from pgl_ext.tools.workflows import Pretrained
 
     settings, data = given_settings(context), read_data(cases, data_list_key, labelled=True)
-    weights = Pretrained(pretrained)
-    weights.check(settings)
+    weights = weights_for(pretrained, settings)
     values = {name: option_value(name, value) for name, value in settings.items()}
     made, folder = plan_for(plan, data, None, preset, weights, settings), absolute(out)
     file = gain_study(data, folder, made, weights, seeds, test_cases, labelled_cases, values)
