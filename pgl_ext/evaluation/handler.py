@@ -31,7 +31,7 @@ from pgl_ext.evaluation.summary import (
     summary_rows,
     summary_table,
 )
-from pgl_ext.files import claim_folder, release_folder, write_csv, write_nifti, write_text, writing
+from pgl_ext.files import claim_folder, read_json, release_folder, write_csv, write_nifti, write_text, writing
 from pgl_ext.segmentation.cases import draw_case, segmented_items
 from pgl_ext.settings import parse_bool
 from pgl_ext.task import SegmentationTask
@@ -127,8 +127,12 @@ class EvaluationReport:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_all)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._finish)
 
-    def _start(self) -> None:
+    def _start(self, engine: Engine) -> None:
         if (self.folder / "cases.csv").exists():
+            if parse_bool(self.resume, "resume") and self._is_reported():
+                logger.info("all cases are evaluated, report in %s", self.folder)
+                engine.terminate()
+                return
             raise FileExistsError(
                 f"{self.folder.absolute()} holds the report of an earlier evaluation: give another folder with "
                 "--output_dir, or remove this one."
@@ -160,7 +164,17 @@ class EvaluationReport:
         """What the scores depend on, as JSON has it."""
         models = model_files(self.description["model"]) if "model" in self.description else []
         written = [os.stat(path).st_mtime_ns for path in models if os.path.exists(path)]
-        return json.loads(json.dumps([self.description, self.task.description(), self.tolerances, written]))
+        return json.loads(json.dumps([self._head(), written]))
+
+    def _head(self) -> dict[str, Any]:
+        """The report's first entries, which say what was evaluated."""
+        return {**self.description, "task": self.task.description(), "tolerance_mm": self.tolerances}
+
+    def _is_reported(self) -> bool:
+        """Whether the report in the folder is of the same model, task and settings, and of these cases."""
+        head = json.loads(json.dumps({**self._head(), "files": self.by_name}))
+        reported = read_json(self.folder / "summary.json")
+        return all(reported.get(name) == value for name, value in head.items())
 
     def _add_all(self, engine: Engine) -> None:
         for data in segmented_items(engine):
@@ -199,12 +213,10 @@ class EvaluationReport:
         means = {f"{metric} {name}": entry[metric]["mean"] for name, entry in summary.items() for metric in METRICS}
         engine.state.metrics |= {name: mean for name, mean in means.items() if mean is not None}
         content = {
-            **self.description,
+            **self._head(),
             "cases": len(self.cases),
             AVERAGE: summary[AVERAGE],
             "organs": {name: summary[name] for name in self.task.names},
-            "task": self.task.description(),
-            "tolerance_mm": self.tolerances,
             # The first case is slower, where kernels are chosen or compiled.
             "seconds_per_case": float(np.median(self.seconds)),
             "device": _device_name(engine.state.device),

@@ -262,6 +262,18 @@ def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path, data_list, finishe
         assert one == other, path
 
 
+def test_a_complete_evaluation_has_nothing_to_go_on_with(tmp_path, data_list):
+    """A job that is started again and again until it has succeeded."""
+    evaluator(tmp_path, data_list).run()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    engine = evaluator(tmp_path, data_list, resume=True)
+    engine.run()
+    assert engine.state.iteration == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    with pytest.raises(FileExistsError, match="earlier evaluation"):
+        evaluator(tmp_path, data_list, resume=True, tolerance_mm=1).run()
+
+
 def test_what_was_stopped_of_another_model_is_not_gone_on_with(tmp_path, data_list):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "finished_cases.jsonl").write_text("[{}, {}, []]\n")
