@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -49,9 +50,17 @@ def workers_are_forked() -> bool:
     return method == "fork"
 
 
-def gather(value: Any) -> list[Any]:
-    """What each process has, by rank; all have to call it."""
+def gather(value: Any, wait: timedelta | None = None) -> list[Any]:
+    """What each process has, by rank; all have to call it.
+
+    Args:
+        value: of this process.
+        wait: for the slowest of the processes, where that may take longer than the group's limit of 10 or 30 minutes.
+    """
     values = [value] * rank_and_world_size()[1]
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        group = None if wait is None else dist.new_group(timeout=wait, backend="gloo")
+        dist.all_gather_object(values, value, group)
+        if group is not None:
+            dist.destroy_process_group(group)
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -50,8 +51,23 @@ def report_root_cause() -> None:
     sys.excepthook = _print_cause
 
 
-def _print_cause(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _with_remedy(error: BaseException) -> BaseException:
+    """The root cause, with what to do where PyTorch and the system do not say it."""
     cause = root_cause(error)
+    if any(type(each) is RuntimeError and "shared memory" in str(each) for each in _chain(error)):
+        return MemoryError(
+            "loading processes have no room in shared memory, /dev/shm: give the container more, as with 'docker run "
+            "--shm-size 8g', or set --num_workers 0."
+        )
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC and cause.filename is None:
+        return OSError(
+            f"{cause}. Make room where this writes, and run the command again, with --resume true where it has that."
+        )
+    return cause
+
+
+def _print_cause(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    cause = _with_remedy(error)
     if isinstance(error, KeyboardInterrupt) and not os.environ.get("PGL_TRACEBACK"):
         print("\nstopped by Ctrl-C", file=sys.stderr)
         return

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+from programs import run
 
 from pgl_ext.distributed import usable_cores
 
@@ -21,3 +22,21 @@ def test_usable_cores(monkeypatch, known, cores):
     for name, function in known.items():
         monkeypatch.setattr(os, name, function, raising=False)
     assert usable_cores() == cores
+
+
+WORKER = """
+import datetime, time
+import torch.distributed as dist
+from pgl_ext.distributed import gather
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+time.sleep(5 * dist.get_rank())
+print("gathered", gather(dist.get_rank(), wait=datetime.timedelta(minutes=5)))
+"""
+
+
+@pytest.mark.slow
+def test_gather_waits_for_longer_than_the_group_does(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "worker.py"]
+    result = run(arguments, cwd=tmp_path)
+    assert result.stdout.count("gathered [0, 1]") == 2, result.stdout

@@ -128,6 +128,22 @@ def test_an_error_that_explains_another_is_shown_instead_of_it(report, within):
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [
+        # The texts of PyTorch 2.13, as from loading processes in a container with little of it.
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>"), "--shm-size"),
+        (RuntimeError("DataLoader worker is killed by signal: Bus error. ... of shared memory."), "--num_workers 0"),
+        (OSError(28, "No space left on device"), "No space left on device. Make room"),
+    ],
+)
+@pytest.mark.parametrize("times", [0, 2])
+def test_errors_of_the_machine_are_shown_with_a_remedy(report, cause, remedy, times):
+    text = report(wrapped(cause, times))
+    assert remedy in text.splitlines()[1]
+    assert "Traceback" not in text
+
+
 @pytest.mark.parametrize("cause", [KeyError("bug"), AssertionError("bug"), pickle.PicklingError("bug")])
 def test_other_errors_keep_their_traceback(report, cause):
     text = report(wrapped(cause))

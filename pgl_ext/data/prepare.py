@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,7 @@ def prepare_items(
         skip_bad_files, report_path: see :func:`resolve_bad`, like what is returned and raised.
     """
     rank, world_size = rank_and_world_size()
-    shares = gather(cache.prepare(items[rank::world_size], show_progress=rank == 0))
+    # Of a hundred thousand scans one process may be done hours before another.
+    shares = gather(cache.prepare(items[rank::world_size], show_progress=rank == 0), wait=timedelta(weeks=1))
     bad = {name: reason for share in shares for name, reason in share.items()}
     return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)
