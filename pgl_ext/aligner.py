@@ -14,12 +14,13 @@ from pgl_ext.geometry import (
     linear_interpolation_matrix,
     overlap_extent,
     resample_axes,
+    shared_extent,
 )
 from pgl_ext.settings import check_positive
 
 __all__ = ["PriorGuidedAligner"]
 
-_ALIGNMENTS = ("exact", "paper")
+_ALIGNMENTS = ("exact", "inside", "paper")
 
 
 class PriorGuidedAligner(nn.Module):
@@ -32,8 +33,10 @@ class PriorGuidedAligner(nn.Module):
     Args:
         output_size: cells per axis of the common grid; default: the feature map's own size.
         alignment: how view voxel v becomes a feature coordinate, with output stride s. ``"exact"``: v / s, which is
-            where the features of convolutions with odd kernels and padding k // 2 are centred. ``"paper"``: (v + 0.5) /
-            s - 0.5, the half-pixel rule of plain RoIAlign, off by s - 1 view voxels where one of two views is flipped.
+            where the features of convolutions with odd kernels and padding k // 2 are centred. ``"inside"``: the same,
+            over what lies between the outermost features of all views, beyond which ``"exact"`` repeats the border; an
+            axis where that is nothing keeps the whole overlap. ``"paper"``: (v + 0.5) / s - 0.5, the half-pixel rule of
+            plain RoIAlign, off by s - 1 view voxels where one of two views is flipped.
         sampling_ratio: sample points per cell and axis.
         centre: voxel that feature 0 is centred on, per axis or for all, where that is not 0; with it ``"exact"`` is
             (v - centre) / s. See ``networks.base.FeatureNetwork``.
@@ -91,12 +94,18 @@ class PriorGuidedAligner(nn.Module):
         scale, offset = axis_scale_and_offset(affines)
         lower, upper = overlap_extent(affines, view_size)
         strides = derive_stride(view_size, feature_size)
+        if self.alignment == "inside":
+            first = torch.tensor(self.centre)
+            last = first + (torch.tensor(feature_size) - 1) * torch.tensor(strides)
+            inner = shared_extent(affines, first, last)
+            is_some = inner[0] < inner[1]
+            lower, upper = (torch.where(is_some, *edges) for edges in zip(inner, (lower, upper), strict=True))
         output_size = self.output_size or feature_size
         weights = []
         sizes = zip(output_size, feature_size, strides, self.centre, strict=True)
         for axis, (cells, size, stride, centre) in enumerate(sizes):
             source = cell_samples(lower[:, None, axis], upper[:, None, axis], cells, self.sampling_ratio)
             view = (source - offset[..., axis, None, None]) / scale[..., axis, None, None]
-            position = (view - centre) / stride if self.alignment == "exact" else (view + 0.5) / stride - 0.5
+            position = (view - centre) / stride if self.alignment != "paper" else (view + 0.5) / stride - 0.5
             weights.append(linear_interpolation_matrix(position, size))
         return weights

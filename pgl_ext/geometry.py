@@ -19,6 +19,7 @@ __all__ = [
     "overlap_extent",
     "resample_axes",
     "roi_align_3d",
+    "shared_extent",
     "upsample_features",
 ]
 
@@ -63,11 +64,8 @@ def overlap_extent(affines: torch.Tensor, view_size: Sequence[int]) -> tuple[tor
     Raises:
         ValueError: where the views of a sample do not overlap, or an affine is not axis-aligned.
     """
-    scale, offset = axis_scale_and_offset(affines)
-    size = torch.as_tensor(view_size, dtype=affines.dtype, device=affines.device)
-    first, last = offset - 0.5 * scale, offset + (size - 0.5) * scale
-    lower = torch.minimum(first, last).amax(dim=1)
-    upper = torch.maximum(first, last).amin(dim=1)
+    edge = torch.full((3,), -0.5)
+    lower, upper = shared_extent(affines, edge, torch.as_tensor(view_size) + edge)
     empty = (upper <= lower).any(dim=-1)
     if empty.any():
         sample = int(empty.nonzero()[0])
@@ -76,6 +74,16 @@ def overlap_extent(affines: torch.Tensor, view_size: Sequence[int]) -> tuple[tor
             f"{upper[sample].tolist()} in source voxels. Views of one volume must share a region (min_overlap > 0)."
         )
     return lower, upper
+
+
+def shared_extent(affines: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What all views show between two of their voxels, (3,) each: lower and upper, (B, 3), in source voxels.
+
+    Where they share nothing, lower is not below upper.
+    """
+    scale, offset = axis_scale_and_offset(affines)
+    first, last = (offset + scale * voxel.to(affines) for voxel in (first, last))
+    return torch.minimum(first, last).amax(dim=1), torch.maximum(first, last).amin(dim=1)
 
 
 def cell_samples(lower: torch.Tensor, upper: torch.Tensor, cells: int, sampling_ratio: int) -> torch.Tensor:

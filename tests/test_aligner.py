@@ -158,6 +158,21 @@ class TestStridedEncoder:
                 assert not repeated[1:4].any(), "the test covers the middle of the overlap"
                 assert error.mean() < 0.5 * cell
 
+    @pytest.mark.parametrize("flips", [(FLIPS[0], f) for f in FLIPS] + [(FLIPS[6], FLIPS[3])])
+    def test_inside(self, flips):
+        """No cell lies where a value is repeated, even on z with its two features."""
+        assert max(error.max() for error in self.errors(flips, "inside")) < 1e-4
+
+    def test_inside_keeps_an_axis_where_views_have_no_features_in_common(self):
+        """Features of the one end before those of the other begin, though the views overlap."""
+        affines = torch.eye(4).repeat(1, 2, 1, 1)
+        affines[0, 1, 0, 3] = 85  # of 96 voxels; the last feature of the first is at 80
+        whole, cut = (
+            PriorGuidedAligner(alignment=name).axis_matrices(affines, VIEW, (6, 6, 2)) for name in ("exact", "inside")
+        )
+        torch.testing.assert_close(cut[0], whole[0], rtol=0, atol=0)
+        assert not torch.equal(cut[1], whole[1])
+
     @pytest.mark.parametrize("flips", [(FLIPS[0], f) for f in FLIPS])
     def test_paper(self, flips):
         for axis, error in enumerate(self.errors(flips, "paper")):
@@ -273,7 +288,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"alignment": "half"}, r"alignment must be one of \('exact', 'paper'\), got 'half'"),
+            ({"alignment": "half"}, r"alignment must be one of \('exact', 'inside', 'paper'\), got 'half'"),
             ({"sampling_ratio": 0}, "sampling_ratio must be at least 1, got 0"),
         ],
     )

@@ -49,7 +49,7 @@ class HSSL(Method, SegmentationNet):
         task_weight: lambda_task.
         group_weight: lambda_group.
         temperature: of both contrasts.
-        alignment: ``"exact"`` or ``"paper"``, see ``PriorGuidedAligner``.
+        alignment: ``"exact"``, ``"inside"`` or ``"paper"``, see ``PriorGuidedAligner``.
         output_size: cells per axis of the grid that voxels are contrasted on; default: the size of the deepest map.
     """
 

@@ -28,7 +28,7 @@ class PGL(OnlineTargetMethod):
         encoder: the network whose encoder is pre-trained.
         hidden_channels: channels inside projector and predictor.
         out_channels: channels of the features that are compared.
-        alignment: ``"exact"`` or ``"paper"``, see ``PriorGuidedAligner``.
+        alignment: ``"exact"``, ``"inside"`` or ``"paper"``, see ``PriorGuidedAligner``.
         output_size: cells of the aligned grid; default: the feature map's own size.
         sampling_ratio: sample points per cell and axis.
     """
