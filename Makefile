@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 PGL := $(VENV)/bin/pgl
 LABEL_VENV := .venv-label
 DEMO_DIR ?= runs/demo
-.PHONY: install label-environment demo test fuzz test-label lint format docs benchmarks package clean
+.PHONY: install label-environment demo test fuzz test-label test-slurm lint format docs benchmarks package clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +53,10 @@ fuzz: install
 # A session with a MONAI Label server on this machine.
 test-label: install label-environment
 	$(RUN) -m pytest -m label
+
+# Jobs of a SLURM of this machine alone; tests/tools/slurm.sh says what that needs.
+test-slurm: install
+	$(RUN) -m pytest -m slurm
 
 lint: install
 	$(RUN) -m ruff check .

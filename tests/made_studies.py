@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from monai.utils import ensure_tuple
 
 import pgl_ext
 from pgl_ext.files import write_csv
+from pgl_ext.tools.study.configs import Command
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Run, evaluation_folder
 
@@ -106,3 +110,36 @@ def finish(
             for number, value in enumerate(values)
         ]
         write_csv(evaluation_folder(run.folder, step) / "cases.csv", rows)
+
+
+STAND_IN = Path(__file__).parent / "tools" / "study" / "stand_in.py"
+
+
+def stand_in(run: Run, command: Command) -> list[str]:
+    """A run's command, stood in for by one of milliseconds."""
+    config, folder = command.config(), run.folder
+    if command.section == "evaluating":
+        arguments = [config["output_dir"], ",".join(ensure_tuple(config["model_path"]))]
+    else:
+        folder = Path(config["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        resume = any((folder / "checkpoints").glob("*.pt"))
+        seed = run.seed + (config.get("test_fold") or [0])[0]
+        arguments = [str(seed), str(resume), json.dumps(config.get("kept_steps", []))]
+    return [sys.executable, "-I", "-S", str(STAND_IN), command.section, str(folder), *arguments]
+
+
+def make_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let studies have runs of milliseconds, and nothing that other tests are about."""
+    monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", stand_in)
+    monkeypatch.setattr("pgl_ext.tools.study.fingerprint.code_digests", lambda _: {})
+    monkeypatch.setattr("pgl_ext.tools.study.run.draw_figures", lambda *_: None)  # the page takes no time, pictures do
+
+
+def scores(out: Path) -> dict[str, object]:
+    """All that a study says but its costs, which no two have in common."""
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("cases.csv"))
+    with open(out / "table.csv", newline="") as file:
+        table = [{name: text for name, text in row.items() if "cost" not in name} for row in csv.DictReader(file)]
+    curves = [path.name for path in out.glob("curves.csv")]
+    return {"table.csv": table, **{name: (out / name).read_text() for name in (*names, *curves, "study.csv")}}

@@ -1,16 +1,48 @@
-"""Looking after a cache of preprocessed volumes: ``pgl cache``."""
+"""Filling a cache of preprocessed volumes before a training does, and looking after it: ``pgl cache``."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pgl_ext.data.cache_file import CachedVolume, CacheReadError
+from pgl_ext.data.prepare import resolve_bad
+from pgl_ext.tools.cluster import Cluster, run_jobs
+from pgl_ext.tools.launch import BundleRun
 
-__all__ = ["cache_report"]
+__all__ = ["cache_report", "fill_cache", "fill_in_shards"]
+
+
+def fill_cache(workflow: BundleRun, items: Sequence[Mapping], shard: tuple[int, int] = (0, 1)) -> str:
+    """Preprocess the scans of a pre-training, without training; those that are cached already are left alone.
+
+    Args:
+        workflow: the pre-training.
+        items: all its scans.
+        shard: number, from 0, and count: of so many parts of the scans, which may be filled at the same time.
+
+    Returns:
+        In words, what was done.
+
+    Raises:
+        BadVolumesError: scans cannot be used, and ``skip_bad_files`` is not set. The others are cached.
+    """
+    number, count = shard
+    items, cache = items[number::count], workflow.part("cache")
+    good = resolve_bad(cache.prepare(items), items, workflow.part("skip_bad_files"))
+    return f"{len(good)} of {len(items)} volumes are cached in {cache.cache_dir}."
+
+
+def fill_in_shards(command: Sequence[str], shards: int, cluster: Cluster) -> None:
+    """Have a cache filled by jobs, each of which does one of so many parts.
+
+    Jobs that are lost leave whole files; the same again does what is missing.
+    """
+    run_jobs(cluster, [[*command, "--shard", f"{number}/{shards}"] for number in range(shards)], "pgl-cache")
 
 
 def cache_report(folder: str | os.PathLike, verify: bool = False) -> str:

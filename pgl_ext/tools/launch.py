@@ -53,11 +53,20 @@ class BundleRun:
         As JSON, since fire would read names of folders such as ``run#2`` and ``2024`` as something else.
         """
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        start = start if self.processes > 1 else []
+        return [sys.executable, *start, "-m", "pgl_ext.tools.launch", json.dumps(self._arguments, default=os.fspath)]
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
         values = {n: option_value(n, v) if isinstance(v, str) else v for n, v in self.settings.items()}
         arguments = {name: "$None" if value is None else value for name, value in values.items()}
-        arguments |= {"config_file": list(self.configs)} | ({"run_id": self.section} if self.section else {})
-        start = start if self.processes > 1 else []
-        return [sys.executable, *start, "-m", "pgl_ext.tools.launch", json.dumps(arguments, default=os.fspath)]
+        return arguments | {"config_file": list(self.configs)} | ({"run_id": self.section} if self.section else {})
+
+    def part(self, name: str) -> Any:
+        """Something that the workflow is made of, such as its ``cache``, made here without running anything."""
+        return StrictWorkflow(**self._arguments, workflow_type="train", logging_file=False).parser.get_parsed_content(
+            name
+        )
 
     @property
     def _options(self) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 # Commands import what they run when they are called: PyTorch and MONAI take seconds, which --help must not.
 
@@ -54,6 +55,17 @@ PretrainedOption = Annotated[
     Path | None,
     typer.Option("--pretrained", help="Weights: a file, or the folder of 'pgl pretrain'.", rich_help_panel="Network"),
 ]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(help="Send the work there as jobs: slurm, local (this machine), or auto.", rich_help_panel="Cluster"),
+]
+ResourcesOption = Annotated[
+    str | None,
+    typer.Option(
+        help='Of a job, as submitit calls them: "{timeout_min: 600, gpus_per_node: 1, slurm_partition: gpu}".',
+        rich_help_panel="Cluster",
+    ),
+]
 
 
 def plan_for(
@@ -96,6 +108,20 @@ def weights_for(pretrained: Path | None, settings: Mapping[str, str]) -> Any:
     if weights is not None:
         weights.check(settings)
     return weights
+
+
+def cluster_for(name: str | None, out: Path, resources: str | None) -> Any:
+    """Where jobs are sent, their logs going below a folder; None without --cluster."""
+    from pgl_ext.tools.cluster import Cluster
+
+    if name is None:
+        if resources is not None:
+            raise ValueError("--resources are those of jobs on a cluster: give --cluster auto too.")
+        return None
+    given = yaml.safe_load(resources or "{}")
+    if not isinstance(given, dict):
+        raise ValueError(f'--resources is {resources!r}: give names and values, as in "{{timeout_min: 600}}".')
+    return Cluster(absolute(out) / "jobs", name, given)
 
 
 def absolute(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +13,15 @@ from pgl_ext.tools.cli.options import (
     SETTINGS,
     ArchitectureOption,
     Cases,
+    ClusterOption,
     Key,
     Out,
     PlanFile,
     PresetOption,
     PretrainedOption,
+    ResourcesOption,
     absolute,
+    cluster_for,
     end_with,
     given_settings,
     plan_for,
@@ -100,6 +104,9 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
     jobs: Annotated[int | None, typer.Option(help="Runs at a time; default: one on each GPU, or one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Only list the runs and estimate the time.")] = False,
+    cluster: ClusterOption = None,
+    resources: ResourcesOption = None,
+    only: Annotated[str | None, typer.Option(help="One run, by its path in OUT, and no tables.")] = None,
 ) -> None:
     """Compare pre-training methods: methods x labelled cases x seeds, each pre-trained, fine-tuned and evaluated.
 
@@ -107,11 +114,16 @@ def study(
     --pretraining#settings#max_epochs 2.
     """
     from pgl_ext.tools.launch import option_value
-    from pgl_ext.tools.study.run import planned_runs, run_study
+    from pgl_ext.tools.study.run import planned_runs, run_one, run_study
 
     values = {name: option_value(name, value) for name, value in given_settings(context).items()}
     given = (file, out, None, jobs, values)
-    print(planned_runs(*given) if dry_run else run_study(*given)[0])
+    if dry_run:
+        print(planned_runs(*given))
+    elif only is not None:
+        print(run_one(file, out, only, values))
+    else:
+        print(run_study(*given, cluster_for(cluster, out, resources))[0])
 
 
 @app.command(rich_help_panel=PANEL)
@@ -180,15 +192,49 @@ def config(
         print(paths[0] if len(paths) == 1 else paths)
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(context_settings=SETTINGS, rich_help_panel=PANEL)
 def cache(
-    folder: Annotated[Path, typer.Argument(help="Cache of preprocessed volumes: 'cache' in what a training wrote.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Read all, and remove what is damaged.")] = False,
+    context: typer.Context,
+    source: Annotated[
+        Path, typer.Argument(metavar="CACHE|SCANS", help="A cache to look at; or, with OUT, scans to fill one with.")
+    ],
+    out: Annotated[Path | None, typer.Argument(help="Cache to fill, for 'pgl pretrain --cache_dir OUT'.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all of a cache, and remove what is damaged.")] = False,
+    plan: PlanFile = None,
+    data_list_key: Key = "training",
+    cluster: ClusterOption = None,
+    resources: ResourcesOption = None,
+    shards: Annotated[int, typer.Option(min=1, help="Jobs that share the work.", rich_help_panel="Cluster")] = 16,
+    shard: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Say what a cache holds, and whether it is as it was written."""
-    from pgl_ext.tools.caches import cache_report
+    """Say what a cache holds and whether it is as it was written; or fill one, here or by jobs of a cluster.
 
-    print(cache_report(folder, verify))
+    What is cached already is left alone, so that the same command goes on where it was stopped. Any setting of
+    pre-training can be given too, as in --spacing "[2, 2, 2]".
+    """
+    from pgl_ext.tools.caches import cache_report, fill_cache, fill_in_shards
+    from pgl_ext.tools.plan import read_data
+    from pgl_ext.tools.workflows import pretraining
+
+    settings = given_settings(context)
+    if out is None:
+        if settings:
+            raise ValueError(f"settings such as --{next(iter(settings))} are for filling a cache: give SCANS and OUT.")
+        print(cache_report(source, verify))
+        return
+    data, folder = read_data(source, data_list_key, labelled=False), absolute(out)
+    made = plan_for(plan, data, None, None, None, settings)
+    workflow = pretraining(data, folder, made, "pgl", {"cache_dir": str(folder), **settings})
+    where = cluster_for(cluster, out, resources)
+    if where is None:
+        number, count = map(int, (shard or "0/1").split("/"))
+        print(fill_cache(workflow, data.items, (number, count)))
+        return
+    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    options += ["--plan", str(folder / "plan.yaml"), "--data_list_key", data_list_key]
+    line = [sys.executable, "-m", "pgl_ext", "cache", str(absolute(source)), str(folder), *options]
+    fill_in_shards(line, shards, where)
+    end_with(cache_report(folder), f"pgl pretrain {source} PRETRAINED --cache_dir {out} --plan {out}/plan.yaml")
 
 
 @app.command(rich_help_panel=PANEL)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from pgl_ext.errors import few
+from pgl_ext.tools.cluster import Cluster
 from pgl_ext.tools.study.figures import draw_figures
 from pgl_ext.tools.study.fingerprint import checked_fingerprints
+from pgl_ext.tools.study.jobs import JobRunner
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.report import verdicts, write_study_report, write_tables
 from pgl_ext.tools.study.results import Results
 from pgl_ext.tools.study.runner import Runner, default_jobs, time_left
 from pgl_ext.tools.study.runs import Rates, Run
 
-__all__ = ["choose_rates", "planned_runs", "run_study"]
+__all__ = ["choose_rates", "planned_runs", "run_one", "run_study"]
 
 
 def run_study(
@@ -27,6 +31,7 @@ def run_study(
     bundles: str | os.PathLike | None = None,
     jobs: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    cluster: Cluster | None = None,
 ) -> tuple[str, Results]:
     """Run what is not finished of a study, and write its tables, pictures and report.
 
@@ -36,6 +41,7 @@ def run_study(
         bundles: folder of the two bundles.
         jobs: runs at a time; by default one on each GPU, or one.
         overrides: of entries of the study file.
+        cluster: that each run is sent to as a job of its own; None: they are run here.
 
     Returns:
         In words, what was found, and the results that are there.
@@ -47,22 +53,63 @@ def run_study(
     study = Study(file, out, bundles, overrides)
     # By default it would end this process alone, and leave the commands running.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    jobs = default_jobs() if jobs is None and cluster is None else jobs
+
+    def carry_out(runs: Sequence[Run], fingerprints: Mapping[str, Any]) -> dict[str, str]:
+        if cluster is None:
+            return Runner(runs, fingerprints, jobs).run()
+        at_a_time = max(1, len(runs)) if jobs is None else jobs
+        return JobRunner(runs, fingerprints, at_a_time, cluster, lambda run: _job(run, file, out, overrides)).run()
+
     try:
-        return _run(study, default_jobs() if jobs is None else jobs)
+        return _run(study, carry_out)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(study: Study, jobs: int) -> tuple[str, Results]:
+def _job(run: Run, file: str | os.PathLike, out: str | os.PathLike, overrides: Mapping[str, Any] | None) -> list[str]:
+    """The command that a job of a run executes."""
+    line = [sys.executable, "-m", "pgl_ext", "study", os.path.abspath(file), "--out", os.path.abspath(out)]
+    for name, value in (overrides or {}).items():
+        line += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return [*line, "--only", run.name]
+
+
+def run_one(
+    file: str | os.PathLike, out: str | os.PathLike, name: str, overrides: Mapping[str, Any] | None = None
+) -> str:
+    """Run one of a study's runs, and write no tables; see :func:`run_study`.
+
+    Args:
+        file, out, overrides: see there.
+        name: of the run, its path in the study's folder; its pre-training has to be finished.
+
+    Raises:
+        ChildProcessError: the run failed.
+        ValueError: the study has no such run.
+    """
+    study = Study(file, out, None, overrides)
+    selection, rates, _ = _known_runs(study)
+    runs = {run.name: run for run in (*selection, *study.runs(rates))}
+    if name not in runs:
+        raise ValueError(f"the study has no run {name!r}: its runs are {few(list(runs))}.")
+    run = runs[name]
+    failures = Runner([run], checked_fingerprints([run]), 1).run()
+    if failures:
+        raise ChildProcessError(f"{name} failed: {failures[name]}")
+    return f"{run} is finished."
+
+
+def _run(study: Study, carry_out: Callable[[Sequence[Run], Mapping[str, Any]], dict[str, str]]) -> tuple[str, Results]:
     selection, rates, tried = _known_runs(study)
     fingerprints = checked_fingerprints({run.name: run for run in (*selection, *study.runs(rates))}.values())
     failures: dict[str, str] = {}
     try:
         if selection:
-            failures = Runner(selection, fingerprints, jobs).run()
+            failures = carry_out(selection, fingerprints)
             rates, tried = choose_rates(study, failures)
             fingerprints = checked_fingerprints(study.runs(rates))
-        failures |= Runner(study.runs(rates), fingerprints, jobs).run()
+        failures |= carry_out(study.runs(rates), fingerprints)
     finally:  # what is finished can be read also where the study was stopped
         results = Results(study, study.runs(rates))
         results.missing += [run for run in selection if not run.is_finished]

@@ -19,7 +19,7 @@ from pgl_ext.tools.study.configs import Command
 from pgl_ext.tools.study.fingerprint import differences, fingerprint
 from pgl_ext.tools.study.runs import Run, bundle_command
 
-__all__ = ["Runner", "default_jobs", "time_left"]
+__all__ = ["RunError", "Runner", "default_jobs", "last_error", "time_left"]
 
 _PAUSE = 0.1  # seconds between looks at the running processes
 _LOG_END = 65536  # bytes of a log in which its last error is looked for
@@ -48,7 +48,7 @@ def time_left(runs: Iterable[Run], jobs: int) -> str:
     return tqdm.format_interval(max([sum(left) / jobs, *left]))
 
 
-class _RunError(Exception):
+class RunError(Exception):
     """Why a run failed."""
 
 
@@ -116,7 +116,7 @@ class Runner:
         try:
             yield from self._commands(run, slot, lock)
             self._report(run)
-        except _RunError as error:
+        except RunError as error:
             self._fail(run, str(error))
         finally:
             os.close(lock)
@@ -138,14 +138,14 @@ class Runner:
         try:
             run.finish(unit)
         except (OSError, LookupError, ValueError) as error:
-            raise _RunError(f"it did not leave what it should: {error}") from error
+            raise RunError(f"it did not leave what it should: {error}") from error
 
     def _check_version(self, run: Run) -> None:
         expected = self.fingerprints[run.name]
         for other in (fingerprint(run), run.fingerprint() or expected):
             changes = differences(expected, other)
             if changes:
-                raise _RunError(f"while the study was running, there was a change: {changes}")
+                raise RunError(f"while the study was running, there was a change: {changes}")
 
     def _command(self, run: Run, command: Command, slot: int, lock: int) -> Iterator[bool]:
         line = bundle_command(run, command)
@@ -170,7 +170,7 @@ class Runner:
         while process.poll() is None:
             yield True
         if process.returncode:
-            raise _RunError(f"{command.section} ended with status {process.returncode}: {_last_error(run.log)}")
+            raise RunError(f"{command.section} ended with status {process.returncode}: {last_error(run.log)}")
 
     def _report(self, run: Run) -> None:
         result = run.result()
@@ -203,7 +203,7 @@ def _gpus() -> list[str]:
     return names[:count] or [str(number) for number in range(count)]
 
 
-def _last_error(log: Path) -> str:
+def last_error(log: Path) -> str:
     """The message that the last command in a log ended with."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_END))

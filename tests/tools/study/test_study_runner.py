@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_studies import FINGERPRINT, copy_package, finish, make_study, write_study
-from monai.utils import ensure_tuple
+from made_studies import FINGERPRINT, copy_package, finish, make_fast, make_study, scores, write_study
 from programs import SEGMENTATION_CONFIGS, TINY, TINY_SEGMENTATION, run
 
 from pgl_ext.tools.phantom import write_dataset
@@ -21,28 +20,10 @@ from pgl_ext.tools.study.run import run_study
 from pgl_ext.tools.study.runner import Runner, default_jobs, time_left
 from pgl_ext.tools.study.runs import Run, bundle_command
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
-
-
-def stand_in(run, command) -> list[str]:
-    config, folder = command.config(), run.folder
-    if command.section == "evaluating":
-        arguments = [config["output_dir"], ",".join(ensure_tuple(config["model_path"]))]
-    else:
-        folder = Path(config["output_dir"])
-        folder.mkdir(parents=True, exist_ok=True)
-        resume = any((folder / "checkpoints").glob("*.pt"))
-        seed = run.seed + (config.get("test_fold") or [0])[0]
-        arguments = [str(seed), str(resume), json.dumps(config.get("kept_steps", []))]
-    return [sys.executable, "-I", "-S", str(STAND_IN), command.section, str(folder), *arguments]
-
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Runs of milliseconds, and nothing that other tests are about."""
-    monkeypatch.setattr("pgl_ext.tools.study.runner.bundle_command", stand_in)
-    monkeypatch.setattr("pgl_ext.tools.study.fingerprint.code_digests", lambda _: {})
-    monkeypatch.setattr("pgl_ext.tools.study.run.draw_figures", lambda *_: None)  # the page takes no time, pictures do
+    make_fast(monkeypatch)
 
 
 @pytest.fixture
@@ -68,15 +49,6 @@ def wait_for(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"nothing happened for {seconds} s"
         time.sleep(0.01)
-
-
-def scores(out: Path) -> dict[str, object]:
-    """All that a study says but its costs, which no two have in common."""
-    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("cases.csv"))
-    with open(out / "table.csv", newline="") as file:
-        table = [{name: text for name, text in row.items() if "cost" not in name} for row in csv.DictReader(file)]
-    curves = [path.name for path in out.glob("curves.csv")]
-    return {"table.csv": table, **{name: (out / name).read_text() for name in (*names, *curves, "study.csv")}}
 
 
 def kill(study: multiprocessing.Process, with_children: bool) -> None:
