@@ -160,6 +160,7 @@ class EncoderRecord(_Record):
         pairs: of views that it has seen.
         stride: voxels per cell of the deepest feature map, per axis.
         channels: of each feature map, finest first.
+        pretrained: file that pre-training went on from; None: random weights.
     """
 
     architecture: Mapping
@@ -167,6 +168,7 @@ class EncoderRecord(_Record):
     pairs: int | None = None
     stride: Sequence[int] | None = None
     channels: Sequence[int] | None = None
+    pretrained: str | None = None
 
     _what = "an encoder"
     _remedy = "the pgl_encoder.pt that pre-training wrote, with its JSON beside it"
