@@ -90,7 +90,8 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
         ValueError: it is damaged, a tensor of the encoder is missing from it or has another shape, or it holds a
             larger encoder.
     """
-    encoder = getattr(network, "encoder", network)
+    # A network's part may have that name too.
+    encoder = (network if isinstance(network, FeatureNetwork) else network.encoder).feature_network
     state = _load(path, "Encoder file", "the one that pre-training wrote, with --pretrained_encoder FILE")
     state = state.get("state_dict") or state
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -100,7 +101,7 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     state = _without_shortcut_bias(_first_names(encoder, prefixed or state), target)
     report = compare_states(state, target)
     # A decoder is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
-    larger = any(key.split(".")[0] in encoder.encoder_parts for key in report.unexpected)
+    larger = any(key.startswith(tuple(f"{part}." for part in encoder.encoder_parts)) for key in report.unexpected)
     if report.missing or report.mismatched or larger:
         raise ValueError(
             f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
