@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from monai.config import PathLike
 
+from pgl_ext.networks.base import SegmentationNetwork
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.weights.files import load_state, save_weights
 from pgl_ext.weights.records import EncoderRecord
@@ -56,7 +57,8 @@ def export_decoder(checkpoint: PathLike, out: PathLike) -> Path:
     Args, returns and errors are those of :func:`export_encoder`.
     """
     state, record = _read(checkpoint)
-    network = NETWORKS[record.architecture["family"]]
+    network = build(ENCODERS, record.architecture, checkpoint)
+    network = network if isinstance(network, SegmentationNetwork) else NETWORKS[network.family]
     parts, head = (tuple(f"{name}." for name in names) for names in (network.decoder_parts, network.head_parts))
     names = [key.removeprefix("encoder.") for key in state]
     names = [name for name in names if name.startswith(parts) and not name.startswith(head)]

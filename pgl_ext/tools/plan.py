@@ -26,13 +26,14 @@ from pgl_ext.data.memory import total_memory
 from pgl_ext.data.structures import annotated_field, found_structures, listed_structures
 from pgl_ext.files import read_json
 from pgl_ext.networks.base import SegmentationNetwork
+from pgl_ext.networks.build import NETWORKS
 from pgl_ext.tools.bundles import config_path
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.transforms.load import LoadVolumed
 
 __all__ = ["ARCHITECTURES", "Data", "Plan", "expected_time", "make_plan", "read_data"]
 
-ARCHITECTURES = {"resnet50": None, "dynunet": "dynunet", "segresnet": "segresnet"}
+ARCHITECTURES = {"resnet50": None, **{family: family for family in NETWORKS if family != "resnet"}}
 """Overlays in ``configs/networks`` by architecture; the paper's network needs none."""
 
 CT_WINDOW = (-1024, 325)  # HU, the paper's

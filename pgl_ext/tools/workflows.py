@@ -9,6 +9,7 @@ from typing import Any
 
 from pgl_ext.evaluation.summary import AVERAGE, number_text
 from pgl_ext.files import read_csv, read_json, write_text
+from pgl_ext.networks.build import NETWORKS
 from pgl_ext.tools.bundles import bundle_folder, config_path
 from pgl_ext.tools.launch import BundleRun, option_value
 from pgl_ext.tools.plan import Data, Plan, make_plan
@@ -34,8 +35,6 @@ __all__ = [
 ]
 
 _INPUT = ("spacing", "hu_window")
-# Families whose fine-tuning has recipes in configs/start: those with instance or group norm.
-_WITH_RECIPE = ("dynunet", "segresnet")
 _WITH_ADAMW = ("mae", "pgl_mae")
 
 
@@ -77,9 +76,8 @@ class Pretrained:
         if self.architecture == "resnet50":
             return {**settings, "encoder": config["encoder"]}
         network = config["network_def"]
-        if "deep_supervision" in network:  # which has no weights of its own yet
-            network |= {"deep_supervision": True, "deep_supr_num": max(1, min(3, len(network["filters"]) - 3))}
-        return {**settings, "network_def": network}
+        # Its heads have no weights of their own yet.
+        return {**settings, "network_def": NETWORKS[self.architecture].with_deep_supervision(network)}
 
     @property
     def architecture(self) -> str:
@@ -149,7 +147,8 @@ def plan_of(
 def fine_tuning_configs(plan: Plan, pretrained: bool) -> tuple[list[str], list[str]]:
     """The config files of a fine-tuning but for the plan: of any start, and of the recipe of one, which come after."""
     start = [f"start/{'pretrained' if pretrained else 'random'}.yaml", *["start/small.yaml"] * plan.small]
-    names = ["train.json", *plan.configs], start if plan.architecture in _WITH_RECIPE else []
+    # The recipes are for networks with instance or group norm: all but the paper's.
+    names = ["train.json", *plan.configs], [] if plan.architecture == "resnet50" else start
     return tuple([config_path(name, _configs("pgl_segmentation")) for name in part] for part in names)
 
 

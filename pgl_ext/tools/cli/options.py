@@ -23,6 +23,11 @@ class Architecture(str, Enum):
     resnet50 = "resnet50"
     dynunet = "dynunet"
     segresnet = "segresnet"
+    segresnet_ds = "segresnet_ds"
+    unet = "unet"
+    swinunetr = "swinunetr"
+    mednext = "mednext"
+    resenc = "resenc"
 
 
 class Preset(str, Enum):
