@@ -44,7 +44,7 @@ class Layout:
         encoder: what precedes the encoder's names in the network here.
         arguments: of the network, from its tensors.
         renamed: patterns in names, and what replaces them.
-        left_out: pattern of names that are of pre-training alone, and no part of the encoder.
+        parts: pattern of the encoder's names, where a file of the encoder alone has others too, of pre-training.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Layout:
     encoder: str
     arguments: Callable[[_State], dict[str, Any]]
     renamed: Mapping[str, str] = field(default_factory=dict)
-    left_out: str = "$^"
+    parts: str = ""
 
     def state(self, state: _State) -> _State | None:
         """The tensors as the network here names them; None where they are of another layout.
@@ -72,8 +72,8 @@ class Layout:
                 inner = key.removeprefix(base)
                 for pattern, new in self.renamed.items():
                     inner = re.sub(pattern, new, inner)
-                inside = whole or re.search(self.left_out, inner)
-                named[inner if inside else self.encoder + inner] = value
+                is_named = whole or not re.search(self.parts, inner)
+                named[inner if is_named else self.encoder + inner] = value
         return named
 
 
@@ -138,6 +138,7 @@ def _plans(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, 
             while parent := configuration.get("inherits_from"):
                 rest = {name: value for name, value in configuration.items() if name != "inherits_from"}
                 configuration = {**plans["configurations"][parent], **rest}
+        _axes(plans)  # raises where they are none
         return plans, configuration
     return {}, {}
 
@@ -286,7 +287,7 @@ LAYOUTS = (
         "swinViT.",
         _swinunetr,
         {r"\bmlp\.fc([12])\.": r"mlp.linear\1.", r"\b(layers\d)\.0\.0\.": r"\1.0."},
-        r"^(mask_token|norm\..*)$",
+        r"^(patch_embed|layers\dc?)\.",
     ),
 )
 """What is recognised; a file is of the first layout whose anchor it has."""
