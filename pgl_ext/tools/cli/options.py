@@ -55,10 +55,12 @@ PresetOption = Annotated[
     Preset | None,
     typer.Option("--preset", help="Sizes and lengths; default: small without a GPU.", rich_help_panel="Network"),
 ]
-PretrainedOption = Annotated[
-    Path | None,
-    typer.Option("--pretrained", help="Weights: a file, or the folder of 'pgl pretrain'.", rich_help_panel="Network"),
-]
+PRETRAINED = typer.Option(
+    "--pretrained",
+    help="Weights: a file, also a published one, or the folder of 'pgl pretrain'.",
+    rich_help_panel="Network",
+)
+PretrainedOption = Annotated[Path | None, PRETRAINED]
 
 
 def plan_for(
