@@ -1,4 +1,4 @@
-"""Stand-ins for published files of weights: tensors of the stock classes, with the names and wrappers of those files."""
+"""Stand-ins for published weights: tensors of the stock classes, with the names and wrappers of the published files."""
 
 from __future__ import annotations
 
