@@ -82,7 +82,8 @@ class ResidualEncoderUNet(SegmentationNetwork):
         self.decoder = nn.ModuleDict({**decoder, "seg_layers": nn.ModuleDict(used)})
         self.level_channels = tuple(features_per_stage)
         self.level_strides = level_strides(strides)
-        self.centres = ((0.0, 0.0, 0.0),) * levels
+        # Shortcuts pool and convolutions do not; as measured in tests/networks/test_centres.py.
+        self.centres = tuple(tuple(min(0.3 * (s - 1), 0.6) for s in stride) for stride in self.level_strides)
         self.multiple = list(self.level_strides[-1])
 
     @staticmethod
@@ -117,6 +118,7 @@ def _library_network(arguments: Mapping[str, Any]) -> nn.Module:
     """The library's network of some arguments, which TorchScript may compile the blocks of."""
     try:
         from dynamic_network_architectures.architectures import unet
+        from dynamic_network_architectures.initialization.weight_init import InitWeights_He
     except ImportError as error:
         raise ImportError(
             "ResidualEncoderUNet needs the package 'dynamic-network-architectures': pip install "
@@ -136,7 +138,8 @@ def _library_network(arguments: Mapping[str, Any]) -> nn.Module:
         nonlin_kwargs={"inplace": True},
         **sizes,
     )
-    network.apply(network.initialize)
+    # Not nnU-Net's zeros in the residual branches: the shortcuts alone, which pool, would have other centres.
+    network.apply(InitWeights_He(1e-2))
     for block in [module for module in network.modules() if isinstance(module, unet.BasicBlockD)]:
         for name in ("skip", "drop_path", "squeeze_excitation"):
             if not isinstance(getattr(block, name, None), nn.Module):
