@@ -145,8 +145,10 @@ def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
     named = network if isinstance(network, FeatureNetwork) else network.encoder
     aliases = named.aliases()
     target = {key: value for key, value in network.decoder_state().items() if key not in aliases}
+    # Of a whole network, the encoder is another matter.
+    encoder = set(named.encoder_keys()) - set(target)
     state = _first_names(named, read_public(content).state)
-    report = compare_states(state, target)
+    report = compare_states({key: value for key, value in state.items() if key not in encoder}, target)
     # Counts of batches are single numbers, which fit everywhere.
     if all(key.endswith("num_batches_tracked") for key in report.loaded):
         raise ValueError(
