@@ -29,6 +29,8 @@ SMALL = {
     "mednext": {"init_filters": 4, "blocks_down": [1, 1], "blocks_bottleneck": 1, "blocks_up": [1, 1]},
     "resenc": {"features_per_stage": [4, 6, 8], "strides": [1, 2, [2, 2, 1]], "n_blocks_per_stage": [1, 1, 2]},
 }
+# Families whose classes TorchScript cannot compile.
+TRACED = ("swinunetr", "mednext")
 
 
 def small_network(family: str, in_channels: int = 1, out_channels: int = 3, **arguments: Any) -> SegmentationNetwork:

@@ -1,7 +1,7 @@
 """Methods on networks: a step of training, and the files that it leaves.
 
-The grid of 8 networks and 7 methods is sampled: PGL + restoration, which uses encoder and decoder, on every network, and
-every other method on at least two; each network has at least two methods. The paper's network is in the tests of each
+The grid of 8 networks and 7 methods is sampled: PGL with restoration, which uses encoder and decoder, on every network,
+and every other method on at least two; each network has at least two methods. The paper's network is in the tests of each
 method. The ablations of PGL change views, which networks do not see. Exports: ``test_families.py`` (TorchScript of each
 network and of each encoder), ``tests/weights/test_exports.py`` (ONNX of each).
 """
@@ -68,7 +68,7 @@ def test_a_step_and_its_files(family, name, tmp_path):
 
 @pytest.mark.parametrize("family", set(NETWORKS) - {"resnet"})
 def test_hssl_says_which_network_it_needs(family):
-    with pytest.raises(ValueError, match="needs the paper's network.*leave the overlay"):
+    with pytest.raises(ValueError, match=r"needs the paper's network.*leave the overlay"):
         HSSL(small_network(family), 2, 2)
 
 
