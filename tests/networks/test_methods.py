@@ -1,9 +1,9 @@
 """Methods on networks: a step of training, and the files that it leaves.
 
 The grid of 8 networks and 7 methods is sampled: PGL with restoration, which uses encoder and decoder, on every network,
-and every other method on at least two; each network has at least two methods. The paper's network is in the tests of each
-method. The ablations of PGL change views, which networks do not see. Exports: ``test_families.py`` (TorchScript of each
-network and of each encoder), ``tests/weights/test_exports.py`` (ONNX of each).
+and every other method on at least two; each network has at least two methods. The paper's network is in the tests of
+each method. The ablations of PGL change views, which networks do not see. Exports: ``test_families.py`` (TorchScript of
+each network and of each encoder), ``tests/weights/test_exports.py`` (ONNX of each).
 """
 
 from __future__ import annotations

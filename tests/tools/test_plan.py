@@ -10,7 +10,7 @@ import yaml
 
 from pgl_ext.networks import DynUNet
 from pgl_ext.tools.bundles import bundle_folder
-from pgl_ext.tools.plan import Plan, _largest_patch, saved_bytes, make_plan, read_data
+from pgl_ext.tools.plan import Plan, _largest_patch, make_plan, read_data, saved_bytes
 
 CONFIGS = bundle_folder("pgl_segmentation") / "configs"
 
