@@ -2,9 +2,9 @@
 
     python benchmarks/networks.py [--repeats 5]
 
-Sizes are of the full overlays, memory and time of the small ones, on one thread of a CPU: what autograd keeps for a view of
-fine-tuning, a step of ``pgl_mae`` on a pair of views (without optimiser and loader), and a window of inference. Those
-that are compared take turns on 64 x 64 x 32 voxels; ratios are to ``dynunet`` in the same round.
+Sizes are of the full overlays, memory and time of the small ones, on one thread of a CPU: what autograd keeps for one
+view, a step of ``pgl_mae`` on a pair of views (without optimiser and loader), and a window of inference. Networks take
+turns on 64 x 64 x 32 voxels; ratios are to ``dynunet`` in the same round.
 """
 
 from __future__ import annotations
