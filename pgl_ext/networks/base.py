@@ -186,7 +186,7 @@ def crop_to(x: torch.Tensor, size: list[int]) -> torch.Tensor:
 
 
 def stack_levels(logits: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of deep supervision (B, K, out_channels, X, Y, Z) of those of K levels, resized to the first one's grid."""
+    """Logits of deep supervision (B, K, out_channels, X, Y, Z): those of K levels, resized to the first one's grid."""
     resized = [logits[0]]
     for coarse in logits[1:]:
         resized.append(F.interpolate(coarse, logits[0].shape[2:]))

@@ -83,7 +83,7 @@ class ResidualEncoderUNet(SegmentationNetwork):
         self.level_channels = tuple(features_per_stage)
         self.level_strides = level_strides(strides)
         # Shortcuts pool and convolutions do not; as measured in tests/networks/test_centres.py.
-        self.centres = tuple(tuple(min(0.3 * (s - 1), 0.6) for s in stride) for stride in self.level_strides)
+        self.centres = tuple(tuple(min(0.15 * (s - 1), 0.45) for s in stride) for stride in self.level_strides)
         self.multiple = list(self.level_strides[-1])
 
     @staticmethod

@@ -91,16 +91,10 @@ class _Level(nn.Sequential):
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The maps of this level and of those below it, finest first."""
         x = self[0](x)
-        if self.last:
-            below = [self[1].submodule(x)]
-        else:
-            below = self[1].submodule.encode(x)
+        below = [self[1].submodule(x)] if self.last else self[1].submodule.encode(x)
         return [x] + below  # noqa: RUF005, TorchScript unpacks no list
 
     def decode(self, maps: list[torch.Tensor]) -> torch.Tensor:
         """What goes up from this level, of the maps of :meth:`encode`."""
-        if self.last:
-            below = maps[1]
-        else:
-            below = self[1].submodule.decode(maps[1:])
+        below = maps[1] if self.last else self[1].submodule.decode(maps[1:])
         return self[2](torch.cat([maps[0], below], dim=1))

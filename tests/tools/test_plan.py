@@ -10,7 +10,7 @@ import yaml
 
 from pgl_ext.networks import DynUNet
 from pgl_ext.tools.bundles import bundle_folder
-from pgl_ext.tools.plan import Plan, _largest_patch, _saved_bytes, make_plan, read_data
+from pgl_ext.tools.plan import Plan, _largest_patch, make_plan, read_data, saved_bytes
 
 CONFIGS = bundle_folder("pgl_segmentation") / "configs"
 
@@ -136,7 +136,7 @@ def test_kept_bytes_are_those_of_a_chain_counted_by_hand():
     """A convolution keeps its input, an instance norm its input, and a leaky ReLU its output."""
     with torch.device("meta"):
         network = DynUNet(1, 2, filters=[8, 8, 8], strides=[1, 2, 2]).train()
-    small, large = (_saved_bytes(network, (size, 16, 16)) for size in (16, 32))
+    small, large = (saved_bytes(network, (size, 16, 16)) for size in (16, 32))
     assert large == pytest.approx(2 * small, rel=0.01)
     # Full resolution: two blocks of two convolutions of 8 channels, and the joined 16 channels of the decoder.
     full = 16**3 * 4 * (8 * 4 + 16)
