@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from made_weights import as_trained
-from monai.networks.nets import ResNet, SegResNetDS, SwinUNETR
+from monai.networks.nets import ResNet, SegResNetDS, SwinUNETR, resnet50
 from torch import nn
 
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
@@ -109,6 +109,19 @@ PUBLISHED: dict[str, Callable[[], Published]] = {
     "MONAI's ResNet": lambda: medical_net(biases=True),
     "SwinUNETR": swin_ssl,
 }
+
+
+FULL_SIZE: dict[str, Callable[[], dict[str, Any]]] = {
+    "CT-FM": lambda: SegResNetDS(3, 32, 1, 2, blocks_down=(1, 2, 2, 4, 4)).encoder.state_dict(),
+    "ResEnc-L": lambda: {"network_weights": _res_enc_l().state_dict()},
+    "resnet_50": lambda: resnet50(n_input_channels=1, feed_forward=False, bias_downsample=False).state_dict(),
+}
+
+
+def _res_enc_l() -> nn.Module:
+    return ResidualEncoderUNet(1, 6, [32, 64, 128, 256, 320, 320], kernel_sizes=[[3] * 3] * 6,
+                               strides=[[1] * 3, *[[2] * 3] * 5], n_blocks_per_stage=[1, 3, 4, 6, 6, 6], num_classes=1,
+                               n_conv_per_stage_decoder=[1] * 5, **OF_NNUNET)  # fmt: skip
 
 
 def _of_arrays(stock: nn.Module) -> Callable[[torch.Tensor], list[torch.Tensor]]:

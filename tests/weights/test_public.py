@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from made_public import PUBLISHED, ct_fm, plain_unet, res_enc, swin_ssl
+from made_public import FULL_SIZE, PUBLISHED, ct_fm, plain_unet, res_enc, swin_ssl
 from made_weights import as_trained, small_network
 from monai.networks.nets import ResNet, SwinUNETR
 
@@ -14,6 +14,7 @@ from pgl_ext.methods import MAE, PGL, PGLMAE
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.weights import (
     InputRecord,
+    compare_states,
     decoder_file,
     load_decoder,
     load_encoder,
@@ -21,6 +22,7 @@ from pgl_ext.weights import (
     recorded_input,
     start_method,
 )
+from pgl_ext.weights.public import read_public
 
 SIZE = (32, 32, 32)
 every = pytest.mark.parametrize("make", PUBLISHED.values(), ids=PUBLISHED)
@@ -49,6 +51,18 @@ def test_features_are_those_of_the_stock_class(make, tmp_path):
         for ours, theirs in zip(network.features(x), expected, strict=published.family != "resnet"):
             assert theirs.std() > 1e-3
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_published_sizes(name):
+    """Names and shapes alone, of all of the encoder."""
+    with torch.device("meta"):
+        weights = read_public(FULL_SIZE[name]())
+        network = build(ENCODERS, weights.architecture, name)
+    keys = set(network.encoder_keys()) - set(network.aliases())
+    target = {network.key_prefix + key: value for key, value in network.state_dict().items() if key in keys}
+    report = compare_states(weights.state, target)
+    assert (report.missing, report.mismatched) == ([], [])
 
 
 @pytest.mark.parametrize(
