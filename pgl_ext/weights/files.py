@@ -2,7 +2,7 @@
 
 Tensors are named as in the segmentation network: ``encoder.*`` of the paper's, and its library's names of any other.
 Files ending in ``.safetensors`` are in that format, with the record in their metadata too; all others are PyTorch's.
-The JSON has the SHA-256 of the file beside it, which is compared where it is read.
+The JSON has the SHA-256 of the file beside it, by its suffix, which is compared where it is read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from monai.config import PathLike
 
-from pgl_ext.files import pointer_problem, read_json, write_atomically, write_text
+from pgl_ext.files import pointer_problem, read_json, write_atomically, write_json
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.weights.records import SHA256, EncoderRecord, ModelRecord
 
@@ -55,18 +56,21 @@ def save_weights(state: Mapping[str, torch.Tensor], path: PathLike, record: Enco
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     content = record.to_json()
-    text = json.dumps(content, indent=4) + "\n"
-    # Without the checksum of a file that is about to be replaced: killed in between, the two must still fit.
-    write_text(path.with_suffix(".json"), text)
     if path.suffix == _SAFETENSORS:
         # "format" is what readers of the format look for first.
         # Tensors that have several names are written under each.
         copies = {key: value.clone() for key, value in state.items()}
+        text = json.dumps(content, indent=4) + "\n"
         tensors = _safetensors().save(copies, metadata={"format": "pt", "description": text})
-        write_atomically(lambda file: file.write(tensors), path)
+        save = methodcaller("write", tensors)
     else:
-        write_atomically(lambda file: torch.save(state, file), path)
-    write_text(path.with_suffix(".json"), json.dumps({**content, SHA256: _sha256(path)}, indent=4) + "\n")
+        save = partial(torch.save, state)
+    beside = path.with_suffix(".json")
+    sums = {suffix: value for suffix, value in _recorded_sums(beside).items() if suffix != path.suffix}
+    # Without the checksum of a file that is about to be replaced: killed in between, the two must still fit.
+    write_json(beside, {**content, SHA256: sums})
+    write_atomically(save, path)
+    write_json(beside, {**content, SHA256: {**sums, path.suffix: _sha256(path)}})
 
 
 def _safetensors() -> ModuleType:
@@ -87,13 +91,19 @@ def _sha256(path: Path) -> str:
     return content.hexdigest()
 
 
+def _recorded_sums(record: Path) -> Mapping[str, str]:
+    """The checksums in the JSON beside files, by their suffixes."""
+    with suppress(OSError, ValueError):  # whoever needs the record says what is wrong with it
+        sums = read_json(record).get(SHA256)
+        return sums if isinstance(sums, Mapping) else {}
+    return {}
+
+
 def _check_sum_beside(path: Path) -> None:
     """Compare a file with the checksum in the JSON beside it, where there is one."""
     record = path.with_suffix(".json")
-    recorded = None
-    with suppress(OSError, ValueError):  # whoever needs the record says what is wrong with it
-        recorded = read_json(record).get(SHA256)
-    if isinstance(recorded, str) and recorded != _sha256(path):
+    recorded = _recorded_sums(record).get(path.suffix)
+    if recorded is not None and recorded != _sha256(path):
         raise ValueError(
             f"{path} is not the file that {record} was written with, its SHA-256 is another: copy both again from "
             "where they were made; one of them is damaged, or of another training."

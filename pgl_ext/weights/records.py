@@ -21,7 +21,7 @@ from pgl_ext.task import SegmentationTask
 __all__ = ["SHA256", "EncoderRecord", "InputRecord", "ModelRecord", "flat_entries", "model_files"]
 
 SHA256 = "sha256"
-"""Entry of the JSON beside a file: its checksum. It is of the file and no part of the record."""
+"""Entry of the JSON beside files: their checksums by suffix. They are of the files and no part of the record."""
 
 _R = TypeVar("_R", bound="_Record")
 

@@ -86,7 +86,7 @@ class TestSaveAndLoad:
     def test_record(self, source, tmp_path):
         save_encoder(source, tmp_path / "encoder.pt", RECORD)
         content = json.loads((tmp_path / "encoder.json").read_text())
-        assert content.pop("sha256") == hashlib.sha256((tmp_path / "encoder.pt").read_bytes()).hexdigest()
+        assert content.pop("sha256") == {".pt": hashlib.sha256((tmp_path / "encoder.pt").read_bytes()).hexdigest()}
         assert content == RECORD.to_json()
         assert EncoderRecord.load(tmp_path / "encoder.pt") == RECORD
         rebuilt = build_encoder(tmp_path / "encoder.pt", load=False)
@@ -110,13 +110,20 @@ class TestChecksum:
             load_encoder(network, tmp_path / f"a{suffix}")
         assert untouched()
 
-    @pytest.mark.parametrize("content", [None, "[]", "{", "{}", '{"sha256": 3}'])
+    @pytest.mark.parametrize("content", [None, "[]", "{", "{}", '{"sha256": 3}', '{"sha256": {}}'])
     def test_without_one_nothing_is_compared(self, source, network, tmp_path, content):
         save_encoder(source, tmp_path / "e.pt", RECORD)
         record = tmp_path / "e.json"
         record.unlink() if content is None else record.write_text(content)
         load_encoder(network, tmp_path / "e.pt")
         assert equal(source, network)
+
+    def test_two_formats_have_one_record(self, source, network, tmp_path):
+        for suffix in (".pt", ".safetensors"):
+            save_encoder(source, tmp_path / f"e{suffix}", RECORD)
+        for suffix in (".pt", ".safetensors"):
+            load_encoder(network, tmp_path / f"e{suffix}")
+        assert json.loads((tmp_path / "e.json").read_text())["sha256"].keys() == {".pt", ".safetensors"}
 
     def test_killed_between_the_two_files(self, source, network, tmp_path, monkeypatch):
         """The record of the file that was replaced is not compared with the new one."""
