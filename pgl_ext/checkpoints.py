@@ -32,7 +32,7 @@ __all__ = ["CheckpointFolder", "CheckpointHandler"]
 logger = logging.getLogger(__name__)
 
 # Entries that say what a run started from, which no longer matters when it is resumed.
-_START = ("pretrained_encoder", "pretrained_decoder")
+_START = ("pretrained", "pretrained_encoder", "pretrained_decoder")
 
 
 class CheckpointFolder:

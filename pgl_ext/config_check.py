@@ -37,7 +37,7 @@ _READ_BY_MONAI |= DEFAULT_MLFLOW_SETTINGS["configs"].keys() - DEFAULT_HANDLERS_I
 _OF_PLANS = {"organs", "background_values", "multi_label", "annotated_key", "patch_size", "view_size", "encoder"}
 _PLAN = "_desc_architecture"
 # What names of settings end in whose values are names of files or folders.
-FILE_SETTINGS = ("_dir", "_path", "pretrained_encoder", "pretrained_decoder")
+FILE_SETTINGS = ("_dir", "_path", "pretrained", "pretrained_encoder", "pretrained_decoder")
 # Of settings that are numbers, the words that stand for one.
 _WORDS = {"micro_batch_size": ("auto",)}
 # A name this much like an argument is a slip, also where a target takes any other.

@@ -23,7 +23,14 @@ SMALL = {
     },
     "dynunet": {"filters": [4, 6, 8], "strides": [1, 2, [2, 2, 1]]},
     "segresnet": {"init_filters": 8, "blocks_down": [1, 1, 2], "blocks_up": [1, 1]},
+    "segresnet_ds": {"init_filters": 8, "blocks_down": [1, 1, 1, 1]},
+    "unet": {"channels": [4, 6, 8], "strides": [2, [2, 2, 1]]},
+    "swinunetr": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+    "mednext": {"init_filters": 4, "blocks_down": [1, 1], "blocks_bottleneck": 1, "blocks_up": [1, 1]},
+    "resenc": {"features_per_stage": [4, 6, 8], "strides": [1, 2, [2, 2, 1]], "n_blocks_per_stage": [1, 1, 2]},
 }
+# Families whose classes TorchScript cannot compile.
+TRACED = ("swinunetr", "mednext")
 
 
 def small_network(family: str, in_channels: int = 1, out_channels: int = 3, **arguments: Any) -> SegmentationNetwork:

@@ -488,6 +488,7 @@ class TestSaving:
         load_encoder(encoder, path)
         assert_same(encoder.state_dict(), run.method.encoder.state_dict())
         description = json.loads(path.with_suffix(".json").read_text())
+        assert description.pop("sha256")
         # 2 of 3 steps with 5 pairs per epoch.
         assert description == {
             "architecture": encoder.architecture,
@@ -497,6 +498,7 @@ class TestSaving:
             "method": "PGL",
             "steps": 2,
             "pairs": 3,
+            "pretrained": None,
             "version": "0",
             "data": {"training_volumes": 5},
             "lr": 0.2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["FeatureNetwork", "SegmentationNetwork", "crop_to", "level_strides", "pad_to_multiple"]
+__all__ = [
+    "FeatureNetwork",
+    "SegmentationNetwork",
+    "crop_to",
+    "level_strides",
+    "pad_to_multiple",
+    "require_tracing",
+    "stack_levels",
+]
 
 
 class FeatureNetwork(nn.Module):
@@ -27,7 +35,7 @@ class FeatureNetwork(nn.Module):
         centres: for each feature map the voxel, per axis, that its first cell is centred on: cell j lies on voxel
             ``stride * j + centre``. 0 for strided convolutions with odd kernels, (stride - 1) / 2 for pooling and
             patches.
-        encoder_parts: names of the child modules that make up the encoder.
+        encoder_parts: names of the modules, from here, that make up the encoder.
         key_prefix: what precedes its names of tensors in files of weights.
     """
 
@@ -52,8 +60,8 @@ class FeatureNetwork(nn.Module):
 
     @torch.jit.unused
     def encoder_modules(self) -> list[nn.Module]:
-        """The child modules that make up the encoder."""
-        return [getattr(self, name) for name in self.encoder_parts]
+        """The modules that make up the encoder."""
+        return [self.get_submodule(name) for name in self.encoder_parts]
 
     @torch.jit.unused
     def encoder_keys(self) -> list[str]:
@@ -72,8 +80,7 @@ class FeatureNetwork(nn.Module):
     def encoder_copy(self) -> FeatureNetwork:
         """A copy that has the encoder alone: :meth:`features` works, nothing else does."""
         copy = deepcopy(self)
-        for name in [name for name, _ in copy.named_children() if name not in self.encoder_parts]:
-            delattr(copy, name)
+        _keep_parts(copy, tuple(self.encoder_parts))
         return copy
 
     @torch.jit.unused
@@ -111,6 +118,11 @@ class SegmentationNetwork(FeatureNetwork):
         """Logits (B, out_channels, X, Y, Z) of (B, in_channels, X, Y, Z) of any size."""
         return self.features_and_logits(x)[1]
 
+    @staticmethod
+    def with_deep_supervision(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a network with those that add deep supervision to it, where its family has any."""
+        return dict(arguments)
+
     @torch.jit.unused
     def decoder_keys(self) -> list[str]:
         """Names of the decoder's tensors in the state dict, without those of the head."""
@@ -140,6 +152,16 @@ def _keys_of(network: nn.Module, parts: Sequence[nn.Module]) -> list[str]:
     return [key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in tensors]
 
 
+def _keep_parts(module: nn.Module, parts: Sequence[str]) -> None:
+    """Delete what is inside a module but is none of some modules, which are named from there, nor inside one."""
+    for name, child in list(module.named_children()):
+        inside = tuple(part.removeprefix(f"{name}.") for part in parts if part.startswith(f"{name}."))
+        if inside:
+            _keep_parts(child, inside)
+        elif name not in parts:
+            delattr(module, name)
+
+
 def level_strides(strides: Sequence[Sequence[int] | int]) -> tuple[tuple[int, ...], ...]:
     """Voxels per cell and axis after each of several strided layers."""
     per_axis = [(stride,) * 3 if isinstance(stride, int) else tuple(stride) for stride in strides]
@@ -152,7 +174,8 @@ def pad_to_multiple(x: torch.Tensor, multiple: list[int]) -> torch.Tensor:
     for axis in range(3):
         size, step = x.shape[2 + axis], multiple[axis]
         short.append((size + step - 1) // step * step - size)
-    if sum(short) == 0:
+    # A trace is of one way: through the padding, which may be of no voxels.
+    if sum(short) == 0 and not torch.jit.is_tracing():
         return x
     return F.pad(x, [0, short[2], 0, short[1], 0, short[0]], mode="replicate")
 
@@ -160,3 +183,19 @@ def pad_to_multiple(x: torch.Tensor, multiple: list[int]) -> torch.Tensor:
 def crop_to(x: torch.Tensor, size: list[int]) -> torch.Tensor:
     """The first voxels of (..., X, Y, Z), as many along each axis as ``size`` says."""
     return x[..., : size[0], : size[1], : size[2]]
+
+
+def stack_levels(logits: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of deep supervision (B, K, out_channels, X, Y, Z): those of K levels, resized to the first one's grid."""
+    resized = [logits[0]]
+    for coarse in logits[1:]:
+        resized.append(F.interpolate(coarse, logits[0].shape[2:]))
+    return torch.stack(resized, dim=1)
+
+
+def require_tracing(network: FeatureNetwork) -> FeatureNetwork:
+    """What ``torch.jit.script`` is to get of a network that it cannot compile: a ValueError that says what to do."""
+    raise ValueError(
+        f"{type(network).__name__} can not be scripted, since the library's cannot be: export it by tracing, with "
+        '--use_trace True --input_shape "[1, CHANNELS, X, Y, Z]", the size of a patch.'
+    )

@@ -14,15 +14,21 @@ from torch import nn
 
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.networks.dynunet import DynUNet
+from pgl_ext.networks.mednext import MedNeXt
+from pgl_ext.networks.resenc import ResidualEncoderUNet
 from pgl_ext.networks.resnet import ResNetEncoder
 from pgl_ext.networks.segmentation import SegmentationNet
 from pgl_ext.networks.segresnet import SegResNet
+from pgl_ext.networks.segresnet_ds import SegResNetDS
+from pgl_ext.networks.swinunetr import SwinUNETR
+from pgl_ext.networks.unet import UNet
 from pgl_ext.settings import parse_bool
 
 __all__ = ["ENCODERS", "NETWORKS", "build", "fast_half_precision", "prepare_network"]
 
 NETWORKS: dict[str, type[SegmentationNetwork]] = {
-    network.family: network for network in (SegmentationNet, DynUNet, SegResNet)
+    network.family: network
+    for network in (SegmentationNet, DynUNet, SegResNet, SegResNetDS, UNet, SwinUNETR, MedNeXt, ResidualEncoderUNet)
 }
 """Classes of segmentation networks by family."""
 

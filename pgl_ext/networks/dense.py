@@ -53,8 +53,9 @@ def _without_prefix(network: DenseFeatures, state: dict[str, torch.Tensor], pref
 
 
 def _with_prefix(network: DenseFeatures, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """The reverse; of tensors that a file has under several names the first is taken."""
+    """The reverse; further names of a tensor, which other parts of the whole network have, are left out."""
+    own = network.encoder.state_dict()
     for key in [key for key in state if key.startswith(prefix)]:
         value, name = state.pop(key), key.removeprefix(prefix)
-        if name not in network._aliases:
+        if name in own or name not in network._aliases:
             state[prefix + _PREFIX + name] = value

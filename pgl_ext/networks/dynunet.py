@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.networks.nets.dynunet import DynUNet as MonaiDynUNet
 from torch import nn
 
-from pgl_ext.networks.base import SegmentationNetwork, crop_to, level_strides, pad_to_multiple
+from pgl_ext.networks.base import SegmentationNetwork, crop_to, level_strides, pad_to_multiple, stack_levels
 
 __all__ = ["DynUNet"]
 
@@ -80,6 +80,11 @@ class DynUNet(SegmentationNetwork, MonaiDynUNet):
         self.centres = ((0.0, 0.0, 0.0),) * len(filters)
         self.multiple = list(self.level_strides[-1])
 
+    @staticmethod
+    def with_deep_supervision(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        heads = max(1, min(3, len(arguments["filters"]) - 3))
+        return {**arguments, "deep_supervision": True, "deep_supr_num": heads}
+
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps (B, filters[i], ...), finest first, of (B, in_channels, X, Y, Z)."""
         maps = [self.input_block(pad_to_multiple(x, self.multiple))]
@@ -97,7 +102,6 @@ class DynUNet(SegmentationNetwork, MonaiDynUNet):
         if self.training and self.deep_supervision:
             heads = [logits]
             for index, head in enumerate(self.deep_supervision_heads):
-                coarse = head(levels[len(levels) - 2 - index])
-                heads.append(nn.functional.interpolate(coarse, logits.shape[2:]))
-            logits = torch.stack(heads, dim=1)
+                heads.append(head(levels[len(levels) - 2 - index]))
+            logits = stack_levels(heads)
         return maps, crop_to(logits, x.shape[2:])

@@ -23,6 +23,7 @@ from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.bundles import bundle_folder
 from pgl_ext.tools.task_config import task_config, write_initial_model
 from pgl_ext.weights import EncoderRecord, ModelRecord
+from pgl_ext.weights.records import SHA256
 
 __all__ = ["package_bundles"]
 
@@ -172,7 +173,9 @@ def _check_version(path: Path) -> None:
 
 def _add_weights(files: dict[str, bytes], path: str, weights: _Weights) -> None:
     """Put weights and their record into a bundle, and what the model takes and gives into its metadata."""
-    files[str(PurePosixPath(path).with_suffix(".json"))] = _json(_without_folders(weights.record.to_json()))
+    sums = {PurePosixPath(path).suffix: hashlib.sha256(weights.content).hexdigest()}
+    record = {**_without_folders(weights.record.to_json()), SHA256: sums}
+    files[str(PurePosixPath(path).with_suffix(".json"))] = _json(record)
     if path == _MODEL:
         files[_METADATA] = _json(_described(json.loads(files[_METADATA]), weights.record))
     large = len(weights.content) > _LARGE

@@ -26,13 +26,14 @@ from pgl_ext.data.memory import total_memory
 from pgl_ext.data.structures import annotated_field, found_structures, listed_structures
 from pgl_ext.files import read_json
 from pgl_ext.networks.base import SegmentationNetwork
+from pgl_ext.networks.build import NETWORKS
 from pgl_ext.tools.bundles import config_path
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["ARCHITECTURES", "Data", "Plan", "expected_time", "make_plan", "read_data"]
+__all__ = ["ARCHITECTURES", "Data", "Plan", "expected_time", "make_plan", "read_data", "saved_bytes"]
 
-ARCHITECTURES = {"resnet50": None, "dynunet": "dynunet", "segresnet": "segresnet"}
+ARCHITECTURES = {"resnet50": None, **{family: family for family in NETWORKS if family != "resnet"}}
 """Overlays in ``configs/networks`` by architecture; the paper's network needs none."""
 
 CT_WINDOW = (-1024, 325)  # HU, the paper's
@@ -275,10 +276,10 @@ def _plan_patch(plan: Plan, headers: Sequence[Header], configs: str | os.PathLik
     def fits(patch: np.ndarray) -> bool:
         if plan.small:
             return bool(np.prod(patch) <= _SMALL_VOXELS)
-        return batch * _PEAK * _saved_bytes(network, patch) <= _SPARE * memory
+        return batch * _PEAK * saved_bytes(network, patch) <= _SPARE * memory
 
     patch = _largest_patch(np.median(extents, axis=0), multiple, fits)
-    needed = batch * _PEAK * _saved_bytes(network, patch) / 2**30
+    needed = batch * _PEAK * saved_bytes(network, patch) / 2**30
     plan.set("patch_size", patch.tolist(), f"voxels; {batch} of them need some {needed:.2g} GiB (within 20 %)")
     # Crops for views are larger than these, up to 1.4 times.
     view = np.minimum(patch, np.maximum(multiple, np.median(extents, axis=0) / 1.2 // multiple * multiple))
@@ -304,7 +305,7 @@ def _largest_patch(median: np.ndarray, multiple: np.ndarray, fits: Callable[[np.
     return patch
 
 
-def _saved_bytes(network: SegmentationNetwork, patch: Sequence[int]) -> int:
+def saved_bytes(network: SegmentationNetwork, patch: Sequence[int]) -> int:
     """Bytes that autograd keeps for one patch."""
     kept: dict[int, torch.Tensor] = {}
 

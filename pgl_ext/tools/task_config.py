@@ -20,7 +20,7 @@ from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.bundles import bundle_folder, config_path
 from pgl_ext.tools.study.configs import merged_config
-from pgl_ext.weights import EncoderRecord, InputRecord, ModelRecord, load_encoder, save_weights
+from pgl_ext.weights import InputRecord, ModelRecord, load_encoder, recorded_architecture, save_weights
 
 __all__ = ["task_config", "write_initial_model"]
 
@@ -47,7 +47,7 @@ def task_config(
         configs: folder of ``train.json`` and of the overlays.
         overlays: names of overlays in that folder, such as ``tasks/openkbp.yaml``, or paths of others.
         model: model file of fine-tuning, its JSON beside it.
-        encoder: encoder file of pre-training, its JSON beside it.
+        encoder: encoder file of pre-training, its JSON beside it, or a published one.
 
     Returns:
         the config, not evaluated.
@@ -61,7 +61,7 @@ def task_config(
     config = merged_config([config_path(name, configs) for name in ("train.json", *overlays)]).get()
     of_file = None
     if encoder is not None:
-        of_file = _without_memory(ENCODERS, EncoderRecord.load(encoder).architecture, encoder)
+        of_file = _without_memory(ENCODERS, recorded_architecture(encoder), encoder)
     if model is not None:
         record = ModelRecord.load(model)
         network = _without_memory(NETWORKS, record.network, model)

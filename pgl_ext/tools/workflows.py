@@ -9,11 +9,12 @@ from typing import Any
 
 from pgl_ext.evaluation.summary import AVERAGE, number_text
 from pgl_ext.files import read_csv, read_json, write_text
+from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.tools.bundles import bundle_folder, config_path
 from pgl_ext.tools.launch import BundleRun, option_value
 from pgl_ext.tools.plan import Data, Plan, make_plan
 from pgl_ext.tools.task_config import task_config
-from pgl_ext.weights import EncoderRecord
+from pgl_ext.weights import decoder_file, recorded_architecture, recorded_input
 
 __all__ = [
     "Pretrained",
@@ -34,8 +35,6 @@ __all__ = [
 ]
 
 _INPUT = ("spacing", "hu_window")
-# Families whose fine-tuning has recipes in configs/start: those with instance or group norm.
-_WITH_RECIPE = ("dynunet", "segresnet")
 _WITH_ADAMW = ("mae", "pgl_mae")
 
 
@@ -44,15 +43,15 @@ def _configs(bundle: str) -> Path:
 
 
 class Pretrained:
-    """Weights of a pre-training, and what is recorded beside them.
+    """Weights of a pre-training, and what is recorded beside them, or what a published file tells itself.
 
     Args:
         path: the encoder file, or the folder that pre-training wrote.
 
     Attributes:
         encoder: file of the encoder.
-        decoder: file of the decoder beside it; None where there is none.
-        record: of the encoder.
+        decoder: file of the decoder; None where there is none.
+        input: how volumes were prepared; None where nothing says so.
 
     Raises:
         FileNotFoundError: there are none.
@@ -60,9 +59,9 @@ class Pretrained:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.encoder = weights_file(path, "pgl_encoder.pt")
-        decoder = self.encoder.with_name("pgl_decoder.pt")
-        self.decoder = decoder if decoder.is_file() and self.encoder.name == "pgl_encoder.pt" else None
-        self.record = EncoderRecord.load(self.encoder)
+        self.decoder = decoder_file(self.encoder)
+        self.input = recorded_input(self.encoder)
+        self._network = recorded_architecture(self.encoder)
 
     @property
     def weights(self) -> dict[str, str]:
@@ -72,20 +71,30 @@ class Pretrained:
 
     def settings(self) -> dict[str, Any]:
         """Settings of fine-tuning that follow from the record: how scans are prepared, and the network."""
-        settings = {name: getattr(self.record.input, name) for name in _INPUT}
+        settings = {} if self.input is None else {name: getattr(self.input, name) for name in _INPUT}
         config = task_config(_configs("pgl_segmentation"), (), encoder=self.encoder)
         if self.architecture == "resnet50":
             return {**settings, "encoder": config["encoder"]}
         network = config["network_def"]
-        if "deep_supervision" in network:  # which has no weights of its own yet
-            network |= {"deep_supervision": True, "deep_supr_num": max(1, min(3, len(network["filters"]) - 3))}
-        return {**settings, "network_def": network}
+        # Its heads have no weights of their own yet.
+        return {**settings, "network_def": NETWORKS[self.architecture].with_deep_supervision(network)}
 
     @property
     def architecture(self) -> str:
         """Of the network, as ``--architecture`` names it."""
-        family = self.record.architecture["family"]
+        family = self._network["family"]
         return "resnet50" if family == "resnet" else family
+
+    def use_in_pretraining(self, plan: Plan) -> dict[str, str]:
+        """Make the network of a plan for pre-training theirs; the settings that load them."""
+        network = build(ENCODERS, self._network, self.encoder)
+        arguments = dict(network.arguments)
+        if "out_channels" in arguments:  # it restores its input
+            arguments["out_channels"] = arguments["in_channels"]
+        plan.settings.pop("network_def", None)
+        target = f"pgl_ext.networks.{type(network).__name__}"
+        plan.set("encoder", {"_target_": target, **arguments}, "that of the weights that pre-training goes on from")
+        return {"pretrained": str(self.encoder)}
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Refuse settings that contradict the record.
@@ -93,8 +102,8 @@ class Pretrained:
         Raises:
             ValueError: naming both values.
         """
-        for name in _INPUT:
-            recorded = getattr(self.record.input, name)
+        for name in _INPUT if self.input is not None else ():
+            recorded = getattr(self.input, name)
             if name in given and _as_value(given[name]) != _as_value(recorded):
                 raise ValueError(
                     f"--{name} is {given[name]}, but the weights {self.encoder} were trained with {recorded}: leave "
@@ -115,7 +124,13 @@ def write_plan(plan: Plan, folder: Path) -> str:
 
 
 def pretraining(
-    data: Data, out: Path, plan: Plan, method: str, settings: Mapping[str, Any], processes: int = 1
+    data: Data,
+    out: Path,
+    plan: Plan,
+    method: str,
+    settings: Mapping[str, Any],
+    processes: int = 1,
+    pretrained: Pretrained | None = None,
 ) -> BundleRun:
     """Pre-train on scans.
 
@@ -126,13 +141,15 @@ def pretraining(
         method: an overlay in ``configs/methods``, without its suffix, or ``pgl``.
         settings: further ones, which override all others.
         processes: one for each GPU.
+        pretrained: weights to go on from, the plan's network becomes theirs; None: random ones.
     """
     configs = _configs("pgl_pretrain")
+    start = {} if pretrained is None else pretrained.use_in_pretraining(plan)
     overlays = [*plan.configs, *([] if method == "pgl" else [f"methods/{method}.yaml"])]
     overlays += ["small_adamw.yaml"] if plan.small and method in _WITH_ADAMW else []
     names = ["train.json", *overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]
     files = [*(config_path(name, configs) for name in names), write_plan(plan, out)]
-    return BundleRun("training", files, {**data.settings, "output_dir": str(out), **settings}, processes)
+    return BundleRun("training", files, {**data.settings, "output_dir": str(out), **start, **settings}, processes)
 
 
 def plan_of(
@@ -149,7 +166,8 @@ def plan_of(
 def fine_tuning_configs(plan: Plan, pretrained: bool) -> tuple[list[str], list[str]]:
     """The config files of a fine-tuning but for the plan: of any start, and of the recipe of one, which come after."""
     start = [f"start/{'pretrained' if pretrained else 'random'}.yaml", *["start/small.yaml"] * plan.small]
-    names = ["train.json", *plan.configs], start if plan.architecture in _WITH_RECIPE else []
+    # The recipes are for networks with instance or group norm: all but the paper's.
+    names = ["train.json", *plan.configs], [] if plan.architecture == "resnet50" else start
     return tuple([config_path(name, _configs("pgl_segmentation")) for name in part] for part in names)
 
 

@@ -9,10 +9,10 @@ from pgl_ext.weights.loading import (
     load_decoder,
     load_encoder,
     load_model,
-    load_pretrained,
     network_of,
 )
 from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord, model_files
+from pgl_ext.weights.start import decoder_file, load_pretrained, recorded_architecture, recorded_input, start_method
 
 __all__ = [
     "EncoderRecord",
@@ -22,6 +22,7 @@ __all__ = [
     "build_encoder",
     "build_network",
     "compare_states",
+    "decoder_file",
     "load_decoder",
     "load_encoder",
     "load_model",
@@ -29,7 +30,10 @@ __all__ = [
     "load_state",
     "model_files",
     "network_of",
+    "recorded_architecture",
+    "recorded_input",
     "save_decoder",
     "save_encoder",
     "save_weights",
+    "start_method",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from monai.config import PathLike
 from monai.utils import ensure_tuple
 from torch import nn
 
-from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
+from pgl_ext.networks.base import FeatureNetwork
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.weights.files import load_state
-from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord
+from pgl_ext.weights.public import PublicWeights, read_public
+from pgl_ext.weights.records import EncoderRecord, ModelRecord
 
 __all__ = [
     "LoadReport",
@@ -26,11 +27,8 @@ __all__ = [
     "load_decoder",
     "load_encoder",
     "load_model",
-    "load_pretrained",
     "network_of",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,8 +77,8 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
 
     Args:
         network: a network with ``.encoder``, or an encoder.
-        path: an encoder file, or the state dict of the network's class in its library, also wrapped as
-            ``{"state_dict": {"module.*": ...}}`` (MedicalNet).
+        path: an encoder file, the state dict of the network's class in its library, or one of the published layouts of
+            :mod:`pgl_ext.weights.public`.
 
     Returns:
         the report; what does not belong to an encoder, such as a decoder, is listed as unexpected.
@@ -90,35 +88,51 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
         ValueError: it is damaged, a tensor of the encoder is missing from it or has another shape, or it holds a
             larger encoder.
     """
-    encoder = getattr(network, "encoder", network)
-    state = _load(path, "Encoder file", "the one that pre-training wrote, with --pretrained_encoder FILE")
-    state = state.get("state_dict") or state
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    # A network's part may have that name too.
+    encoder = (network if isinstance(network, FeatureNetwork) else network.encoder).feature_network
+    content = _load(path, "Encoder file", "the one that pre-training wrote, with --pretrained_encoder FILE")
+    weights = read_public(content)
     prefix = encoder.key_prefix
-    prefixed = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    prefixed = {key.removeprefix(prefix): value for key, value in weights.state.items() if key.startswith(prefix)}
     target = _named_once(encoder, encoder.encoder_keys())
-    state = _without_shortcut_bias(_first_names(encoder, prefixed or state), target)
+    state = _without_shortcut_bias(_first_names(encoder, prefixed or weights.state), target)
     report = compare_states(state, target)
     # A decoder is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
-    larger = any(key.split(".")[0] in encoder.encoder_parts for key in report.unexpected)
+    larger = any(key.startswith(tuple(f"{part}." for part in encoder.encoder_parts)) for key in report.unexpected)
     if report.missing or report.mismatched or larger:
-        raise ValueError(
-            f"{path} does not fit the encoder: {report}. Build the encoder with the architecture recorded in "
-            f"{Path(path).with_suffix('.json').name}, or choose the file that belongs to it."
-        )
+        raise ValueError(f"{path} does not fit the encoder: {report}. {_remedy(path, weights, report)}")
     encoder.load_state_dict({key: state[key] for key in target}, strict=False)
     return report
 
 
-def load_decoder(network: SegmentationNetwork, path: PathLike) -> LoadReport:
+def _remedy(path: PathLike, weights: PublicWeights, report: LoadReport) -> str:
+    """What helps where a file does not fit an encoder."""
+    if report.missing and all(".downsample." in key for key in report.missing):
+        return (
+            "Its shortcuts have no parameters (type A of ResNets), those here have (type B): choose a file of type B, "
+            "such as MedicalNet's resnet_10 or resnet_50."
+        )
+    if weights.layout is not None and not Path(path).with_suffix(".json").is_file():
+        with suppress(KeyError):  # not even that is whole
+            return (
+                f"Its names are those of {weights.layout.name}: build the encoder that its tensors are of, "
+                f"{weights.architecture}."
+            )
+    return (
+        f"Build the encoder with the architecture recorded in {Path(path).with_suffix('.json').name}, or choose the "
+        "file that belongs to it."
+    )
+
+
+def load_decoder(network: nn.Module, path: PathLike) -> LoadReport:
     """Load whatever fits of a decoder file into a network's decoder.
 
     The last convolution, which was trained for another task's classes, is never loaded. A decoder of another layout,
     such as one without skips, fits in part.
 
     Args:
-        network: the segmentation network.
-        path: a decoder file.
+        network: the segmentation network, or a method that pre-trains a decoder.
+        path: a decoder file, or one of a whole network, see :func:`load_encoder`.
 
     Returns:
         the report; what is missing or mismatched keeps its values.
@@ -127,17 +141,22 @@ def load_decoder(network: SegmentationNetwork, path: PathLike) -> LoadReport:
         FileNotFoundError: the file is missing.
         ValueError: it is damaged, or nothing of it fits.
     """
-    state = _load(path, "Decoder file", "the one that pre-training wrote, with --pretrained_decoder FILE")
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    target = _named_once(network, network.decoder_keys())
-    report = compare_states(_first_names(network, state), target)
+    content = _load(path, "Decoder file", "the one that pre-training wrote, with --pretrained_decoder FILE")
+    named = network if isinstance(network, FeatureNetwork) else network.encoder
+    aliases = named.aliases()
+    target = {key: value for key, value in network.decoder_state().items() if key not in aliases}
+    # Of a whole network, the encoder is another matter.
+    encoder = set(named.encoder_keys()) - set(target)
+    state = _first_names(named, read_public(content).state)
+    report = compare_states({key: value for key, value in state.items() if key not in encoder}, target)
     # Counts of batches are single numbers, which fit everywhere.
     if all(key.endswith("num_batches_tracked") for key in report.loaded):
         raise ValueError(
             f"nothing of {path} fits the decoder: {report}. Give the pgl_decoder.pt of a method that pre-trains a "
             "decoder, and build the network with the same widths (of the paper's: aspp_channels, decoder_channels)."
         )
-    network.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
+    for key in report.loaded:  # these are the network's own tensors
+        target[key].copy_(state[key])
     return report
 
 
@@ -210,65 +229,6 @@ def _without_shortcut_bias(state: dict[str, torch.Tensor], target: Mapping[str, 
         if mean in state:
             state[mean] = state[mean] - state.pop(key)
     return state
-
-
-# --- to fine-tune from ----------------------------------------------------------------------------------------------
-
-
-def load_pretrained(
-    network: nn.Module, encoder: PathLike | None = None, decoder: PathLike | None = None, input: Mapping | None = None
-) -> nn.Module:
-    """Load what a segmentation network is to start from, and warn where its input was prepared otherwise.
-
-    Args:
-        network: the segmentation network.
-        encoder: see :func:`load_encoder`; None: random initialisation.
-        decoder: see :func:`load_decoder`; None: random initialisation.
-        input: how volumes are prepared here, arguments of :class:`~pgl_ext.weights.InputRecord`.
-
-    Returns:
-        the same network. Of whatever is loaded into it later, as by MONAI Label or federated learning, it logs how many
-        tensors were, and raises ``ValueError`` where some of the encoder's were not.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does.
-    """
-    if encoder is None:
-        logger.info("no pretrained_encoder: random initialisation")
-    for path, load in ((encoder, load_encoder), (decoder, load_decoder)):
-        if path is None:
-            continue
-        logger.info("%s: %s", path, load(network, path))
-        for difference in _input_differences(path, InputRecord(**(input or {}))):
-            logger.warning("%s was pre-trained on other input: %s", path, difference)
-    network.register_load_state_dict_pre_hook(_check_loading)
-    return network
-
-
-def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
-    """What is said of a file's input that differs from the input here, or that nothing is said."""
-    if not Path(path).with_suffix(".json").is_file():
-        return ["there is no JSON beside it, so that its normalisation and spacing are not known"]
-    recorded = InputRecord.load(path)
-    if recorded is None:
-        return ["the JSON beside it says nothing of its normalisation and spacing"]
-    return recorded.differences(here)
-
-
-def _check_loading(network: nn.Module, state: Mapping[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """Report what is loaded: with ``strict=False``, as MONAI Label loads, PyTorch says nothing of what is not."""
-    # It has a prefix where the network is part of a module, such as the average of its weights.
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    report = compare_states(state, network.state_dict())
-    encoder_keys = set(network.encoder_keys())
-    lacking = [key for key in report.missing if key in encoder_keys]
-    if lacking:
-        raise ValueError(
-            f"the weights do not fit the network, {len(lacking)} tensors of its encoder are not among them: {report}. "
-            "Give an encoder file of pre-training, or a model file of fine-tuning."
-        )
-    logger.info("loading weights, all %d tensors of the encoder: %s", len(encoder_keys), report)
 
 
 # --- networks of files ----------------------------------------------------------------------------------------------

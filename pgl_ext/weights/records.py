@@ -18,7 +18,10 @@ from pgl_ext import __version__
 from pgl_ext.files import read_json
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries", "model_files"]
+__all__ = ["SHA256", "EncoderRecord", "InputRecord", "ModelRecord", "flat_entries", "model_files"]
+
+SHA256 = "sha256"
+"""Entry of the JSON beside files: their checksums by suffix. They are of the files and no part of the record."""
 
 _R = TypeVar("_R", bound="_Record")
 
@@ -157,6 +160,7 @@ class EncoderRecord(_Record):
         pairs: of views that it has seen.
         stride: voxels per cell of the deepest feature map, per axis.
         channels: of each feature map, finest first.
+        pretrained: file that pre-training went on from; None: random weights.
     """
 
     architecture: Mapping
@@ -164,6 +168,7 @@ class EncoderRecord(_Record):
     pairs: int | None = None
     stride: Sequence[int] | None = None
     channels: Sequence[int] | None = None
+    pretrained: str | None = None
 
     _what = "an encoder"
     _remedy = "the pgl_encoder.pt that pre-training wrote, with its JSON beside it"
@@ -278,7 +283,9 @@ def _read(weights: PathLike) -> tuple[Path, dict]:
     name, path = Path(weights).name, Path(weights).with_suffix(".json")
     if not path.is_file():
         raise FileNotFoundError(f"no description {path} beside {name}: copy both, they belong together.")
-    return path, read_json(path, "Description", f"copy it again, together with {name}")
+    content = read_json(path, "Description", f"copy it again, together with {name}")
+    content.pop(SHA256, None)
+    return path, content
 
 
 def _in_channels(architecture: Any) -> Any:

@@ -92,7 +92,7 @@ def test_monai_finds_the_properties_of_a_bundle(volumes, straight, tmp_path):
 
 def test_encoder_loads_into_stock_monai(straight, tmp_path):
     last = checkpoints(straight)[-1]
-    result = run(["-m", "pgl_ext", "export", str(last), "stock.pt", "--layout", "monai_resnet"], cwd=tmp_path)
+    result = run(["-m", "pgl_ext", "export", str(last), "stock.pt", "--to", "monai"], cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     stock = ResNet(
         "basic",

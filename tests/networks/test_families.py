@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import monai.networks.nets as stock
 import pytest
 import torch
+from dynamic_network_architectures.architectures import unet as nnunet
+from made_weights import SMALL, TRACED, small_network
 from monai.bundle import ConfigParser
 from programs import CONFIGS, SEGMENTATION_CONFIGS
 from torch import nn
 
 from pgl_ext.methods import PGL
-from pgl_ext.networks import DynUNet, SegmentationNet, SegResNet
+from pgl_ext.networks import (
+    DynUNet,
+    MedNeXt,
+    ResidualEncoderUNet,
+    SegmentationNet,
+    SegResNet,
+    SegResNetDS,
+    SwinUNETR,
+    UNet,
+)
 from pgl_ext.networks.base import SegmentationNetwork
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
+from pgl_ext.networks.dense import DenseFeatures
 from pgl_ext.weights import (
     EncoderRecord,
     InputRecord,
@@ -27,7 +40,7 @@ from pgl_ext.weights import (
     save_encoder,
 )
 
-MULTIPLE, ODD = (32, 16, 16), (29, 18, 11)
+MULTIPLE, ODD = (64, 32, 32), (37, 18, 11)
 RESNET = {"layers": (1, 1, 1, 1), "block": "basic", "widen_factor": 0.0625}
 
 
@@ -50,6 +63,33 @@ def segresnet(in_channels: int = 1, out_channels: int = 2) -> SegResNet:
     return SegResNet(in_channels, out_channels, init_filters=8, blocks_down=(1, 1, 2), blocks_up=(1, 1))
 
 
+def segresnet_ds(in_channels: int = 1, out_channels: int = 2, **others) -> SegResNetDS:
+    return SegResNetDS(in_channels, out_channels, init_filters=8, blocks_down=(1, 1, 2), norm="INSTANCE", **others)
+
+
+def unet(in_channels: int = 1, out_channels: int = 2) -> UNet:
+    return UNet(in_channels, out_channels, channels=(4, 6, 8), strides=(2, (2, 2, 1)))
+
+
+def swinunetr(in_channels: int = 1, out_channels: int = 2) -> SwinUNETR:
+    return SwinUNETR(in_channels, out_channels, **SMALL["swinunetr"])
+
+
+def mednext(in_channels: int = 1, out_channels: int = 2, **others) -> MedNeXt:
+    return MedNeXt(in_channels, out_channels, 4, blocks_down=(1, 1), blocks_bottleneck=1, blocks_up=(1, 2), **others)
+
+
+def resenc(in_channels: int = 1, out_channels: int = 2, **others) -> ResidualEncoderUNet:
+    return ResidualEncoderUNet(in_channels, out_channels, (4, 6, 8), (1, 2, (2, 2, 1)), (1, 2, 2), **others)
+
+
+def stock_resenc() -> nn.Module:
+    kinds = {"conv_op": nn.Conv3d, "norm_op": nn.InstanceNorm3d, "nonlin": nn.LeakyReLU}
+    settings = {"conv_bias": True, "norm_op_kwargs": {"affine": True}, "nonlin_kwargs": {"inplace": True}}
+    sizes = {"kernel_sizes": 3, "strides": (1, 2, [2, 2, 1]), "n_blocks_per_stage": (1, 2, 2), "num_classes": 2}
+    return nnunet.ResidualEncoderUNet(1, 3, (4, 6, 8), n_conv_per_stage_decoder=1, **kinds, **settings, **sizes)
+
+
 FAMILIES = {
     "resnet": Family(paper, None, ("decoder.head.",)),
     "dynunet": Family(
@@ -60,12 +100,26 @@ FAMILIES = {
     "segresnet": Family(
         segresnet, lambda: stock.SegResNet(3, 8, 1, 2, blocks_down=(1, 1, 2), blocks_up=(1, 1)), ("conv_final.2.",)
     ),
+    "segresnet_ds": Family(
+        segresnet_ds,
+        lambda: stock.SegResNetDS(3, 8, 1, 2, norm="INSTANCE", blocks_down=(1, 1, 2)),
+        ("up_layers.1.head.",),
+    ),
+    "unet": Family(unet, lambda: stock.UNet(3, 1, 2, (4, 6, 8), (2, (2, 2, 1)), num_res_units=2), ("model.2.",)),
+    "swinunetr": Family(swinunetr, lambda: stock.SwinUNETR(1, 2, **SMALL["swinunetr"]), ("out.",)),
+    "mednext": Family(
+        mednext,
+        lambda: stock.MedNeXt(
+            3, 4, 1, 2, 2, 2, 2, 3, False, True, blocks_down=(1, 1), blocks_bottleneck=1, blocks_up=(1, 2)
+        ),
+        ("out_0.",),
+    ),
+    "resenc": Family(resenc, stock_resenc, ("decoder.seg_layers.",)),
 }
 
 every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-of_a_library = pytest.mark.parametrize(
-    "family", [f for f in FAMILIES.values() if f.stock], ids=["dynunet", "segresnet"]
-)
+of_a_library = pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.stock], ids=[*FAMILIES][1:])
+supervised = pytest.mark.parametrize("name", ["dynunet", "segresnet_ds", "mednext", "resenc"])
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +133,12 @@ def test_every_family_is_here():
 
 @of_a_library
 def test_is_the_librarys_network(family):
-    """Its names of tensors, and with the same weights its output."""
+    """Its names of tensors, but for heads that are not used, and with the same weights its output."""
     network, reference = family.make().eval(), family.stock().eval()
-    assert list(network.state_dict()) == list(reference.state_dict())
-    reference.load_state_dict(network.state_dict())
+    missing, unexpected = reference.load_state_dict(network.state_dict(), strict=False)
+    assert unexpected == []
+    assert all(key.startswith(family.head) for key in missing)
+    assert list(network.state_dict()) == [key for key in reference.state_dict() if key not in missing]
     x = torch.rand(2, 1, *MULTIPLE)
     with torch.no_grad():
         torch.testing.assert_close(network(x), reference(x))
@@ -141,6 +197,13 @@ def test_gradients_reach_the_encoder_alone_where_features_are_compared(family, m
 
 
 @every
+def test_gradients_reach_everything_where_voxels_are_restored(family):
+    network = family.make()
+    network.features_and_logits(torch.rand(2, 1, *MULTIPLE))[1].square().mean().backward()
+    assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+
+
+@every
 def test_parameter_groups(family):
     network = family.make()
     encoder, others = network.parameter_groups(0.1, 0.5)
@@ -191,14 +254,21 @@ def test_a_stock_file_is_loaded(family, tmp_path):
     assert all(torch.equal(network.state_dict()[key], reference.state_dict()[key]) for key in network.encoder_keys())
 
 
-@every
-def test_scripts(family):
-    network = family.make().eval()
-    scripted = torch.jit.script(network)
-    for size in (MULTIPLE, ODD):
-        x = torch.rand(1, 1, *size)
-        with torch.no_grad():
-            torch.testing.assert_close(scripted(x), network(x))
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("way", ["script", "trace"])
+@pytest.mark.parametrize("part", [nn.Module.eval, DenseFeatures], ids=["network", "features"])
+def test_is_torchscript(name, way, part):
+    """Compiled or traced, it gives the same, for any size but for the transformer."""
+    network, x = part(FAMILIES[name].make()).eval(), torch.rand(1, 1, *MULTIPLE)
+    if way == "script" and name in TRACED:
+        with pytest.raises(ValueError, match=r"can not be scripted.*by tracing, with --use_trace True --input_shape"):
+            torch.jit.script(network)
+        return
+    with torch.no_grad():
+        exported = torch.jit.script(network) if way == "script" else torch.jit.trace(network, x, check_trace=False)
+        for x in (torch.rand(2, 1, *MULTIPLE), torch.rand(1, 1, *ODD))[: 1 if name == "swinunetr" else 2]:
+            torch.testing.assert_close(exported(x), network(x))
 
 
 @every
@@ -210,18 +280,31 @@ def test_views_have_to_be_multiples_of_the_stride(family):
         network.check_view_size([stride[0] + 1, *stride[1:]])
 
 
+@supervised
 class TestDeepSupervision:
-    def test_logits_of_several_levels_in_training_alone(self):
-        network = dynunet(deep_supervision=True)
-        x = torch.rand(2, 1, *ODD)
-        assert network(x).shape == (2, 2, 2, *ODD)
-        assert network.eval()(x).shape == (2, 2, *ODD)
-        torch.jit.script(network)
+    def make(self, name):
+        return build(NETWORKS, {"family": name, "arguments": self.arguments(name)}, "here")
 
-    def test_heads_belong_to_the_head(self):
-        network = dynunet(deep_supervision=True)
+    def arguments(self, name):
+        return NETWORKS[name].with_deep_supervision(small_network(name).arguments)
+
+    def test_logits_of_several_levels_in_training_alone(self, name):
+        network, x = self.make(name), torch.rand(2, 1, *ODD)
+        logits = network(x)
+        assert logits.shape == (2, logits.shape[1], 3, *ODD)
+        logits.square().mean().backward()
+        assert [key for key, parameter in network.named_parameters() if parameter.grad is None] == []
+        with torch.no_grad():
+            finest = network.eval()(x)
+        assert finest.shape == (2, 3, *ODD)
+        if name not in TRACED:
+            torch.jit.script(network)
+
+    def test_heads_belong_to_the_head(self, name):
+        network, plain = self.make(name), small_network(name)
         rest = set(network.state_dict()) - set(network.encoder_keys()) - set(network.decoder_keys())
-        assert {key.split(".")[0] for key in rest} == {"output_block", "deep_supervision_heads"}
+        assert (network.encoder_keys(), network.decoder_keys()) == (plain.encoder_keys(), plain.decoder_keys())
+        assert len(rest) > len(set(plain.state_dict()) - set(plain.encoder_keys()) - set(plain.decoder_keys()))
         assert all(torch.isfinite(p).all() for p in network.parameters())
 
 
@@ -231,6 +314,10 @@ class TestDeepSupervision:
         (DynUNet, {"filters": (4, 8, 8), "strides": (2, 2, 2)}, "begin with 1"),
         (DynUNet, {"filters": (4, 8, 8), "strides": (1, 2)}, "as many as there are filters, 3"),
         (SegResNet, {"blocks_down": (1, 1), "blocks_up": (1, 1)}, "one number less"),
+        (SegResNetDS, {"blocks_down": (1, 1), "dsdepth": 2}, "dsdepth has to be from 1 to 1"),
+        (UNet, {"channels": (4, 8), "strides": (2, 2)}, "one less than channels"),
+        (MedNeXt, {"blocks_down": (1, 1), "blocks_up": (1,)}, "as many numbers as blocks_down"),
+        (ResidualEncoderUNet, {"strides": (1, 2)}, "as many as there are features_per_stage, 6"),
     ],
 )
 def test_arguments_that_cannot_be(make, arguments, message):
@@ -238,7 +325,16 @@ def test_arguments_that_cannot_be(make, arguments, message):
         make(**arguments)
 
 
-@pytest.mark.parametrize("name", ["dynunet", "dynunet_small", "segresnet", "segresnet_small"])
+@pytest.mark.parametrize(("name", "package"), [("swinunetr", "einops"), ("resenc", "dynamic_network_architectures")])
+def test_packages_that_are_missing(name, package, monkeypatch):
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs the package '{package.replace('_', '-')}': pip install"):
+        FAMILIES[name].make()
+
+
+@pytest.mark.parametrize("name", [family + size for family in [*FAMILIES][1:] for size in ("", "_small")])
 def test_overlays_of_both_bundles_are_one_network(name):
     networks = []
     for configs, key in ((CONFIGS, "encoder"), (SEGMENTATION_CONFIGS, "network_def")):
@@ -250,7 +346,7 @@ def test_overlays_of_both_bundles_are_one_network(name):
     first, second = networks
     assert inspect.getmodule(type(first)).__name__ == f"pgl_ext.networks.{name.removesuffix('_small')}"
     assert (first.encoder_keys(), first.decoder_keys()) == (second.encoder_keys(), second.decoder_keys())
-    of_outputs = {"out_channels", "deep_supervision", "deep_supr_num"}
-    assert first.arguments.keys() == second.arguments.keys()
-    for argument in first.arguments.keys() - of_outputs:
-        assert first.arguments[argument] == second.arguments[argument], argument
+    of_outputs = {"out_channels", "deep_supervision", "deep_supr_num", "dsdepth"}
+    assert {k: v for k, v in first.arguments.items() if k not in of_outputs} == {
+        k: v for k, v in second.arguments.items() if k not in of_outputs
+    }

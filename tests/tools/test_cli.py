@@ -58,7 +58,7 @@ def test_export_encoder(run, checkpoint, tmp_path, make_encoder):
 
 
 def test_export_encoder_with_monai_keys(run, checkpoint, tmp_path, make_encoder):
-    run("export", checkpoint, tmp_path / "resnet.pt", "--layout=monai_resnet")
+    run("export", checkpoint, tmp_path / "resnet.pt", "--to=monai")
     assert list(torch.load(tmp_path / "resnet.pt", weights_only=True)) == list(make_encoder().state_dict())
 
 
@@ -70,12 +70,12 @@ def test_export_decoder(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_name", "layout", "message"),
-    [("checkpoint_00000003.pt", "onnx", "layout must be one of"), ("none.pt", "pgl", "no such file")],
+    ("checkpoint_name", "to", "message"),
+    [("checkpoint_00000003.pt", "onnx", "to must be one of pgl, monai, nnunet"), ("none.pt", "pgl", "no such file")],
 )
-def test_errors_are_one_line(run, checkpoint, checkpoint_name, layout, message):
+def test_errors_are_one_line(run, checkpoint, checkpoint_name, to, message):
     with pytest.raises(SystemExit) as stop:
-        run("export", checkpoint.with_name(checkpoint_name), checkpoint.with_name("out.pt"), "--layout", layout)
+        run("export", checkpoint.with_name(checkpoint_name), checkpoint.with_name("out.pt"), "--to", to)
     assert stop.value.code.startswith("error: ")
     assert message in stop.value.code
     assert "\n" not in stop.value.code

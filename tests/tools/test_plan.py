@@ -10,7 +10,8 @@ import yaml
 
 from pgl_ext.networks import DynUNet
 from pgl_ext.tools.bundles import bundle_folder
-from pgl_ext.tools.plan import Plan, _largest_patch, _saved_bytes, make_plan, read_data
+from pgl_ext.tools.cli.options import Architecture
+from pgl_ext.tools.plan import ARCHITECTURES, Plan, _largest_patch, make_plan, read_data, saved_bytes
 
 CONFIGS = bundle_folder("pgl_segmentation") / "configs"
 
@@ -136,7 +137,7 @@ def test_kept_bytes_are_those_of_a_chain_counted_by_hand():
     """A convolution keeps its input, an instance norm its input, and a leaky ReLU its output."""
     with torch.device("meta"):
         network = DynUNet(1, 2, filters=[8, 8, 8], strides=[1, 2, 2]).train()
-    small, large = (_saved_bytes(network, (size, 16, 16)) for size in (16, 32))
+    small, large = (saved_bytes(network, (size, 16, 16)) for size in (16, 32))
     assert large == pytest.approx(2 * small, rel=0.01)
     # Full resolution: two blocks of two convolutions of 8 channels, and the joined 16 channels of the decoder.
     full = 16**3 * 4 * (8 * 4 + 16)
@@ -147,6 +148,11 @@ def test_a_larger_memory_takes_larger_patches(write_data):
     data = write_data([(1, 1, 1)], values=[1])
     sizes = [make_plan(data, CONFIGS, small=False, memory=gib * 2**30).settings["patch_size"] for gib in (2, 40)]
     assert np.prod(sizes[0]) < np.prod(sizes[1])
+
+
+def test_options_are_all_architectures():
+    """The command knows them by itself: it reads its options before PyTorch is loaded."""
+    assert [architecture.value for architecture in Architecture] == list(ARCHITECTURES)
 
 
 def test_unknown_architectures(write_data):

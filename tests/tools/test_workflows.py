@@ -1,12 +1,14 @@
 """What runs: the configs of a plan in their order, with the weights, and what is said of the result."""
 
 import json
+from copy import deepcopy
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 import yaml
+from made_public import ct_fm, res_enc
 
 from pgl_ext.data.split import split_cases
 from pgl_ext.networks import DynUNet, ResNetEncoder
@@ -24,7 +26,7 @@ from pgl_ext.tools.workflows import (
     recorded,
     weights_file,
 )
-from pgl_ext.weights import EncoderRecord, InputRecord, save_decoder, save_encoder
+from pgl_ext.weights import EncoderRecord, InputRecord, load_decoder, load_encoder, save_decoder, save_encoder
 
 SMALL = {"in_channels": 1, "out_channels": 1, "filters": [4, 8, 8, 16], "strides": [1, 2, 2, 2]}
 INPUT = InputRecord(hu_window=[-100, 200], spacing=[2, 2, 3], patch_size=[16, 16, 16])
@@ -278,3 +280,42 @@ def test_a_probe_fits_on_what_fine_tuning_would_have(data, weights, tmp_path):
     assert config["spacing"] == INPUT.spacing
     assert config["network_def"]["filters"] == SMALL["filters"]
     assert config.get_parsed_content("evaluation#cases")[0]["label"] == data.items[0]["label"]
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["ours", "published"])
+def test_pretraining_that_goes_on(data, weights, tmp_path, published):
+    """The network is that of the weights, and the method starts from them; of a published file, also its spacing."""
+    file = weights / "models/pgl_encoder.pt"
+    if published:
+        file = tmp_path / "published.pth"
+        torch.save(res_enc().content, file)
+    pretrained = Pretrained(file)
+    plan = plan_of(data, "resnet50", True, pretrained, {})
+    settings = {"view_size": [16, 16, 16], "hidden_channels": 8, "out_channels": 4, "device": "cpu"}
+    run = pretraining(data, tmp_path / "out", plan, "pgl_mae", settings, pretrained=pretrained)
+    config = merged_config([*run.configs, dict(run.settings)])
+    assert config["spacing"] == ([1.5, 1.0, 3.0] if published else [2, 2, 3])
+    method = config.get_parsed_content("network")
+    assert type(method.encoder).__name__ == ("ResidualEncoderUNet" if published else "DynUNet")
+    reference = deepcopy(method.encoder)
+    load_encoder(reference, file)
+    load_decoder(reference, pretrained.decoder)
+    for copy, keys in ((method.encoder, method.encoder.encoder_keys()), (method.encoder, reference.decoder_keys())):
+        assert all(torch.equal(copy.state_dict()[key], reference.state_dict()[key]) for key in keys)
+    target = method.target_encoder.state_dict()
+    assert all(torch.equal(value, reference.state_dict()[key]) for key, value in target.items())
+
+
+def test_fine_tuning_from_a_published_file(data, tmp_path):
+    """Without a record the plan chooses what the file does not tell."""
+    published = ct_fm()
+    torch.save(published.content, tmp_path / "ct_fm.pt")
+    pretrained = Pretrained(tmp_path / "ct_fm.pt")
+    plan = plan_of(data, "dynunet", True, pretrained, {})
+    assert plan.reasons["hu_window"].startswith("HU; CT")
+    run = fine_tuning(data, tmp_path / "out", plan, pretrained, {"device": "cpu"})
+    network = merged_config([*run.configs, dict(run.settings)]).get_parsed_content("network")
+    state = network.state_dict()
+    encoder = {key: value for key, value in published.content.items() if key.startswith("encoder.")}
+    assert all(torch.equal(state[key], value) for key, value in encoder.items())
+    assert network.arguments["out_channels"] == 3

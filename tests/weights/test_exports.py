@@ -13,10 +13,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from made_weights import model_record
+from made_weights import TRACED, model_record, small_network
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, onnx_export
 
 from pgl_ext.networks import SegmentationNet
+from pgl_ext.networks.build import NETWORKS
 from pgl_ext.task import SegmentationTask
 from pgl_ext.weights import InputRecord, ModelRecord, build_network, network_of, save_weights
 
@@ -175,3 +176,32 @@ class TestTensorRT:
             found.append(np.asanyarray(nibabel.load(tmp_path / name / "scan_seg.nii.gz").dataobj))
         assert np.unique(found[0]).size > 1
         assert np.mean(found[0] == found[1]) > 0.999
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("family", [family for family in NETWORKS if family != "resnet"])
+def test_onnx_of_every_network(family, tmp_path):
+    """Of any size but for the transformer, whose windows are of the example's size."""
+    network, path = small_network(family).eval(), tmp_path / "model.pt"
+    record = model_record(network, SegmentationTask({"liver": [1], "spleen": [2]}))
+    save_weights(network.state_dict(), path, record)
+    settings = {"args_file": ONNX, "config_file": INFERENCE, "input_shape": [1, 1, 64, 32, 32]}
+    onnx_export(**settings, ckpt_file=str(path), model_path=str(path), filepath=str(path.with_suffix(".onnx")))
+    for size in [(1, 1, 64, 32, 32), *([] if family == "swinunetr" else [(2, 1, 37, 18, 11)])]:
+        x = torch.randn(size)
+        assert_same(run_onnx(path.with_suffix(".onnx"), x), network, x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("family", TRACED)
+def test_torchscript_of_networks_that_are_traced(family, tmp_path):
+    network, path = small_network(family).eval(), tmp_path / "model.pt"
+    save_weights(network.state_dict(), path, model_record(network, SegmentationTask({"liver": [1], "spleen": [2]})))
+    settings = {"ckpt_file": str(path), "config_file": INFERENCE, "model_path": str(path)}
+    with pytest.raises(ValueError, match="--use_trace True --input_shape"):
+        ckpt_export("network_def", filepath=str(tmp_path / "scripted.ts"), **settings)
+    shape = [1, 1, 64, 32, 32]
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), use_trace=True, input_shape=shape, **settings)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert_same(torch.jit.load(tmp_path / "model.ts")(x), network, x)

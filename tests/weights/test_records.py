@@ -221,6 +221,7 @@ class TestRoundTrip:
             "pairs": None,
             "stride": None,
             "channels": None,
+            "pretrained": None,
             "steps": 0,
             "data": {},
             "version": __version__,

@@ -1,4 +1,6 @@
+import hashlib
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from pgl_ext.files import write_atomically
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
+from pgl_ext.networks.build import NETWORKS
 from pgl_ext.networks.segmentation import ASPP, PlainDecoder
 from pgl_ext.tools.export import export_decoder, export_encoder
 from pgl_ext.weights import (
@@ -82,7 +85,9 @@ class TestSaveAndLoad:
 
     def test_record(self, source, tmp_path):
         save_encoder(source, tmp_path / "encoder.pt", RECORD)
-        assert json.loads((tmp_path / "encoder.json").read_text()) == RECORD.to_json()
+        content = json.loads((tmp_path / "encoder.json").read_text())
+        assert content.pop("sha256") == {".pt": hashlib.sha256((tmp_path / "encoder.pt").read_bytes()).hexdigest()}
+        assert content == RECORD.to_json()
         assert EncoderRecord.load(tmp_path / "encoder.pt") == RECORD
         rebuilt = build_encoder(tmp_path / "encoder.pt", load=False)
         assert not equal(rebuilt, source)
@@ -92,6 +97,43 @@ class TestSaveAndLoad:
     def test_no_record(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no description .*encoder\.json"):
             EncoderRecord.load(tmp_path / "encoder.pt")
+
+
+class TestChecksum:
+    @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+    def test_a_file_with_the_record_of_another(self, source, network, untouched, tmp_path, suffix):
+        """It would be read without an error, and the values are others."""
+        for name, encoder in (("a", source), ("b", network)):
+            save_encoder(encoder, tmp_path / f"{name}{suffix}", RECORD)
+        (tmp_path / f"a{suffix}").write_bytes((tmp_path / f"b{suffix}").read_bytes())
+        with pytest.raises(ValueError, match=rf"a\{suffix} is not the file that .*a\.json was written with"):
+            load_encoder(network, tmp_path / f"a{suffix}")
+        assert untouched()
+
+    @pytest.mark.parametrize("content", [None, "[]", "{", "{}", '{"sha256": 3}', '{"sha256": {}}'])
+    def test_without_one_nothing_is_compared(self, source, network, tmp_path, content):
+        save_encoder(source, tmp_path / "e.pt", RECORD)
+        record = tmp_path / "e.json"
+        record.unlink() if content is None else record.write_text(content)
+        load_encoder(network, tmp_path / "e.pt")
+        assert equal(source, network)
+
+    def test_two_formats_have_one_record(self, source, network, tmp_path):
+        for suffix in (".pt", ".safetensors"):
+            save_encoder(source, tmp_path / f"e{suffix}", RECORD)
+        for suffix in (".pt", ".safetensors"):
+            load_encoder(network, tmp_path / f"e{suffix}")
+        assert json.loads((tmp_path / "e.json").read_text())["sha256"].keys() == {".pt", ".safetensors"}
+
+    def test_killed_between_the_two_files(self, source, network, tmp_path, monkeypatch):
+        """The record of the file that was replaced is not compared with the new one."""
+        save_encoder(network, tmp_path / "e.pt", RECORD)
+        with monkeypatch.context() as patched:
+            patched.setattr("pgl_ext.weights.files._sha256", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                save_encoder(source, tmp_path / "e.pt", RECORD)
+        load_encoder(network, tmp_path / "e.pt")
+        assert equal(source, network)
 
 
 @pytest.mark.parametrize("load", [load_encoder, load_decoder, load_model])
@@ -334,7 +376,7 @@ class TestExportEncoder:
         assert EncoderRecord.load(tmp_path / "out" / "encoder.pt") == RECORD
 
     def test_for_stock_monai(self, checkpoint, make_encoder, tmp_path):
-        path = export_encoder(checkpoint, str(tmp_path / "resnet.pt"), layout="monai_resnet")
+        path = export_encoder(checkpoint, str(tmp_path / "resnet.pt"), to="monai")
         resnet = ResNet(
             block="basic",
             layers=[1, 1, 1, 1],
@@ -365,7 +407,7 @@ class TestExportEncoder:
         torch.manual_seed(1)
         encoder = ResNetEncoder((1, 1, 1, 1), "basic", stem_stride=stem_stride, last_stage_stride=last_stage_stride)
         save_encoder(encoder, tmp_path / "encoder.pt", encoder_record(encoder))
-        path = export_encoder(tmp_path / "encoder.pt", tmp_path / "flexible.pt", layout="flexible_unet")
+        path = export_encoder(tmp_path / "encoder.pt", tmp_path / "flexible.pt")
         unet = FlexibleUNet(1, 2, "resnet10", spatial_dims=3, decoder_channels=(8, 8, 8, 8, 8))
         before = {key: value.clone() for key, value in unet.state_dict().items() if not key.startswith("encoder.")}
         state = torch.load(path, weights_only=True)
@@ -385,15 +427,15 @@ class TestExportEncoder:
         theirs = {key: value.shape for key, value in unet.encoder.state_dict().items()}
         assert theirs == {key: value.shape for key, value in encoder.state_dict().items()}
 
-    @pytest.mark.parametrize("layout", ["pgl", "monai_resnet", "flexible_unet"])
+    @pytest.mark.parametrize("to", ["pgl", "monai"])
     @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-    def test_formats(self, checkpoint, network, make_encoder, tmp_path, layout, suffix):
+    def test_formats(self, checkpoint, network, make_encoder, tmp_path, to, suffix):
         """Every export can be loaded here again, and exported again where its keys are ours."""
-        path = export_encoder(checkpoint, tmp_path / f"{layout}{suffix}", layout)
+        path = export_encoder(checkpoint, tmp_path / f"{to}{suffix}", to)
         assert load_encoder(network, path).unexpected == []
         assert equal(network, make_encoder(seed=1))
         assert EncoderRecord.load(path) == RECORD
-        if layout != "monai_resnet":
+        if to != "monai":
             again = export_encoder(path, tmp_path / "again.pt")
             expected = {f"encoder.{key}": value for key, value in make_encoder(seed=1).state_dict().items()}
             state = torch.load(again, weights_only=True)
@@ -402,7 +444,7 @@ class TestExportEncoder:
 
     def test_safetensors_file(self, checkpoint, make_encoder, tmp_path):
         """As the format's own library reads it."""
-        path = export_encoder(checkpoint, tmp_path / "encoder.safetensors", "monai_resnet")
+        path = export_encoder(checkpoint, tmp_path / "encoder.safetensors", "monai")
         expected = make_encoder(seed=1).state_dict()
         with safe_open(path, "pt") as file:
             assert set(file.keys()) == set(expected)
@@ -417,10 +459,11 @@ class TestExportEncoder:
         with pytest.raises(ValueError, match=r"encoder\.safetensors can not be read"):
             load_encoder(network, path)
 
-    def test_unknown_layout(self, checkpoint, tmp_path):
-        layouts = r"\('pgl', 'monai_resnet', 'flexible_unet'\)"
-        with pytest.raises(ValueError, match=rf"layout must be one of {layouts}, got 'keras'"):
-            export_encoder(checkpoint, tmp_path / "encoder.pt", layout="keras")
+    def test_nnunets_network_is_not_monais(self, tmp_path):
+        network = NETWORKS["resenc"](1, 1, features_per_stage=(4, 6), strides=(1, 2), n_blocks_per_stage=(1, 1))
+        save_encoder(network, tmp_path / "encoder.pt", encoder_record(network))
+        with pytest.raises(ValueError, match=r"encoder\.pt holds a resenc, .*--to nnunet"):
+            export_encoder(tmp_path / "encoder.pt", tmp_path / "out.pt", to="monai")
 
     def test_a_stock_file(self, source, tmp_path):
         """MONAI's keys alone do not say what network they are of."""

@@ -24,6 +24,11 @@ class Architecture(str, Enum):
     resnet50 = "resnet50"
     dynunet = "dynunet"
     segresnet = "segresnet"
+    segresnet_ds = "segresnet_ds"
+    unet = "unet"
+    swinunetr = "swinunetr"
+    mednext = "mednext"
+    resenc = "resenc"
 
 
 class Preset(str, Enum):
@@ -51,10 +56,12 @@ PresetOption = Annotated[
     Preset | None,
     typer.Option("--preset", help="Sizes and lengths; default: small without a GPU.", rich_help_panel="Network"),
 ]
-PretrainedOption = Annotated[
-    Path | None,
-    typer.Option("--pretrained", help="Weights: a file, or the folder of 'pgl pretrain'.", rich_help_panel="Network"),
-]
+PRETRAINED = typer.Option(
+    "--pretrained",
+    help="Weights: a file, also a published one, or the folder of 'pgl pretrain'.",
+    rich_help_panel="Network",
+)
+PretrainedOption = Annotated[Path | None, PRETRAINED]
 ClusterOption = Annotated[
     str | None,
     typer.Option(help="Send the work there as jobs: slurm, local (this machine), or auto.", rich_help_panel="Cluster"),

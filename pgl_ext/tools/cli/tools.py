@@ -129,18 +129,28 @@ def study(
 @app.command(rich_help_panel=PANEL)
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a pre-training, or an encoder or decoder file.")],
-    out: Annotated[Path, typer.Argument(help="File to write, ending in .pt or .safetensors.")],
-    part: Annotated[str, typer.Option(help="encoder or decoder.")] = "encoder",
-    layout: Annotated[str, typer.Option(help="Names of tensors: pgl, monai_resnet or flexible_unet.")] = "pgl",
+    out: Annotated[Path, typer.Argument(help="File to write, ending in .pt or .safetensors, for nnU-Net in .pth.")],
+    to: Annotated[str, typer.Option(help="Program that it is for: pgl, monai or nnunet.")] = "pgl",
+    part: Annotated[str, typer.Option(help="encoder or decoder; nnunet takes both.")] = "encoder",
+    plans: Annotated[
+        Path | None, typer.Option(help="nnUNetPlans.json of the data set, which a configuration is added to.")
+    ] = None,
 ) -> None:
-    """Write the encoder or decoder of a checkpoint to a file of its own, with its record beside it."""
-    from pgl_ext.tools.export import export_decoder, export_encoder
+    """Write the encoder or decoder of a checkpoint to a file of its own, its record beside it; or both for nnU-Net.
 
-    if part not in ("encoder", "decoder") or (part == "decoder" and layout != "pgl"):
+    For 'nnUNetv2_train ID 3d_pgl FOLD -p pglPlans -pretrained_weights OUT', pglPlans.json is written beside it.
+    """
+    from pgl_ext.tools.export import PROGRAMS, export_decoder, export_encoder, export_nnunet
+
+    if to not in PROGRAMS or part not in ("encoder", "decoder") or (plans and to != "nnunet"):
         raise ValueError(
-            f"part is {part!r} and layout {layout!r}: part is encoder or decoder, of which the first has layouts."
+            f"to is {to!r}, part {part!r} and plans {plans}: to must be one of {', '.join(PROGRAMS)}, part encoder or "
+            "decoder, and plans are for nnunet."
         )
-    print(export_encoder(checkpoint, out, layout) if part == "encoder" else export_decoder(checkpoint, out))
+    if to == "nnunet":
+        print(export_nnunet(checkpoint, out, plans))
+    else:
+        print(export_encoder(checkpoint, out, to) if part == "encoder" else export_decoder(checkpoint, out))
 
 
 @app.command(rich_help_panel=PANEL)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pgl_ext.tools.cli.options import (
+    PRETRAINED,
     SETTINGS,
     ArchitectureOption,
     Cases,
@@ -66,13 +67,14 @@ def pretrain(
     method: Annotated[
         str, typer.Option(help="Overlay in configs/methods, or pgl: the paper's.", rich_help_panel="Network")
     ] = "pgl_mae",
+    pretrained: PretrainedOption = None,
     architecture: ArchitectureOption = None,
     preset: PresetOption = None,
     plan: PlanFile = None,
     gpus: Annotated[int, typer.Option(help="Processes, one for each GPU.", rich_help_panel="Running")] = 1,
     data_list_key: Key = "training",
 ) -> None:
-    """Pre-train a network on unlabelled scans.
+    """Pre-train a network on unlabelled scans, from random weights or going on from pre-trained ones.
 
     Any setting of the bundle can be given too, as in --max_epochs 20.
     """
@@ -80,8 +82,9 @@ def pretrain(
     from pgl_ext.tools.workflows import pretraining, result_of_pretraining
 
     settings, data = given_settings(context), read_data(scans, data_list_key, labelled=False)
-    made = plan_for(plan, data, architecture, preset, None, settings)
-    pretraining(data, absolute(out), made, method, settings, gpus).run()
+    weights = weights_for(pretrained, settings)
+    made = plan_for(plan, data, architecture, preset, weights, settings)
+    pretraining(data, absolute(out), made, method, settings, gpus, weights).run()
     end_with(*result_of_pretraining(absolute(out)), f"pgl gain CASES GAIN --pretrained {out}")
 
 
@@ -124,7 +127,7 @@ def gain(
     context: typer.Context,
     cases: Cases,
     out: Out,
-    pretrained: Annotated[Path, typer.Option("--pretrained", help="Weights: a file, or the folder of 'pgl pretrain'.")],
+    pretrained: Annotated[Path, PRETRAINED],
     seeds: Annotated[int, typer.Option(help="Trainings of each start; fewer than 3 give no verdict.")] = 5,
     labelled_cases: Annotated[
         int | None, typer.Option("--labelled_cases", help="To train on; default: all that are not held out.")
