@@ -23,6 +23,7 @@ from monai.config import PathLike
 
 from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
 from pgl_ext.files import claim_folder, release_folder, write_atomically
+from pgl_ext.networks.base import encoder_of
 from pgl_ext.settings import check_positive, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
 from pgl_ext.weights.records import EncoderRecord, InputRecord, flat_entries
@@ -216,13 +217,13 @@ class CheckpointHandler:
         }
         path = self.folder.write(content, step)
         if self.encoder_path is not None:
-            save_encoder(self.network.encoder.feature_network, self.encoder_path, record)
+            save_encoder(encoder_of(self.network), self.encoder_path, record)
         if self.decoder_path is not None and self.network.decoder_state():
             save_decoder(self.network, self.decoder_path, record)
         logger.info("saved %s", path)
 
     def _record(self, engine: Engine) -> EncoderRecord:
-        encoder = getattr(self.network, "encoder", self.network).feature_network
+        encoder = encoder_of(self.network)
         content = {
             "architecture": encoder.architecture,
             "stride": list(encoder.level_strides[-1]),

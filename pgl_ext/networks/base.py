@@ -15,6 +15,7 @@ __all__ = [
     "FeatureNetwork",
     "SegmentationNetwork",
     "crop_to",
+    "encoder_of",
     "level_strides",
     "pad_to_multiple",
     "require_tracing",
@@ -144,6 +145,11 @@ class SegmentationNetwork(FeatureNetwork):
         known = set(map(id, encoder))
         others = [parameter for parameter in self.parameters() if id(parameter) not in known]
         return [{"params": encoder, "lr": lr * encoder_lr_factor}, {"params": others, "lr": lr}]
+
+
+def encoder_of(module: nn.Module) -> FeatureNetwork:
+    """What records and files of encoders are of, in a network or in a method; a network's part may be called so too."""
+    return (module if isinstance(module, FeatureNetwork) else module.encoder).feature_network
 
 
 def _keys_of(network: nn.Module, parts: Sequence[nn.Module]) -> list[str]:

@@ -13,7 +13,7 @@ from monai.config import PathLike
 from monai.utils import ensure_tuple
 from torch import nn
 
-from pgl_ext.networks.base import FeatureNetwork
+from pgl_ext.networks.base import FeatureNetwork, encoder_of
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.weights.files import load_state
 from pgl_ext.weights.public import PublicWeights, read_public
@@ -88,8 +88,7 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
         ValueError: it is damaged, a tensor of the encoder is missing from it or has another shape, or it holds a
             larger encoder.
     """
-    # A network's part may have that name too.
-    encoder = (network if isinstance(network, FeatureNetwork) else network.encoder).feature_network
+    encoder = encoder_of(network)
     content = _load(path, "Encoder file", "the one that pre-training wrote, with --pretrained_encoder FILE")
     weights = read_public(content)
     prefix = encoder.key_prefix

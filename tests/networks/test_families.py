@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 from programs import CONFIGS, SEGMENTATION_CONFIGS
 from torch import nn
 
-from pgl_ext.methods import PGL
+from pgl_ext.methods import MAE, PGL
 from pgl_ext.networks import (
     DynUNet,
     MedNeXt,
@@ -27,7 +27,7 @@ from pgl_ext.networks import (
     SwinUNETR,
     UNet,
 )
-from pgl_ext.networks.base import SegmentationNetwork
+from pgl_ext.networks.base import SegmentationNetwork, encoder_of
 from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.networks.dense import DenseFeatures
 from pgl_ext.weights import (
@@ -211,6 +211,13 @@ def test_parameter_groups(family):
     names = {id(p): name for name, p in network.named_parameters()}
     assert {names[id(p)] for p in encoder["params"]} == set(network.encoder_keys()) & set(names.values())
     assert len(encoder["params"]) + len(others["params"]) == len(names)
+
+
+@every
+def test_the_encoder_of_a_network_and_of_a_method(family):
+    """Whatever the network calls its parts."""
+    network = family.make()
+    assert encoder_of(network) is encoder_of(MAE(network)) is network.feature_network
 
 
 @every
