@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["check_kind", "check_positive", "parse_bool"]
+__all__ = ["check_fields", "check_kind", "check_positive", "parse_bool"]
 
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -40,7 +41,8 @@ def check_kind(value: Any, default: Any, name: str) -> None:
     numbers.
 
     None and expressions always will do, as does anything where the default is none of these. Numbers are whole, and not
-    negative, where the default is. A list whose default has one number or none may have any length.
+    negative, where the default is. A list whose default has one number or none may have any length. A window of
+    intensities may also be a list of such, one for each channel.
 
     Args:
         value: of the setting.
@@ -60,7 +62,12 @@ def check_kind(value: Any, default: Any, name: str) -> None:
     elif isinstance(default, str) and not all(isinstance(text, str) for text in (value if several else [value])):
         raise ValueError(f"{name} must be text, such as {default!r}, got {value!r}.")
     elif isinstance(default, list) and all(map(_is_number, default)):
-        _check_numbers(value, default, name)
+        per_channel = name == "hu_window" and several and all(part is None or isinstance(part, list) for part in value)
+        for part in value if per_channel else [value]:
+            if part is not None:
+                _check_numbers(part, default, name)
+    elif isinstance(default, list) and all(map(_is_name, default)) and not (several and all(map(_is_name, value))):
+        raise ValueError(f"{name} must be a list of names, such as {default}, got {value!r}.")
 
 
 def _check_number(value: Any, default: Real, name: str) -> None:
@@ -83,6 +90,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and not _is_expression(value)
+
+
 def _is_expression(value: Any) -> bool:
     """Whether MONAI evaluates it, or puts something else in its place."""
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def check_fields(cls: type, content: Mapping, source: Any) -> Mapping:
+    """The content of a record's file (the source), after making sure that each entry is what its class says of it."""
+    for name, kind in get_type_hints(cls).items():
+        if name in content and not _is_a(content[name], kind):
+            raise ValueError(
+                f"{source} gives {name} as {content[name]!r}, which is not what it should be: copy it again, or "
+                "install the version that wrote it."
+            )
+    return content
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind such as ``Sequence[float] | None``; true and false are no numbers."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer is Sequence:
+        return isinstance(value, (list, tuple)) and all(_is_a(entry, inner[0]) for entry in value)
+    if inner:
+        return any(_is_a(value, option) for option in inner)
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)

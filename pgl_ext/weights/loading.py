@@ -42,17 +42,19 @@ class LoadReport:
         missing: the network's tensors that the file lacks.
         unexpected: the file's tensors that the network lacks.
         mismatched: tensors of another shape, as ``name: file shape, network's shape``.
+        repeated: those loaded that were made for one channel, repeated for several and divided by their number.
     """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
         texts = [f"{len(self.loaded)} of {total} tensors loaded"]
-        for name in ("missing", "unexpected", "mismatched"):
+        for name in ("missing", "unexpected", "mismatched", "repeated"):
             if keys := getattr(self, name):
                 texts.append(f"{name} ({len(keys)}): {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}")
         return "; ".join(texts)
@@ -80,7 +82,9 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     Args:
         network: a network with ``.encoder``, or an encoder.
         path: an encoder file, or the state dict of the network's class in its library, also wrapped as
-            ``{"state_dict": {"module.*": ...}}`` (MedicalNet).
+            ``{"state_dict": {"module.*": ...}}`` (MedicalNet). Where it was trained on one channel and the network
+            takes several, convolutions of the input are repeated and divided by the number of channels: of several that
+            are alike, the encoder makes what it made of one.
 
     Returns:
         the report; what does not belong to an encoder, such as a decoder, is listed as unexpected.
@@ -98,7 +102,9 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     prefixed = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     target = _named_once(encoder, encoder.encoder_keys())
     state = _without_shortcut_bias(_first_names(encoder, prefixed or state), target)
+    repeated = _repeat_input(state, target, encoder.arguments["in_channels"])
     report = compare_states(state, target)
+    report.repeated = repeated
     # A decoder is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
     larger = any(key.split(".")[0] in encoder.encoder_parts for key in report.unexpected)
     if report.missing or report.mismatched or larger:
@@ -108,6 +114,16 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
         )
     encoder.load_state_dict({key: state[key] for key in target}, strict=False)
     return report
+
+
+def _repeat_input(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor], channels: int) -> list[str]:
+    """Repeat, in place, the weights of convolutions whose one channel the network has several of; their names."""
+    names = []
+    for key in set(state) & set(target):
+        if state[key].shape[1:2] == (1,) and target[key].shape[1:2] == (channels,) != (1,):
+            state[key] = state[key].repeat(1, channels, *[1] * (state[key].ndim - 2)) / channels
+            names.append(key)
+    return sorted(names)
 
 
 def load_decoder(network: SegmentationNetwork, path: PathLike) -> LoadReport:
@@ -232,15 +248,18 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does.
+        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does; or it was trained on the
+            same channels in another order.
     """
     if encoder is None:
         logger.info("no pretrained_encoder: random initialisation")
     for path, load in ((encoder, load_encoder), (decoder, load_decoder)):
         if path is None:
             continue
+        here = InputRecord(**(input or {}))
+        differences = _input_differences(path, here)
         logger.info("%s: %s", path, load(network, path))
-        for difference in _input_differences(path, InputRecord(**(input or {}))):
+        for difference in differences:
             logger.warning("%s was pre-trained on other input: %s", path, difference)
     network.register_load_state_dict_pre_hook(_check_loading)
     return network
@@ -253,6 +272,12 @@ def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
     recorded = InputRecord.load(path)
     if recorded is None:
         return ["the JSON beside it says nothing of its normalisation and spacing"]
+    before, now = recorded.channel_names, here.channel_names
+    if before != now and sorted(before) == sorted(now):
+        raise ValueError(
+            f"{path} was trained on the channels {before}, here they are {now}: list the files of each case in the "
+            f'order of the weights, with --channel_names "{before}".'
+        )
     return recorded.differences(here)
 
 

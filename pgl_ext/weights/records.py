@@ -9,13 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from monai.config import PathLike
 from monai.utils import ensure_tuple
 
 from pgl_ext import __version__
 from pgl_ext.files import read_json
+from pgl_ext.settings import check_fields
 from pgl_ext.task import SegmentationTask
 
 __all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries", "model_files"]
@@ -28,19 +29,32 @@ class InputRecord:
     """How the volumes that a network sees are prepared.
 
     Args:
-        hu_window: (low, high) that intensities are clipped to, in HU or the scans' own unit; None: not clipped. Then
-            each volume gets zero mean and unit standard deviation.
+        hu_window: (low, high) that intensities are clipped to, in HU or the scans' own unit; None: not clipped; or such
+            an entry for each channel. Then each channel gets zero mean and unit standard deviation.
         spacing: mm per voxel of each axis that volumes are resampled to; None: as stored.
         patch_size: (X, Y, Z) in voxels of the patches, or views, that the network was trained on.
-        channels: of the input.
+        channels: of the input, as many as have names.
         orientation: of the voxel axes.
+        channel_names: in their order; by default ``image``, or numbers of several.
+
+    Raises:
+        ValueError: there are more or fewer names than channels.
     """
 
-    hu_window: Sequence[float] | None = None
+    hu_window: Sequence[float] | Sequence[Sequence[float] | None] | None = None
     spacing: Sequence[float] | None = None
     patch_size: Sequence[int] | None = None
     channels: int = 1
     orientation: str = "RAS"
+    channel_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        default = ["image"] if self.channels == 1 else [f"channel {number}" for number in range(self.channels)]
+        names = list(self.channel_names or default)
+        if self.channels not in (1, len(names)):
+            raise ValueError(f"there are {self.channels} channels, but the names {names}: give each one.")
+        object.__setattr__(self, "channel_names", names)
+        object.__setattr__(self, "channels", len(names))
 
     @classmethod
     def from_json(cls, content: Any, source: Any, channels: int = 1) -> InputRecord:
@@ -58,7 +72,10 @@ class InputRecord:
         unknown = sorted(set(content) - names) if isinstance(content, Mapping) else [content]
         if unknown:
             raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
-        return cls(**_of_known_kinds(cls, {"channels": channels, **content}, source))
+        try:
+            return cls(**check_fields(cls, {"channels": channels, **content}, source))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
 
     @classmethod
     def load(cls, path: PathLike) -> InputRecord | None:
@@ -77,6 +94,8 @@ class InputRecord:
         differences = []
         if _floats(self.hu_window) != _floats(other.hu_window):
             differences.append(f"clipped to {self.hu_window} HU, here {_floats(other.hu_window)} (--hu_window)")
+        if self.channel_names != other.channel_names and max(self.channels, other.channels) > 1:
+            differences.append(f"channels {self.channel_names}, here {other.channel_names} (--channel_names)")
         if _floats(self.spacing) != _floats(other.spacing):
             here = _floats(other.spacing) or "as stored"
             differences.append(f"spacing {self.spacing or 'as stored'}, here {here} mm (--spacing)")
@@ -85,8 +104,11 @@ class InputRecord:
         return differences
 
 
-def _floats(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else [float(value) for value in values]
+def _floats(values: Any) -> Any:
+    """A number as float, and so each of a list."""
+    if isinstance(values, (list, tuple)):
+        return [_floats(value) for value in values]
+    return None if values is None else float(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +149,7 @@ class _Record:
         names = {entry.name for entry in fields(cls)} - {"others"}
         known = {name: content.pop(name) for name in names & set(content)}
         known["input"] = InputRecord.from_json(known["input"], source, _in_channels(known[cls._built]))
-        return cls(**_of_known_kinds(cls, known, source), others=content)
+        return cls(**check_fields(cls, known, source), others=content)
 
     @classmethod
     def load(cls: type[_R], path: PathLike) -> _R:
@@ -240,16 +262,16 @@ class ModelRecord(_Record):
             return cls.load(path)
         if not Path(metadata).is_file():
             raise FileNotFoundError(
-                f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with "
-                "--model_path FILE."
+                f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, --model_path."
             )
         content = read_json(metadata)
         image, task = content["network_data_format"]["inputs"]["image"], SegmentationTask.of_channels(content)
+        names = list(image["channel_def"].values())
         arguments = {"in_channels": image["num_channels"], "out_channels": task.out_channels}
         return cls(
             task=task.description(),
             network={"family": "resnet", "arguments": arguments},
-            input=InputRecord(hu_window=[-1024, 325], patch_size=image["spatial_shape"]),
+            input=InputRecord(hu_window=[-1024, 325], patch_size=image["spatial_shape"], channel_names=names),
         )
 
     def _check_same(self, other: ModelRecord, path: PathLike, other_path: PathLike) -> None:
@@ -285,27 +307,6 @@ def _in_channels(architecture: Any) -> Any:
     """Channels of the input of a recorded network."""
     arguments = architecture.get("arguments") if isinstance(architecture, Mapping) else None
     return arguments.get("in_channels", 1) if isinstance(arguments, Mapping) else 1
-
-
-def _of_known_kinds(cls: type, content: Mapping, source: Any) -> Mapping:
-    """The content, after making sure that each entry is what the fields of a record say that it is."""
-    for name, kind in get_type_hints(cls).items():
-        if name in content and not _is_a(content[name], kind):
-            raise ValueError(
-                f"{source} gives {name} as {content[name]!r}, which is not what it should be: copy it again, or "
-                "install the version that wrote it."
-            )
-    return content
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind such as ``Sequence[float] | None``; true and false are no numbers."""
-    outer, inner = get_origin(kind), get_args(kind)
-    if outer is Sequence:
-        return isinstance(value, (list, tuple)) and all(_is_a(entry, inner[0]) for entry in value)
-    if inner:
-        return any(_is_a(value, option) for option in inner)
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
 def _upgraded(content: Mapping) -> dict:
