@@ -66,8 +66,8 @@ def check_kind(value: Any, default: Any, name: str) -> None:
         for part in value if per_channel else [value]:
             if part is not None:
                 _check_numbers(part, default, name)
-    elif isinstance(default, list) and all(map(_is_name, default)) and not (several and all(map(_is_name, value))):
-        raise ValueError(f"{name} must be a list of names, such as {default}, got {value!r}.")
+    elif name == "channel_names" and not (several and value and all(isinstance(part, str) for part in value)):
+        raise ValueError(f"{name} must be a list of names, such as ['T1', 'T2'], got {value!r}.")
 
 
 def _check_number(value: Any, default: Real, name: str) -> None:
@@ -88,10 +88,6 @@ def _check_numbers(value: Any, default: list, name: str) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and not _is_expression(value)
 
 
 def _is_expression(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,8 @@ def channels_of_folder(folder: str) -> list[str]:
     for place in (folder, os.path.dirname(folder)):
         path = os.path.join(place, "dataset.json")
         if os.path.isfile(path):
-            return listed_channels(read_json(path, "Data list"), path)
+            with contextlib.suppress(ValueError):  # damaged, or not a list at all: nothing that scans need
+                return listed_channels(read_json(path), path)
     return []
 
 

@@ -146,8 +146,8 @@ def find_cases(dataset_dir: PathLike, channel_names: Sequence[str] = ()) -> list
         raise ValueError(
             f"{len(problems)} files in {root} do not pair off:\n"
             + "\n".join(f"  {problem}" for problem in problems)
-            + "\nGive an image and its label map the same name, with one image for each label map (several channels are "
-            "named with --channel_names), or name the pairs in a --data_list_file_path."
+            + "\nGive an image and its label map the same name, with one image for each label map (several channels "
+            "are named with --channel_names), or name the pairs in a --data_list_file_path."
         )
     return cases
 

@@ -141,7 +141,7 @@ def _load(path: str, item: Mapping[str, Any], channel_names: Sequence[str | None
             array, affine = read_itk(path, orientation)
         else:
             array, affine = read_dicom([path], name)
-    array = _as_channels(array, name, channel_names)
+    array = _as_channels(array, name, channel_names, suffix in NIFTI_SUFFIXES)
     check_affine(affine, name)
     # As MONAI's readers have it; NaN stands for "no channel".
     meta = {"filename_or_obj": path, "original_affine": affine, "spatial_shape": np.array(array.shape[1:])}
@@ -165,28 +165,31 @@ def _named_errors(path: str, name: str) -> Iterator[None]:
         ) from error
 
 
-def _as_channels(array: np.ndarray, name: str, channel_names: Sequence[str | None]) -> np.ndarray:
-    """``array`` as float32 (C, X, Y, Z), without trailing dimensions of size 1; channels are along its last axis."""
+def _as_channels(array: np.ndarray, name: str, names: Sequence[str | None], is_nifti: bool) -> np.ndarray:
+    """``array`` as float32 (C, X, Y, Z), without trailing dimensions of size 1; of NIfTI the last axis has channels."""
     # NIfTI stores colour as a compound type.
     shape = (*array.shape, len(array.dtype.names)) if array.dtype.names else array.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    wanted = len(channel_names)
-    if wanted > 1 and (len(shape) != 4 or shape[3] != wanted or array.dtype.names):
+    has_channels = is_nifti and len(shape) == 4 and not array.dtype.names
+    if len(names) > 1 and (not has_channels or shape[3] != len(names)):
         raise BadVolumeError(
-            f"{name} has shape {tuple(shape)}, but the channels {list(channel_names)} are needed: give a file for "
-            "each, in this order, or a NIfTI file that has them along its fourth axis."
+            f"{name} has shape {tuple(shape)}, but the channels {list(names)} are needed: give a file for each, in "
+            "this order, or a NIfTI file that has them along its fourth axis."
         )
-    if wanted == 1 and len(shape) != 3:
+    if len(names) == 1 and len(shape) != 3:
+        named = (
+            "; or, where all are channels and no time points, name these in their order: in a data list as "
+            '"channel_names": {"0": "T1", "1": "T2"}, and with --channel_names "[\'T1\',\'T2\']"'
+        )
         raise BadVolumeError(
-            f"{name} has shape {tuple(shape)}: what lies along its last axis is not known. Extract one channel or time "
-            "point into a file of its own or, where all are channels, name them in their order: in the data list, "
-            '"channel_names": {"0": "T1", "1": "T2"}, and with --channel_names "[\'T1\',\'T2\']".'
+            f"{name} has shape {tuple(shape)}, which is no 3D volume. Extract one channel or time point into a file of "
+            f"its own{named if has_channels else ''}."
         )
     if np.iscomplexobj(array):
         raise BadVolumeError(f"{name} has complex values: convert it to their magnitude.")
     array = np.asarray(array, dtype=np.float32).reshape(shape)
-    return array[None] if wanted == 1 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+    return array[None] if len(names) == 1 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
 
 
 def _first_line(error: Exception) -> str:

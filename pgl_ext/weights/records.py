@@ -72,8 +72,9 @@ class InputRecord:
         unknown = sorted(set(content) - names) if isinstance(content, Mapping) else [content]
         if unknown:
             raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
+        known = check_fields(cls, {"channels": channels, **content}, source)
         try:
-            return cls(**check_fields(cls, {"channels": channels, **content}, source))
+            return cls(**known)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 

@@ -258,7 +258,7 @@ def test_a_dicom_folder_may_have_a_dot_in_its_name(tmp_path):
         ({"validation": ["a.nii"], "name": "x", "test": ["a.nii"]}, r"'training'.*\['validation', 'test'\]"),
         ({"training": []}, "no entries under the key 'training'"),
         ({"training": ["a.nii", {"label": "b.nii"}]}, "Entry 1 .*'image'"),
-        ({"training": [{"image": ["a.nii", "b.nii"]}]}, "Entry 0 .*'image'"),
+        ({"training": [{"image": ["a.nii", 3]}]}, "Entry 0 .*'image'"),
         ({"training": [{"image": ""}]}, "Entry 0 .*'image'"),
         ({"training": ["a.nii", "b.png"]}, r"unsupported type: .*b\.png"),
         ({"training": ["x.nii", "y.nii"]}, r"None of the 2 images .*x\.nii: set dataset_dir"),

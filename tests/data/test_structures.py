@@ -26,7 +26,6 @@ def test_listed(labels, structures):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"background": 0, "liver": 1, "ignore": 2}, "voxels to ignore"),
         ({"liver": "one"}, "'liver': 'one'"),
         ({"liver": True}, "'liver': True"),
         ({"liver": []}, "'liver'"),

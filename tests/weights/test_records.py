@@ -216,6 +216,7 @@ class TestRoundTrip:
                 "patch_size": [32, 32, 16],
                 "channels": 1,
                 "orientation": "RAS",
+                "channel_names": ["image"],
             },
             "method": None,
             "pairs": None,
@@ -241,7 +242,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize(("arguments", "channels"), [({}, 1), ({"in_channels": 2}, 2)])
     def test_channels_of_the_input_are_those_of_the_network(self, arguments, channels):
         content = model_record(make_network(**arguments), TASK).to_json()
-        del content["input"]["channels"]
+        del content["input"]["channels"], content["input"]["channel_names"]
         assert ModelRecord.from_json(content, "file").input.channels == channels
 
 

@@ -228,7 +228,7 @@ def cases_of(command: Command, place: str) -> list[dict]:
     """
     config = command.config()
     if place == "fine_tuning" and config["dataset_dir"] and not config["data_list_file_path"]:
-        return find_cases(config["dataset_dir"])
+        return find_cases(config["dataset_dir"], config["channel_names"])
     if not config["data_list_file_path"]:
         raise ValueError(
             f"{place} has no data_list_file_path: set it under {place}: settings, to a JSON list of image and label of "

@@ -92,7 +92,8 @@ def _sizes_digest(
 ) -> str:
     """Kept while the lists' ``content`` is the same: thousands of files for every run would take long."""
     items = load_datalist(paths, folder, keys, keep=["label"])
-    return digest(json.dumps([[_size(item.get(name)) for name in used] for item in items]))
+    files = [[*(item.get(name) for name in used), *item.get("further_channels", ())] for item in items]
+    return digest(json.dumps([list(map(_size, listed)) for listed in files]))
 
 
 def _size(path: str | None) -> int | None:
