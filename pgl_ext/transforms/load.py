@@ -93,7 +93,7 @@ class LoadVolumed(MapTransform):
         # A series UID is that of the first.
         first, *further = (_load(file, {**item, "series_uid": None} if n else item) for n, file in enumerate(files))
         channels = [first, *(self._on_grid_of(channel, first) for channel in further)]
-        return MetaTensor(torch.cat([c.as_tensor() for c in channels]), affine=first.affine, meta=first.meta)
+        return MetaTensor(torch.cat([c.as_tensor() for c in channels]), meta=first.meta)
 
     def _on_grid_of(self, channel: MetaTensor, first: MetaTensor) -> MetaTensor:
         remedy = "Resample it onto that one, or set --resample_channels true"

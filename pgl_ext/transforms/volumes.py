@@ -13,7 +13,7 @@ import monai
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform, NormalizeIntensityd, Orientationd, Spacingd
+from monai.transforms import Compose, MapTransform, NormalizeIntensityd, Orientationd, ScaleIntensityRange, Spacingd
 from monai.utils import ensure_tuple
 
 from pgl_ext.code_digest import code_digests, digest
@@ -177,9 +177,9 @@ class ClipChannelsd(MapTransform):
             self._check(len(out[key]))
             out[key] = out[key].clone()
             windows = self.windows * (len(out[key]) // len(self.windows))
-            for channel, window in zip(out[key], windows, strict=True):
+            for channel, window in enumerate(windows):
                 if window is not None:
-                    channel.clamp_(*window)
+                    out[key][channel] = ScaleIntensityRange(*window, *window, clip=True)(out[key][channel])
         return out
 
 
