@@ -67,18 +67,13 @@ def grouped_channels(files: Iterable[str], names: Sequence[str]) -> list[dict[st
     files = sorted(files)
     if len(names) < 2:
         return [channel_item([file]) for file in files]
-    scans: dict[tuple[str, ...], list[str]] = {}
+    known, scans = set(files), {}
     for file in files:
-        first = numbered_files(file, 1)
-        # Numbers of cases look alike, but have no case 0 each.
-        scans.setdefault(tuple(first) if first and first[0] in files else (file,), []).append(file)
-    return [channel_item(_all_of(found, len(names)), names) for found in scans.values()]
-
-
-def _all_of(found: Sequence[str], channels: int) -> list[str]:
-    """The files of a scan: those found, and those missing, which reading it names."""
-    wanted = numbered_files(found[0], channels)
-    return list(found) if not wanted or wanted[0] not in found else sorted({*wanted, *found})
+        wanted = numbered_files(file, len(names))
+        # Numbers of cases look alike, but have no case 0 each. What is missing of a scan, reading it names.
+        first = wanted[0] if wanted and wanted[0] in known else file
+        scans.setdefault(first, set(wanted if first in wanted else [])).add(file)
+    return [channel_item(sorted(found), names) for found in scans.values()]
 
 
 def numbered_files(path: str, channels: int, unnumbered: bool = False) -> list[str]:
