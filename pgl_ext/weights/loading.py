@@ -248,8 +248,8 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does; or it was trained on the
-            same channels in another order.
+        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does; or it was trained on more
+            than one channel, and on another number of them, or on these in another order.
     """
     if encoder is None:
         logger.info("no pretrained_encoder: random initialisation")
@@ -273,10 +273,10 @@ def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
     if recorded is None:
         return ["the JSON beside it says nothing of its normalisation and spacing"]
     before, now = recorded.channel_names, here.channel_names
-    if before != now and sorted(before) == sorted(now):
+    if before != now and (sorted(before) == sorted(now) or len(before) not in (1, len(now))):
         raise ValueError(
-            f"{path} was trained on the channels {before}, here they are {now}: list the files of each case in the "
-            f'order of the weights, with --channel_names "{before}".'
+            f"{path} was trained on the channels {before}, here they are {now}: give these, in the order of the "
+            "weights, or weights that were trained on one channel or on those here."
         )
     return recorded.differences(here)
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -484,9 +485,10 @@ class TestOneChannelInANetworkOfSeveral:
         for before, now in zip(one.features(x), three.features(x.expand(1, 3, -1, -1, -1)), strict=True):
             torch.testing.assert_close(now, before, rtol=1e-3, atol=1e-4)
 
-    def test_the_same_channels_in_another_order(self, tmp_path):
+    @pytest.mark.parametrize("names", [["PET", "CT"], ["CT", "PET", "MR"]])
+    def test_the_same_channels_in_another_order_or_number(self, tmp_path, names):
         network = small_network("dynunet", in_channels=2)
         record = encoder_record(network, input=input_record(channel_names=["CT", "PET"]))
         save_encoder(network, tmp_path / "encoder.pt", record)
-        with pytest.raises(ValueError, match=r"\['CT', 'PET'\], here they are \['PET', 'CT'\].*--channel_names"):
-            load_pretrained(network, tmp_path / "encoder.pt", input={"channel_names": ["PET", "CT"]})
+        with pytest.raises(ValueError, match=rf"\['CT', 'PET'\], here they are {re.escape(str(names))}"):
+            load_pretrained(network, tmp_path / "encoder.pt", input={"channel_names": names})
