@@ -258,7 +258,9 @@ class TestWeights:
         config, record = json.loads(text), ModelRecord.load(files["model"])
         assert config["organs"] == {"liver": [1], "spleen": [2]}
         assert (config["hu_window"], config["spacing"], config["patch_size"]) == ([-100, 300], [2, 2, 3], [32, 32, 16])
-        assert config["encoder"] == record.network["arguments"]["encoder"]
+        # The network gives its encoder the channels.
+        assert config["channel_names"] == record.input.channel_names == ["CT", "PET"]
+        assert {**config["encoder"], "in_channels": 2} == record.network["arguments"]["encoder"]
         assert config["network_def"]["decoder_channels"] == [16, 8, 8]
 
     def test_large_ones_are_listed(self, files, tmp_path, monkeypatch, caplog):
