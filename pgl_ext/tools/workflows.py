@@ -153,8 +153,10 @@ def plan_of(
     known |= {name: option_value(name, given[name]) for name in _OF_DATA if name in given}
     if pretrained is None:
         return make_plan(data, configs, architecture, small, None, known)
-    recorded = pretrained.settings(len(known.get("channel_names", data.channel_names)))
-    return make_plan(data, configs, pretrained.architecture, small, recorded, known)
+    channels = known.get("channel_names", data.channel_names)
+    # Before anything is prepared.
+    pretrained.record.input.check_channels(channels, pretrained.encoder)
+    return make_plan(data, configs, pretrained.architecture, small, pretrained.settings(len(channels)), known)
 
 
 def fine_tuning_configs(plan: Plan, pretrained: bool) -> tuple[list[str], list[str]]:

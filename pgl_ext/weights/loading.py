@@ -272,12 +272,7 @@ def _input_differences(path: PathLike, here: InputRecord) -> list[str]:
     recorded = InputRecord.load(path)
     if recorded is None:
         return ["the JSON beside it says nothing of its normalisation and spacing"]
-    before, now = recorded.channel_names, here.channel_names
-    if before != now and (sorted(before) == sorted(now) or len(before) not in (1, len(now))):
-        raise ValueError(
-            f"{path} was trained on the channels {before}, here they are {now}: give these, in the order of the "
-            "weights, or weights that were trained on one channel or on those here."
-        )
+    recorded.check_channels(here.channel_names, path)
     return recorded.differences(here)
 
 

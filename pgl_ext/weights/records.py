@@ -19,7 +19,7 @@ from pgl_ext.files import read_json
 from pgl_ext.settings import check_fields
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries", "model_files"]
+__all__ = ["EncoderRecord", "InputRecord", "ModelRecord", "flat_entries"]
 
 _R = TypeVar("_R", bound="_Record")
 
@@ -89,6 +89,19 @@ class InputRecord:
         source, content = _read(path)
         content = _upgraded(content)
         return cls.from_json(content["input"], source) if "input" in content else None
+
+    def check_channels(self, names: Sequence[str], source: Any) -> None:
+        """Refuse channels that weights cannot start with: other than their several, in number or order.
+
+        Raises:
+            ValueError: naming the source, the file of weights.
+        """
+        before, now = self.channel_names, list(names)
+        if before != now and (sorted(before) == sorted(now) or len(before) not in (1, len(now))):
+            raise ValueError(
+                f"{source} was trained on the channels {before}, here they are {now}: give these, in the order of the "
+                "weights, or weights that were trained on one channel or on those here."
+            )
 
     def differences(self, other: InputRecord) -> list[str]:
         """What another preparation differs in, in words with the options that set it."""
@@ -287,13 +300,6 @@ class ModelRecord(_Record):
                     "networks that are averaged must be of one task, with scans prepared alike. Give those of one "
                     "training with folds."
                 )
-
-
-def model_files(path: PathLike | Sequence[PathLike]) -> list[str]:
-    """The model files that are meant by one, by several, or by the folder of a training with folds."""
-    paths = [Path(part) for part in ensure_tuple(path)]
-    folds = len(list(paths[0].glob("fold_*"))) if len(paths) == 1 else 0
-    return [str(paths[0] / f"fold_{fold}" / "models" / "model.pt") for fold in range(folds)] or list(map(str, paths))
 
 
 def _read(weights: PathLike) -> tuple[Path, dict]:
