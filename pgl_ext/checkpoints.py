@@ -24,9 +24,9 @@ from monai.config import PathLike
 from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
 from pgl_ext.files import claim_folder, release_folder, write_atomically
 from pgl_ext.networks.base import encoder_of
-from pgl_ext.settings import check_positive, parse_bool
+from pgl_ext.settings import check_positive, flat_entries, parse_bool
 from pgl_ext.weights.files import load_state, save_decoder, save_encoder
-from pgl_ext.weights.records import EncoderRecord, InputRecord, flat_entries
+from pgl_ext.weights.records import EncoderRecord, InputRecord
 
 __all__ = ["CheckpointFolder", "CheckpointHandler"]
 

@@ -34,7 +34,8 @@ _STEPS = {"init_id": "initialize", "run_id": "run", "final_id": "finalize"}
 _READ_BY_MONAI = {"imports", "displayable_configs", *_STEPS.values()}
 _READ_BY_MONAI |= DEFAULT_MLFLOW_SETTINGS["configs"].keys() - DEFAULT_HANDLERS_ID.keys()
 # One plan (``pgl plan``) is for both bundles, and of these settings each reads but some.
-_OF_PLANS = {"organs", "background_values", "multi_label", "annotated_key", "patch_size", "view_size", "encoder"}
+_OF_PLANS = {"organs", "background_values", "multi_label", "ignore_label", "annotated_key", "patch_size", "view_size"}
+_OF_PLANS |= {"encoder"}
 _PLAN = "_desc_architecture"
 # What names of settings end in whose values are names of files or folders.
 FILE_SETTINGS = ("_dir", "_path", "pretrained", "pretrained_encoder", "pretrained_decoder")

@@ -24,11 +24,13 @@ class SegmentationTask:
             values are united: ``{"kidney": [1, 2], "tumour": [2]}``.
         background_values: label values that belong to no organ. Any other value in a label file is an error.
         multi_label: whether organs are decided each by itself, as they must where they overlap.
+        ignore_label: label value of voxels that nothing is known of, left out of loss and scores; None: there is none.
 
     Attributes:
         names: the organs' names.
         out_channels: channels of the network's output.
         values: all label values that a file may hold.
+        ignored: the value to ignore, or nothing.
 
     Raises:
         ValueError: there is no organ, a label value is negative or not a whole number, or organs share a value
@@ -45,12 +47,14 @@ class SegmentationTask:
         organs: Mapping[str, Sequence[int] | int],
         background_values: Sequence[int] = (0,),
         multi_label: bool = False,
+        ignore_label: int | None = None,
     ) -> None:
         if not isinstance(organs, Mapping):
             raise ValueError(f"organs must give label values by name, such as {{'spleen': [1]}}, got {organs!r}.")
         self.organs = {str(name): _values(values, name) for name, values in organs.items()}
         self.background_values = _values(background_values, "background")
         self.multi_label = parse_bool(multi_label, "multi_label")
+        self.ignored = () if ignore_label is None else _values(ignore_label, "ignore_label")
         if not self.organs:
             raise ValueError("the task has no organs: give the label values of each, such as organs = {'spleen': [1]}.")
         used = [value for values in self.organs.values() for value in values]
@@ -62,9 +66,13 @@ class SegmentationTask:
         both = sorted(set(used) & set(self.background_values))
         if both:
             raise ValueError(f"the label values {both} belong to an organ and to background_values: choose one.")
+        if set(self.ignored) & {*used, *self.background_values}:
+            raise ValueError(
+                f"ignore_label is {ignore_label}, also a value of an organ or of background_values: choose one."
+            )
         self.names: tuple[str, ...] = tuple(self.organs)
         self.out_channels = len(self.names) + (0 if self.multi_label else 1)
-        self.values: tuple[int, ...] = tuple(sorted({*used, *self.background_values}))
+        self.values: tuple[int, ...] = tuple(sorted({*used, *self.background_values, *self.ignored}))
 
     @classmethod
     def of_channels(cls, metadata: Mapping[str, Any]) -> SegmentationTask:
@@ -97,6 +105,18 @@ class SegmentationTask:
         for value in further:
             mask |= labels == value
         return mask
+
+    def known_voxels(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Where a label map does not say to ignore the voxel, bool of its shape; None: everywhere."""
+        if not self.ignored:
+            return None
+        known = labels != self.ignored[0]
+        return None if bool(known.all()) else known
+
+    def without_ignored(self, masks: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Masks (..., X, Y, Z), without the voxels that a label map (1, X, Y, Z) says to ignore."""
+        known = self.known_voxels(labels)
+        return masks if known is None else masks & known
 
     def targets(self, labels: torch.Tensor) -> torch.Tensor:
         """What the output channels should be, 0 or 1 in float32 (..., out_channels, X, Y, Z), of a label map."""
@@ -161,6 +181,7 @@ class SegmentationTask:
             "organs": {name: list(values) for name, values in self.organs.items()},
             "background_values": list(self.background_values),
             "multi_label": self.multi_label,
+            "ignore_label": self.ignored[0] if self.ignored else None,
         }
 
 

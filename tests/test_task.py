@@ -157,3 +157,20 @@ def test_a_task_is_built_again_from_its_description(task):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         SegmentationTask(**arguments)
+
+
+class TestIgnore:
+    def test_the_value_is_one_that_files_may_hold_and_belongs_to_nothing(self):
+        task = SegmentationTask({"liver": [1]}, ignore_label=9)
+        assert task.values == (0, 1, 9)
+        assert task.description()["ignore_label"] == 9
+        labels = torch.tensor([0, 1, 9, 1]).view(1, 1, 1, 4)
+        assert task.masks_of_labels(labels).flatten().tolist() == [False, True, False, True]
+        masks = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+        assert task.without_ignored(masks, labels).flatten().tolist() == [True, True, False, True]
+        assert task.known_voxels(labels[..., :2]) is None
+
+    @pytest.mark.parametrize("value", [0, 1, -1, 2.5])
+    def test_values_that_mean_something_else(self, value):
+        with pytest.raises(ValueError, match="ignore_label"):
+            SegmentationTask({"liver": [1]}, ignore_label=value)

@@ -27,6 +27,7 @@ from pgl_ext.data.datalist import item_name
 from pgl_ext.errors import few, transform_error
 from pgl_ext.files import files_below, write_atomically, write_text
 from pgl_ext.transforms.checks import BadVolumeError, check_volume
+from pgl_ext.transforms.formats import image_files
 
 __all__ = ["VolumeCache", "can_be_sent"]
 
@@ -255,8 +256,8 @@ class VolumeCache:
         name = item_name(item)
         if image.ndim != 4:
             raise ValueError(f"{name}: preprocessing gave shape {tuple(image.shape)}, need (C, X, Y, Z)")
-        # The channels behind the image hold label values, which may well be constant.
-        check_volume(image[:1] if "label" in item else image, f"{name}, after preprocessing (hu_window, spacing),")
+        # The channel behind the image's holds label values, which may well be constant.
+        check_volume(image[:-1] if "label" in item else image, f"{name}, after preprocessing (hu_window, spacing),")
         voxels = np.asarray(image)
         largest = max(abs(voxels.min()), abs(voxels.max()))
         if largest > _FLOAT16_MAX:
@@ -293,12 +294,13 @@ class VolumeCache:
 
 
 def _source_paths(item: Mapping) -> list[str]:
-    return [str(item[key]) for key in ("image", "label") if key in item]
+    return [*image_files(item), *([str(item["label"])] if "label" in item else [])]
 
 
 def _source(item: Mapping) -> tuple[str, ...]:
     image, *label = map(os.path.abspath, _source_paths(item))
-    return image, str(item.get("series_uid") or ""), *label, *filter(None, [item.get("orientation")])
+    said = [item.get("orientation"), *(item.get("channel_names") or ())]
+    return image, str(item.get("series_uid") or ""), *label, *filter(None, said)
 
 
 def _source_digest(item: Mapping) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from monai.config import PathLike
 from monai.utils import ensure_tuple
 
+from pgl_ext.data.channels import channel_item, listed_channels, numbered_files
 from pgl_ext.errors import few
 from pgl_ext.files import read_json
 from pgl_ext.transforms.formats import (
@@ -20,6 +21,7 @@ from pgl_ext.transforms.formats import (
     SUPPORTED_SUFFIXES,
     file_suffix,
     has_known_suffix,
+    image_files,
     is_dicom_file,
 )
 
@@ -49,7 +51,9 @@ def load_datalist(
         data_list_file_path: JSON file, or several, that map ``key`` to a list of paths, or of dicts with ``"image"``.
             The file's ``"task"`` (or ``"name"``), ``"group"`` (by default its task) and ``"orientation"`` are those of
             entries without. Where nnU-Net 1 leaves out the ``_0000`` of an image, or 2 lists its cases under
-            ``"dataset"``, these are found.
+            ``"dataset"``, these are found. An ``"image"`` of several channels is a list of files, the first of several
+            files that nnU-Net numbers, or a file of four dimensions; the file's ``"channel_names"`` or ``"modality"``
+            say what they are.
         dataset_dir: folder that relative paths start from; by default the folder of each JSON file.
         key: which list of the file to take, or which lists: ``("training", "test")`` also takes the Decathlon's scans
             without labels. Of several each file has all, of which some may be empty.
@@ -57,7 +61,8 @@ def load_datalist(
 
     Returns:
         Items in the file's order with absolute ``"image"`` paths, plus ``"series_uid"``, ``"orientation"``, ``"task"``,
-        ``"group"`` and the fields ``keep`` where given. All other fields are dropped.
+        ``"group"`` and the fields ``keep`` where given, and of several channels ``"channel_names"`` and
+        ``"further_channels"``, the files behind the first. All other fields are dropped.
 
     Raises:
         ValueError: a file is missing, not JSON, or lacks ``key``; an entry has no ``"image"`` or one of an unsupported
@@ -80,9 +85,10 @@ def _read_list(path: Path, dataset_dir: PathLike | None, keys: Sequence[str], ke
     task = content.get("task", content.get("name"))
     sources = {"task": task, "group": content.get("group", task), "orientation": content.get("orientation")}
     sources = {field: value for field, value in sources.items() if value is not None}
-    kept = (*_KEPT_KEYS, *keep)
-    items = [{**sources, **_to_item(entry, index, dataset_dir, path, kept)} for index, entry in enumerate(entries)]
-    unsupported = [item["image"] for item in items if not _is_supported(item["image"])]
+    kept, names = (*_KEPT_KEYS, *keep), listed_channels(content, path)
+    items = [_to_item(entry, index, dataset_dir, path, kept, names) for index, entry in enumerate(entries)]
+    items = [{**sources, **item} for item in items]
+    unsupported = [file for item in items for file in image_files(item) if not _is_supported(file)]
     if unsupported:
         raise ValueError(
             f"Data list {path} names {len(unsupported)} files of an unsupported type: {few(unsupported)}. Convert or "
@@ -104,9 +110,7 @@ def _read_content(path: Path, keys: Sequence[str]) -> dict:
     content = read_json(path, "Data list", f"give one with a list {wanted}")
     cases = content.get("dataset")
     if isinstance(cases, dict) and all(isinstance(case, dict) and "images" in case for case in cases.values()):
-        images = (case["images"] for case in cases.values())
-        paths = (image[0] if isinstance(image, list) and len(image) == 1 else image for image in images)
-        content["training"] = [{**case, "image": image} for case, image in zip(cases.values(), paths, strict=True)]
+        content["training"] = [{**case, "image": case["images"]} for case in cases.values()]
     lists = [name for name, value in content.items() if isinstance(value, list) and value]
     if not set(keys) & set(lists) or not all(isinstance(content.get(key), list) for key in keys):
         raise ValueError(f"Data list {path} has no entries under the key {wanted}; keys with entries: {lists}.")
@@ -133,32 +137,47 @@ def listed_path(path: str, data_list_file_path: PathLike, dataset_dir: PathLike 
     return listed_path(path.replace("\\", "/"), data_list_file_path, dataset_dir) if "\\" in path else absolute
 
 
-def _first_channel(path: str) -> str:
-    """The file of an image that nnU-Net 1 lists without the number of its channel.
-
-    Raises:
-        ValueError: it has several channels.
-    """
-    suffix = file_suffix(path)
-    first, second = (f"{path.removesuffix(suffix)}_000{channel}{suffix}" for channel in (0, 1))
-    if os.path.exists(path) or not os.path.exists(first):
-        return path
-    if os.path.exists(second):
-        raise ValueError(f"{path} has several channels, such as {second}, which are not supported: list one of them.")
-    return first
+def _files_of(path: str, names: Sequence[str]) -> list[str]:
+    """The files of an image that is listed by one name: of several channels, or without number, those of nnU-Net."""
+    numbered = numbered_files(path, max(1, len(names)), unnumbered=not os.path.exists(path))
+    if not numbered or not os.path.exists(numbered[0]):
+        return [path]
+    if len(names) < 2:
+        # Without names as many as there are; the file of a channel that is listed as such stands for itself.
+        return [path] if os.path.exists(path) else _consecutive(path)
+    return numbered
 
 
-def _to_item(entry: object, index: int, dataset_dir: PathLike | None, path: Path, kept: Iterable[str]) -> dict:
+def _consecutive(path: str) -> list[str]:
+    for channels in itertools.count(1):
+        numbered = numbered_files(path, channels, unnumbered=True)
+        if not os.path.exists(numbered[-1]):
+            return numbered[:-1]
+
+
+def _to_item(
+    entry: object, index: int, dataset_dir: PathLike | None, path: Path, kept: Iterable[str], names: Sequence[str]
+) -> dict:
     entry = {"image": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not _is_path(entry.get("image")):
+    images = entry.get("image") if isinstance(entry, dict) else None
+    images = [images] if _is_path(images) else images
+    if not isinstance(images, list) or not images or not all(map(_is_path, images)):
         raise ValueError(
-            f"Entry {index} of data list {path} has no single 'image' path: {entry!r}. Each entry must be a path or an "
-            "object with one path under 'image'; several channels are not supported."
+            f"Entry {index} of data list {path} has no 'image' path: {entry!r}. Each entry must be a path or an object "
+            "with a path under 'image', or a list of them, one for each channel."
         )
     item = {name: entry[name] for name in kept if name in entry}
-    paths = [name for name in ("image", "label") if _is_path(item.get(name))]
-    item |= {name: listed_path(item[name], path, dataset_dir) for name in paths}
-    return item | {"image": _first_channel(item["image"])}
+    names = item.pop("channel_names", names)
+    if _is_path(item.get("label")):
+        item["label"] = listed_path(item["label"], path, dataset_dir)
+    files = [listed_path(image, path, dataset_dir) for image in (*images, *item.pop("further_channels", ()))]
+    files = _files_of(files[0], names) if len(files) == 1 else files
+    if 1 < len(files) != len(names) > 0:
+        raise ValueError(
+            f"Entry {index} of data list {path} has {len(files)} files, {few(files)}, for the channels {list(names)}: "
+            "give a file for each, in this order."
+        )
+    return {**item, **channel_item(files, names)}
 
 
 def _is_path(value: object) -> bool:
@@ -248,6 +267,11 @@ def without_suffix(path: str) -> str:
 def unique_names(items: Sequence[Mapping]) -> list[str]:
     """File names for outputs: the scan's own where no other scan has it, else with its folders or series before it."""
     names = [Path(without_suffix(item["image"])).name for item in items]
+    # Of several channels, the case's that nnU-Net numbers.
+    names = [
+        name.removesuffix("_0000") if "further_channels" in item else name
+        for name, item in zip(names, items, strict=True)
+    ]
     if len(set(names)) == len(names):
         return names
     root = os.path.commonpath([os.path.dirname(item["image"]) for item in items])

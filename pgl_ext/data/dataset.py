@@ -138,8 +138,8 @@ class VolumeDataset(Dataset):
 class CaseDataset(VolumeDataset):
     """Samples of labelled cases, each a function of (seed, epoch, index) alone.
 
-    The transform is given the cached case as ``image`` (2, X, Y, Z), ``organ_points`` (for each organ of the task up to
-    10,000 of its voxels, (N, 3)), and, for cases that say which organs were annotated, ``annotated`` (organs,).
+    The transform is given the cached case as ``image`` (C + 1, X, Y, Z), ``organ_points`` (for each organ of the task
+    up to 10,000 of its voxels, (N, 3)), and, for cases that say which organs were annotated, ``annotated`` (organs,).
 
     Args:
         data: items with ``image`` and ``label``, optionally ``annotated``.
@@ -171,7 +171,7 @@ class CaseDataset(VolumeDataset):
 
     def _find_organs(self, array: Any) -> list[np.ndarray]:
         """Voxels of each organ, a random choice where there are many; the same in every worker."""
-        labels = np.asarray(array[1:2])[0]
+        labels = np.asarray(array[array.shape[0] - 1 :])[0]
         places = np.flatnonzero(labels)
         values = labels.ravel()[places]
         generator = np.random.default_rng(0)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from monai.config import PathLike
 
+from pgl_ext.data.channels import channel_item, channels_of_folder, grouped_channels, numbered_files
 from pgl_ext.data.datalist import item_name, load_datalist, named_items, without_suffix
 from pgl_ext.files import visible_files
 from pgl_ext.transforms.dicom import may_be_dicom, scan_header
@@ -23,7 +24,7 @@ _LABEL_FOLDERS = {"labels": "images", "labelstr": "imagestr", "labelsts": "image
 _CASE_FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"))
 
 
-def find_volumes(dataset_dir: PathLike) -> list[dict]:
+def find_volumes(dataset_dir: PathLike, channel_names: Sequence[str] = ()) -> list[dict]:
     """Find every volume in a folder and the folders below it.
 
     NIfTI, NRRD and MetaImage files and DICOM series are found. Files of other types and hidden files are passed
@@ -32,10 +33,13 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
 
     Args:
         dataset_dir: folder to search; links to folders are followed.
+        channel_names: of scans of several channels, whose files nnU-Net numbers, where no ``dataset.json`` in the
+            folder of a file, or beside it, names them.
 
     Returns:
         Items ordered by path: the absolute path ``"image"`` of a file, or of a folder with the ``"series_uid"`` of each
-        DICOM series in it; of a series in several folders the folder that they lie in.
+        DICOM series in it; of a series in several folders the folder that they lie in. Of several channels the file of
+        the first, with ``"further_channels"`` and ``"channel_names"``.
 
     Raises:
         ValueError: the folder is missing, is a file, or holds no volume.
@@ -53,7 +57,8 @@ def find_volumes(dataset_dir: PathLike) -> list[dict]:
         volumes = [n for n in names if file_suffix(n) in _FILE_SUFFIXES]
         labels = [n for n in volumes if is_label_folder or n.lower().endswith(".seg.nrrd")]
         left_out += len(labels)
-        items += [{"image": os.path.join(folder, n)} for n in volumes if n not in labels]
+        images = [os.path.join(folder, n) for n in volumes if n not in labels]
+        items += grouped_channels(images, images and (channels_of_folder(folder) or channel_names))
         if not is_label_folder:
             dicom += filter(may_be_dicom, (os.path.join(folder, n) for n in names))
     items += _series_items(dicom)
@@ -95,17 +100,18 @@ def _series_items(paths: Iterable[str]) -> list[dict]:
     return [{"image": os.path.commonpath(folders), "series_uid": uid} for (uid, *_), folders in several.items()]
 
 
-def find_cases(dataset_dir: PathLike) -> list[dict]:
+def find_cases(dataset_dir: PathLike, channel_names: Sequence[str] = ()) -> list[dict]:
     """Pair the images and label maps in the folders ``imagesTr`` and ``labelsTr``, or ``images`` and ``labels``.
 
     An image and its label map have the same path below their folders but for the file type, or the image's name ends
     in nnU-Net's ``_0000``. An image may also be a folder that holds a DICOM series.
 
     Args:
-        dataset_dir: folder that holds both folders. A data list in it is not read.
+        dataset_dir: folder that holds both folders. A data list in it is not read, but for names of channels.
+        channel_names: see :func:`find_volumes`.
 
     Returns:
-        Cases ordered by image: absolute ``"image"`` and ``"label"`` paths, and ``"series_uid"`` of a DICOM series.
+        Cases ordered by image: absolute ``"label"`` paths, and what :func:`find_volumes` says of images.
 
     Raises:
         ValueError: the folders are missing or empty, or images and label maps do not pair off.
@@ -125,7 +131,7 @@ def find_cases(dataset_dir: PathLike) -> list[dict]:
         if same != path:
             problems.append(f"{path} has the name of {same}")
     cases, used = [], {}
-    for item in find_volumes(images):
+    for item in find_volumes(images, channel_names):
         name = _case_name(item["image"], images)
         name = name if name in labels else name.removesuffix("_0000")
         if name not in labels:
@@ -140,8 +146,8 @@ def find_cases(dataset_dir: PathLike) -> list[dict]:
         raise ValueError(
             f"{len(problems)} files in {root} do not pair off:\n"
             + "\n".join(f"  {problem}" for problem in problems)
-            + "\nGive an image and its label map the same name, with one single-channel image for each label map, or "
-            "name the pairs in a --data_list_file_path."
+            + "\nGive an image and its label map the same name, with one image for each label map (several channels "
+            "are named with --channel_names), or name the pairs in a --data_list_file_path."
         )
     return cases
 
@@ -161,14 +167,17 @@ def find_scans(
     data_list_file_path: PathLike | None = None,
     data_list_key: str | Sequence[str] = "training",
     passed_over: Sequence[str] = (),
+    channel_names: Sequence[str] = (),
 ) -> list[dict]:
     """The scans that inference runs on.
 
     Args:
         dataset_dir: folder of scans, searched with the folders below it, or one file; a slice of a DICOM series stands
-            for its series. With a data list the folder that its paths start from.
+            for its series, and the file of a channel that nnU-Net numbers for its scan. With a data list the folder
+            that its paths start from.
         data_list_file_path, data_list_key: JSON data list to take the scans from instead, see :func:`load_datalist`.
         passed_over: endings of the files in the folder that inference itself has written.
+        channel_names: see :func:`find_volumes`.
 
     Returns:
         Items with ``"image"``, ``"name"`` (unique, usable as a file name) and ``"series_uid"`` for a DICOM series.
@@ -181,9 +190,9 @@ def find_scans(
     elif dataset_dir is None:
         raise ValueError("dataset_dir is not set: give a folder of scans, or one file, with --dataset_dir PATH.")
     elif os.path.isfile(dataset_dir):
-        items = [_whole_series(os.path.abspath(dataset_dir))]
+        items = [_whole_scan(os.path.abspath(dataset_dir), channel_names)]
     else:
-        volumes = find_volumes(dataset_dir)
+        volumes = find_volumes(dataset_dir, channel_names)
         items = [item for item in volumes if not item["image"].endswith(tuple(passed_over))]
         if len(items) < len(volumes):
             logger.info("Passed over %d outputs of earlier runs.", len(volumes) - len(items))
@@ -192,9 +201,12 @@ def find_scans(
     return named_items(items)
 
 
-def _whole_series(path: str) -> dict:
-    """The series that a DICOM file is a slice of; other files stand for themselves."""
+def _whole_scan(path: str, channel_names: Sequence[str]) -> dict:
+    """The series that a DICOM file is a slice of, or the channels that a numbered file is one of; else the file."""
     folder = os.path.dirname(path)
+    names = channels_of_folder(folder) or channel_names
+    if len(names) > 1 and (files := numbered_files(path, len(names))):
+        return channel_item(files, names)
     header = scan_header(path) if is_dicom_file(path) else None
     if header is not None and int(header.get("NumberOfFrames") or 1) == 1:
         return {"image": folder, "series_uid": str(header.SeriesInstanceUID)}

@@ -47,6 +47,7 @@ def prepare_volumes(
     skip_bad_files: bool = False,
     report_path: str | None = None,
     source_fields: Sequence[str] = (),
+    channel_names: Sequence[str] = (),
 ) -> dict[str, list[dict]]:
     """The start-up scan of pre-training: find the volumes, check and cache each, and hold some out for validation.
 
@@ -57,6 +58,7 @@ def prepare_volumes(
         data_list_key: the list in that JSON, or several.
         validation_fraction, seed: see :func:`split_volumes`.
         source_fields: what the method has to know of every scan, of ``"task"`` and ``"group"``.
+        channel_names: see :func:`find_volumes`.
 
     Returns:
         ``training`` and ``validation``: lists of items.
@@ -68,7 +70,7 @@ def prepare_volumes(
     if data_list_file_path:
         items = load_datalist(data_list_file_path, dataset_dir, data_list_key)
     elif dataset_dir:
-        items = find_volumes(dataset_dir)
+        items = find_volumes(dataset_dir, channel_names)
     else:
         raise ValueError("no scans given: set --dataset_dir to a folder of scans, or --data_list_file_path to a list.")
     # Before volumes are prepared, which can take hours.
@@ -97,6 +99,7 @@ def prepare_cases(
     skip_bad_files: bool = False,
     report_path: str | None = None,
     test_fold: Sequence[int] | None = None,
+    channel_names: Sequence[str] = (),
 ) -> dict[str, list[dict]]:
     """The start-up scan of fine-tuning: find the cases, split them, check and cache those in use, record the split.
 
@@ -107,8 +110,8 @@ def prepare_cases(
             the data list's paths are relative to.
         data_list_file_path: Decathlon-style JSON to use instead, or several.
         data_list_key: the list in the JSON, or several.
-        annotated_key: see :func:`labelled_items`.
         test_cases, validation_fraction, label_fraction, labelled_cases, seed, test_fold: see :func:`split_cases`.
+        annotated_key, channel_names: see :func:`labelled_items` and :func:`~pgl_ext.data.find.find_volumes`.
         split_path: JSON file for the split, see :func:`write_split`. Where it exists already, for the same settings and
             the same cases, its split is used.
 
@@ -120,7 +123,7 @@ def prepare_cases(
         ValueError: folder or list are missing or empty, a case occurs twice, an organ is annotated in no case, the
             split is impossible, no good case is left to train or validate on, or ``split_path`` holds another split.
     """
-    cases = listed_cases(dataset_dir, data_list_file_path, data_list_key, annotated_key)
+    cases = listed_cases(dataset_dir, data_list_file_path, data_list_key, annotated_key, channel_names)
     settings = {
         "seed": seed,
         "label_fraction": label_fraction,
@@ -132,8 +135,8 @@ def prepare_cases(
     recorded = split_path is not None and os.path.exists(split_path)
     split = recorded_split(split_path, settings, cases) if recorded else split_cases(cases, **settings)
     _check_annotated(cases, split["training"], task)
-    in_use = {item_name(case): case for case in split["training"] + split["validation"]}
-    good = {item_name(case) for case in prepare_items(cache, list(in_use.values()), skip_bad_files, report_path)}
+    in_use = list({item_name(case): case for case in split["training"] + split["validation"]}.values())
+    good = {item_name(case) for case in prepare_items(cache, in_use, skip_bad_files, report_path)}
     usable = {name: [case for case in split[name] if item_name(case) in good] for name in ("training", "validation")}
     for name, cases in usable.items():
         if split[name] and not cases:
@@ -155,6 +158,7 @@ def listed_cases(
     data_list_file_path: str | Sequence[str] | None,
     key: str | Sequence[str] = "training",
     annotated_key: str | None = None,
+    channel_names: Sequence[str] = (),
 ) -> list[dict]:
     """The labelled cases of a data list or folder; see :func:`prepare_cases`."""
     if not data_list_file_path and dataset_dir and _has_lists(os.path.join(dataset_dir, "dataset.json")):
@@ -172,7 +176,7 @@ def listed_cases(
             f"annotated_key is {annotated_key!r}, but folders do not say which organs are annotated: set "
             '--data_list_file_path to a list that does, or --annotated_key "\\$None" if all are.'
         )
-    return find_cases(dataset_dir)
+    return find_cases(dataset_dir, channel_names)
 
 
 def _has_lists(path: str) -> bool:
@@ -187,8 +191,7 @@ def _has_lists(path: str) -> bool:
 
 
 def _check_annotated(cases: Sequence[Mapping], training: Sequence[Mapping], task: SegmentationTask) -> None:
-    """Find organs that are annotated nowhere, usually since the data list spells their names otherwise, and cases that
-    are annotated in part where the task needs all."""
+    """Find organs that are annotated nowhere, often misspelt, and cases annotated in part where the task needs all."""
 
     def absent(cases: Sequence[Mapping]) -> list[str]:
         annotated = {name for case in cases for name in case.get("annotated", task.names)}
@@ -221,9 +224,7 @@ def evaluation_cases(
 ) -> list[dict]:
     """The labelled cases of a data list, or without one the test cases of a training, with a unique ``"name"`` each.
 
-    Args, returns and errors are those of :func:`~pgl_ext.data.datalist.labelled_items`, and:
-
-    Args:
+    Args: those of :func:`~pgl_ext.data.datalist.labelled_items`, as are returns and errors, and:
         split_path: the ``split.json`` of the training, which lists the cases that it held out to test on.
         seen: digests of scans that the network has seen; a warning names test scans among them.
 
@@ -241,8 +242,7 @@ def evaluation_cases(
     cases = labelled_items(data_list_file_path, dataset_dir, data_list_key, annotated_key)
     _warn(seen_text(cases, seen))
     trained = read_json(split_path) if split_path is not None and os.path.isfile(split_path) else {}
-    parts = {name: trained.get(name, ()) for name in ("training", "validation")}
-    _warn(patients_text({**parts, "test": cases}))
+    _warn(patients_text({**{name: trained.get(name, ()) for name in ("training", "validation")}, "test": cases}))
     return named_items(cases)
 
 
@@ -271,11 +271,10 @@ def cases_of_models(
     Raises:
         ValueError: see :func:`evaluation_cases`.
     """
-    where = (data_list_file_path, dataset_dir, data_list_key, annotated_key)
     by_name: dict[str, dict] = {}
     for number, model in enumerate(models):
-        split = Path(model).absolute().parents[1] / "split.json"
-        for case in evaluation_cases(*where, split, seen_scans(model)):
+        held_out = Path(model).absolute().parents[1] / "split.json", seen_scans(model)
+        for case in evaluation_cases(data_list_file_path, dataset_dir, data_list_key, annotated_key, *held_out):
             by_name.setdefault(item_name(case), {**case, "models": []})["models"].append(number)
     return named_items(list(by_name.values()))
 
@@ -338,7 +337,7 @@ def prepare_items(
 ) -> list[dict]:
     """Check and cache items, each process of a distributed run its share, and leave out or stop at the bad ones.
 
-    Every process learns of all bad files; the first one draws the progress bar and writes the report.
+    Every process learns of all bad files; the first draws the progress bar and writes the report.
 
     Args:
         cache: where the preprocessed volumes are kept.
@@ -346,7 +345,8 @@ def prepare_items(
         skip_bad_files, report_path: see :func:`resolve_bad`, like what is returned and raised.
     """
     rank, world_size = rank_and_world_size()
-    # Of a hundred thousand scans one process may be done hours before another.
-    shares = gather(cache.prepare(items[rank::world_size], show_progress=rank == 0), wait=timedelta(weeks=1))
+    shares = gather(
+        cache.prepare(items[rank::world_size], show_progress=rank == 0), wait=timedelta(weeks=1)
+    )  # for hours
     bad = {name: reason for share in shares for name, reason in share.items()}
     return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)

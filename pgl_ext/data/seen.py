@@ -14,7 +14,7 @@ from pgl_ext.data.datalist import item_name
 from pgl_ext.errors import few
 from pgl_ext.files import files_below, read_json
 from pgl_ext.transforms.dicom import scan_header
-from pgl_ext.transforms.formats import is_dicom_file
+from pgl_ext.transforms.formats import image_files, is_dicom_file
 
 __all__ = ["patient_of", "patients_text", "scan_digests", "seen_scans", "seen_text"]
 
@@ -29,9 +29,9 @@ def scan_digests(items: Iterable[Mapping[str, Any]], weights: PathLike | None = 
         weights: file that the training starts from; the scans recorded beside it count too.
 
     Returns:
-        16 hexadecimal digits for each scan, of the sizes and both ends of its files, sorted.
+        16 hexadecimal digits for each scan, or channel in a file, of the sizes and both ends of its files, sorted.
     """
-    return sorted({_digest(item["image"]) for item in items} | seen_scans(weights))
+    return sorted({_digest(file) for item in items for file in image_files(item)} | seen_scans(weights))
 
 
 def seen_scans(weights: PathLike | None) -> set[str]:
@@ -45,7 +45,7 @@ def seen_scans(weights: PathLike | None) -> set[str]:
 
 def seen_text(items: Collection[Mapping[str, Any]], seen: Collection[str]) -> str:
     """In words, which test scans a network has seen; empty where it has seen none."""
-    known = [item for item in items if _digest(item["image"]) in seen] if seen else []
+    known = [item for item in items if any(_digest(file) in seen for file in image_files(item))] if seen else []
     if not known:
         return ""
     return (

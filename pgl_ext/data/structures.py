@@ -17,7 +17,7 @@ from pgl_ext.files import read_json
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["annotated_field", "found_structures", "listed_structures", "task_of_data"]
+__all__ = ["annotated_field", "found_structures", "listed_ignore_label", "listed_structures", "task_of_data"]
 
 
 def task_of_data(
@@ -28,29 +28,37 @@ def task_of_data(
     data_list_file_path: PathLike | Sequence[PathLike] | None = None,
     data_list_key: str | Sequence[str] = "training",
     metadata: PathLike | None = None,
+    ignore_label: int | None = None,
+    channel_names: Sequence[str] = (),
 ) -> SegmentationTask:
     """The task that settings describe, or where they name no organs, the data.
 
     Args:
-        organs, background_values, multi_label: see :class:`SegmentationTask`.
+        organs, background_values, multi_label, ignore_label: see :class:`SegmentationTask`; the last also as the list's
+            ``labels`` name it ``ignore``.
         dataset_dir, data_list_file_path, data_list_key: the cases. Structures are what the list's ``labels`` name, else
             the values of the label maps; where some overlap, each is decided by itself.
         metadata: of the bundle, which tells the channels of the network where there are no data: in checks of bundles,
             in MONAI Label, and where a federation starts.
+        channel_names: see :func:`~pgl_ext.data.find.find_volumes`.
 
     Raises:
         ValueError: there is nothing that names a structure.
     """
     if organs is not None:
-        return SegmentationTask(organs, background_values, multi_label)
+        return SegmentationTask(organs, background_values, multi_label, ignore_label)
     if not dataset_dir and not data_list_file_path and metadata is not None and os.path.isfile(metadata):
         return SegmentationTask.of_channels(read_json(metadata))
     lists = data_list_file_path or os.path.join(dataset_dir or "", "dataset.json")
     first = Path(lists if isinstance(lists, (str, os.PathLike)) else lists[0])
-    structures = listed_structures(read_json(first, "Data list"), first) if first.is_file() else {}
-    structures = structures or found_structures(listed_cases(dataset_dir, data_list_file_path, data_list_key))
+    content = read_json(first, "Data list") if first.is_file() else {}
+    structures = listed_structures(content, first)
+    ignore_label = listed_ignore_label(content) if ignore_label is None else ignore_label
+    if not structures:
+        cases = listed_cases(dataset_dir, data_list_file_path, data_list_key, channel_names=channel_names)
+        structures = found_structures(cases, ignore_label)
     used = [value for values in structures.values() for value in values]
-    return SegmentationTask(structures, background_values, multi_label or len(used) > len(set(used)))
+    return SegmentationTask(structures, background_values, multi_label or len(used) > len(set(used)), ignore_label)
 
 
 def listed_structures(content: Mapping[str, Any], source: Any) -> dict[str, list[int]]:
@@ -62,10 +70,11 @@ def listed_structures(content: Mapping[str, Any], source: Any) -> dict[str, list
         source: the file, for messages.
 
     Returns:
-        By name, in the order of the file, without the background; empty where the file has no labels.
+        By name, in the order of the file, without the background and what is to be ignored; empty where the file has no
+        labels.
 
     Raises:
-        ValueError: the labels have another form, or mark voxels to ignore.
+        ValueError: the labels have another form.
     """
     labels = content.get("labels") or {}
     if not isinstance(labels, Mapping):
@@ -80,20 +89,23 @@ def listed_structures(content: Mapping[str, Any], source: Any) -> dict[str, list
                 '{"1": "liver"} or {"liver": 1}.'
             )
         structures[name] = [int(value) for value in values]
-    if "ignore" in structures:
-        raise ValueError(
-            f"{source} marks voxels to ignore (value {structures['ignore']}), which is not supported: leave out the "
-            "cases that have some, or give them a value of their own and list it in background_values."
-        )
-    return {name: values for name, values in structures.items() if values != [0]}
+    return {name: values for name, values in structures.items() if values != [0] and name != "ignore"}
+
+
+def listed_ignore_label(content: Mapping[str, Any]) -> int | None:
+    """The value that a ``dataset.json`` names ``ignore`` under ``labels``, as nnU-Net 2 does; None without."""
+    labels = content.get("labels")
+    value = labels.get("ignore") if isinstance(labels, Mapping) else None
+    return int(value) if _is_value(value) else None
 
 
 def _is_value(value: Any) -> bool:
     return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, str) and value.isdigit()))
 
 
-def found_structures(cases: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """A structure for each value above 0 in the label maps of cases, named ``structure 1`` and so on by its value.
+def found_structures(cases: Iterable[Mapping[str, Any]], ignore_label: int | None = None) -> dict[str, list[int]]:
+    """A structure for each value above 0 in the label maps of cases, named ``structure 1`` and so on by its value; but
+    for the value to ignore.
 
     Raises:
         ValueError: there is none, or a value is no whole number.
@@ -102,12 +114,12 @@ def found_structures(cases: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]
     for case in cases:
         values |= set(np.unique(LoadVolumed("label")(dict(case))["label"].numpy()).tolist())
     odd = [value for value in values if value < 0 or value != int(value)]
-    if odd or not values - {0}:
+    if odd or not values - {0, ignore_label}:
         raise ValueError(
             f"the label maps hold {few(sorted(map(str, values)))}: give maps in which each structure has a whole "
             "number above 0."
         )
-    return {f"structure {int(value)}": [int(value)] for value in sorted(values - {0})}
+    return {f"structure {int(value)}": [int(value)] for value in sorted(values - {0, ignore_label})}
 
 
 def annotated_field(entries: Sequence[Mapping[str, Any]], names: Iterable[str]) -> tuple[str | None, dict[str, str]]:

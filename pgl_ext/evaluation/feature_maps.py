@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.config import KeysCollection, PathLike
 from monai.data import MetaTensor
 from monai.inferers import Inferer, sliding_window_inference
@@ -17,6 +16,7 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy, convert_to_tensor, ensure_tuple_rep
 
 from pgl_ext.files import write_nifti
+from pgl_ext.transforms.crops import pad_to_minimum
 
 __all__ = ["FEATURES_SUFFIX", "FeatureMapInferer", "SaveFeatureMapd"]
 
@@ -30,9 +30,9 @@ _SIGMA = 0.125
 class FeatureMapInferer(Inferer):
     """Sliding-window inference that leaves feature j of the stitched map on voxel ``stride * j`` of the volume.
 
-    The volume is padded to a multiple of the stride at the end of each axis only, with its minimum. Windows start at
-    multiples of the stride and have Gaussian weights, as the network sees zeros instead of the volume at their borders.
-    A volume of at most twice a window's voxels is passed whole: faster, and without borders inside it.
+    The volume is padded to a multiple of the stride at the end of each axis only, with each channel's minimum. Windows
+    start at multiples of the stride and have Gaussian weights, as the network sees zeros instead of the volume at their
+    borders. A volume of at most twice a window's voxels is passed whole: faster, and without borders inside it.
 
     Args:
         stride: output stride of the network per axis, in voxels.
@@ -76,9 +76,8 @@ class FeatureMapInferer(Inferer):
     def __call__(self, inputs: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Features (B, F, ceil(X / s_x), ceil(Y / s_y), ceil(Z / s_z)) of volumes (B, C, X, Y, Z)."""
         ends = [-n % step for n, step in zip(inputs.shape[2:], self.stride, strict=True)]
-        # F.pad counts axes from the last one, the start of each before its end.
-        pad = [width for end in reversed(ends) for width in (0, end)]
-        padded = F.pad(inputs, pad, value=float(inputs.min()))
+        margins = np.array([(0, end) for end in ends])
+        padded = torch.stack([pad_to_minimum(volume, margins) for volume in convert_to_tensor(inputs)])
         size = tuple(padded.shape[2:])
         whole = math.prod(size) <= 2 * math.prod(self.roi_size)
         window = size if whole else tuple(map(min, self.roi_size, size))

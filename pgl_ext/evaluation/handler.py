@@ -187,13 +187,15 @@ class EvaluationReport:
     def add(self, name: str, masks: torch.Tensor, labels: torch.Tensor) -> list[dict[str, Any]]:
         """Score one case, write its prediction, and return its rows of ``cases.csv``.
 
-        Predicted are masks, bool (organs, X, Y, Z), with an ``affine``; the reference is a label map (1, X, Y, Z).
+        Predicted are masks, bool (organs, X, Y, Z), with an ``affine``; the reference is a label map (1, X, Y, Z). What
+        it says to ignore is scored in neither.
         """
         affine = convert_to_numpy(masks.affine, dtype=np.float64)
         masks, labels = (convert_to_tensor(tensor, device="cpu") for tensor in (masks, labels))
+        scored = self.task.without_ignored(masks, labels)
         annotated = self.by_name[name].get("annotated", self.task.names)
         rows = []
-        for organ, mask in zip(self.task.names, masks.numpy(), strict=True):
+        for organ, mask in zip(self.task.names, scored.numpy(), strict=True):
             # One at a time, so that the masks of a large reference never lie in memory all at once.
             reference = self.task.mask_of_labels(labels, organ)[0].numpy()
             known, spacing = organ in annotated, affine_to_spacing(affine)

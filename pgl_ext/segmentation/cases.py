@@ -29,7 +29,7 @@ def segmented_items(engine: Engine) -> list[dict[str, Any]]:
 def draw_case(
     item: Mapping[str, Any], maps: Mapping[str, MetaTensor], task: SegmentationTask, path: Path, title: str
 ) -> None:
-    """Draw the organs over a scan in the intensities of its file, in RAS order and thinned to what a picture shows.
+    """Draw the organs over a scan's first channel as its file has it, in RAS order and thinned to what a picture shows.
 
     Args:
         item: ``"image"``, the scan's file, and what else it is read by.
@@ -42,6 +42,8 @@ def draw_case(
     # Not above: how pictures are drawn is no part of the code that results depend on.
     from pgl_ext.figures.overlays import plot_overlay, thinning
 
+    if "further_channels" in item:
+        item = {name: item[name] for name in item if name not in ("further_channels", "channel_names")}
     data = Orientationd(["image", *maps], axcodes="RAS", labels=None)({**LoadVolumed("image")(item), **maps})
     steps = thinning(data["image"].shape[1:])
     spacing = np.multiply(affine_to_spacing(data["image"].affine), [step.step for step in steps])

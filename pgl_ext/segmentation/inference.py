@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def scans_to_segment(
     overwrite: bool = False,
     dicom_seg: bool = True,
     resume: bool = False,
+    channel_names: Sequence[str] = (),
 ) -> list[dict]:
     """The scans to segment, after making sure that all can be read and that nothing is overwritten.
 
@@ -55,6 +56,7 @@ def scans_to_segment(
         overwrite: whether outputs of an earlier run may be replaced.
         dicom_seg: whether DICOM SEG will be written for DICOM series.
         resume: leave out the scans that an earlier run has finished; its last one is done again.
+        channel_names: see :func:`~pgl_ext.data.find.find_volumes`.
 
     Returns:
         Items with ``"image"``, ``"name"`` (unique, usable as a file name) and ``"series_uid"`` for a DICOM series.
@@ -66,7 +68,7 @@ def scans_to_segment(
         ImportError: a package for DICOM SEG is not installed.
     """
     overwrite, resume = parse_bool(overwrite, "overwrite"), parse_bool(resume, "resume")
-    items = find_scans(dataset_dir, data_list_file_path, data_list_key, passed_over=_NIFTI_OUTPUTS)
+    items = find_scans(dataset_dir, data_list_file_path, data_list_key, _NIFTI_OUTPUTS, channel_names)
     paths = [Path(output_dir) / f"{item['name']}{suffix}" for item in items for suffix in _OUTPUTS]
     present = [str(path) for path in paths if path.exists()]
     if present and not overwrite and not resume:
@@ -144,7 +146,7 @@ class SaveSegmentations:
             self._write_dicom(dicom, masks, path, data.get("series_uid", ""))
         if self.overlays:
             draw_case(
-                {"image": path, **{field: data.get(field) for field in READING_FIELDS}},
+                {"image": path, **{field: data[field] for field in READING_FIELDS if field in data}},
                 {"segmentation": data["organs"]},
                 self.task,
                 overlay,

@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.inferers import Inferer, SlidingWindowInferer
 from monai.utils import convert_to_tensor, ensure_tuple_rep
 
 from pgl_ext.task import SegmentationTask
+from pgl_ext.transforms.crops import pad_to_minimum
 
 __all__ = ["FlipInferer", "VolumeInferer"]
 
@@ -20,7 +22,8 @@ _Network = Callable[[torch.Tensor], torch.Tensor]
 class VolumeInferer(SlidingWindowInferer):
     """MONAI's sliding windows with Gaussian weights, padded as training pads its patches, for any precision.
 
-    Volumes smaller than a window are padded with their minimum instead of 0, which after normalisation would be tissue.
+    Volumes smaller than a window are padded with each channel's minimum instead of 0, which after normalisation would
+    be tissue.
     Windows are added up in float32: half precision, as from autocast, cannot hold their smallest weights.
 
     Args:
@@ -47,8 +50,14 @@ class VolumeInferer(SlidingWindowInferer):
         """Outputs (B, out_channels, X, Y, Z), float32, of volumes (B, C, X, Y, Z)."""
         # A MetaTensor is slow: it tracks its metadata through every operation of the network.
         inputs = convert_to_tensor(inputs)
-        self.cval = float(inputs.min())
-        return super().__call__(inputs, lambda windows: network(windows).float())
+        size = inputs.shape[2:]
+        missing = np.maximum(np.subtract(self.roi_size, size), 0)
+        before = missing // 2
+        if missing.any():
+            margins = np.stack([before, missing - before], axis=1)
+            inputs = torch.stack([pad_to_minimum(volume, margins) for volume in inputs])
+        outputs = super().__call__(inputs, lambda windows: network(windows).float())
+        return outputs[(..., *(slice(start, start + length) for start, length in zip(before, size, strict=True)))]
 
 
 class FlipInferer(Inferer):

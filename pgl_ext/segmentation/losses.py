@@ -1,4 +1,4 @@
-"""Losses of segmentation that leave out organs that were not annotated."""
+"""Losses of segmentation that leave out organs that were not annotated, and voxels to ignore."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class SegmentationLoss(nn.Module):
     samples in which c was annotated; without one it is 0. So the weight of an organ depends neither on what else was
     annotated nor on in how many of the samples it was.
 
+    Where voxels are to be ignored, the loss is given all others of the batch in a row, (1, channels, N, 1, 1), and is 0
+    where there are none: it must not depend on where voxels lie.
+
     Args:
         task: the organs; says how label maps become targets.
         loss: compares logits with targets of the same shape (B, channels, X, Y, Z); default:
@@ -79,14 +82,23 @@ class SegmentationLoss(nn.Module):
             weights = [0.5**level for level in range(logits.shape[1])]
             levels = zip(weights, logits.unbind(dim=1), strict=True)
             return sum(weight * self(level, batch) for weight, level in levels) / sum(weights)
-        target = self.task.targets(batch["label"])
+        target, voxels = self.task.targets(batch["label"]), self.task.known_voxels(batch["label"])
         annotated = batch.get("annotated")
         if annotated is None or bool(annotated.all()):
-            return self.loss(logits, target)
+            return self._compare(logits, target, voxels)
         self.task.check_annotated(annotated)
         # Connected to the network, so that there is a gradient, of zeros, where nothing was annotated.
         total = logits[:0].sum()
         for organ, known in enumerate(annotated.bool().T):
             if bool(known.any()):
-                total = total + self.loss(logits[known, organ, None], target[known, organ, None])
+                of_known = None if voxels is None else voxels[known]
+                total = total + self._compare(logits[known, organ, None], target[known, organ, None], of_known)
         return total / len(self.task.names)
+
+    def _compare(self, logits: torch.Tensor, target: torch.Tensor, voxels: torch.Tensor | None) -> torch.Tensor:
+        """The loss of those voxels, bool (B, 1, X, Y, Z), or of all."""
+        if voxels is None:
+            return self.loss(logits, target)
+        if not bool(voxels.any()):
+            return logits[:0].sum()
+        return self.loss(*(values.movedim(1, 0)[:, voxels[:, 0]][None, ..., None, None] for values in (logits, target)))

@@ -209,6 +209,14 @@ def _described(metadata: dict[str, Any], record: EncoderRecord | ModelRecord) ->
     """The metadata, saying what the weights in ``models/model.pt`` take and give."""
     image = metadata["network_data_format"]["inputs"]["image"]
     pred = metadata["network_data_format"]["outputs"]["pred"]
+    channels = record.input.channel_names
+    image["num_channels"] = len(channels)
+    image["channel_def"] = {str(number): name for number, name in enumerate(channels)}
+    if len(channels) > 1:
+        image["modality"], image["format"] = ", ".join(channels), "magnitude"
+        metadata["image_classes"] = (
+            f"volume of {len(channels)} channels, {image['modality']}, each of zero mean and unit standard deviation"
+        )
     if isinstance(record, ModelRecord):
         task = SegmentationTask(**record.task)
         names = task.names if task.multi_label else ["background", *task.names]
@@ -225,11 +233,11 @@ def _described(metadata: dict[str, Any], record: EncoderRecord | ModelRecord) ->
     else:
         with torch.device("meta"):
             encoder = build(ENCODERS, record.architecture, _ENCODER)
-        stride, channels = encoder.level_strides[-1], encoder.level_channels[-1]
+        stride, features = encoder.level_strides[-1], encoder.level_channels[-1]
         image["spatial_shape"] = [f"{step}*n" for step in stride]
-        pred["num_channels"] = channels
+        pred["num_channels"] = features
         voxels = " x ".join(map(str, stride))
-        metadata["pred_classes"] = f"{channels} features per position, one every {voxels} voxels"
+        metadata["pred_classes"] = f"{features} features per position, one every {voxels} voxels"
     return metadata
 
 

@@ -19,15 +19,14 @@ import numpy as np
 import torch
 import yaml
 
-from pgl_ext.data.datalist import load_datalist
-from pgl_ext.data.find import find_cases, find_volumes
+from pgl_ext.data.channels import listed_channels
 from pgl_ext.data.headers import Header, read_headers
 from pgl_ext.data.memory import total_memory
-from pgl_ext.data.structures import annotated_field, found_structures, listed_structures
-from pgl_ext.files import read_json
+from pgl_ext.data.structures import annotated_field, found_structures, listed_ignore_label, listed_structures
 from pgl_ext.networks.base import SegmentationNetwork
 from pgl_ext.networks.build import NETWORKS
 from pgl_ext.tools.bundles import config_path
+from pgl_ext.tools.data import Data, read_data
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.transforms.load import LoadVolumed
 
@@ -45,55 +44,6 @@ _PEAK = 1.75
 _SMALL_VOXELS = 48 * 48 * 32  # of a patch, for a CPU
 _LARGEST = 192  # voxels of a patch along an axis
 _SPARE = 0.7  # share of the memory to plan with
-
-
-@dataclass(frozen=True)
-class Data:
-    """What there is to train on.
-
-    Args:
-        items: scans, or cases with ``"label"``.
-        settings: of the bundles' configs that name them, such as ``data_list_file_path``.
-        content: of the ``dataset.json``; empty where there is none.
-        source: of the data, for messages.
-    """
-
-    items: list[dict[str, Any]]
-    settings: dict[str, Any]
-    content: Mapping[str, Any]
-    source: str
-
-    @property
-    def labelled(self) -> bool:
-        return all("label" in item for item in self.items)
-
-
-def read_data(path: str | os.PathLike, key: str = "training", labelled: bool | None = None) -> Data:
-    """Find the scans in a folder or in a JSON data list.
-
-    Args:
-        path: folder, with a Decathlon-style ``dataset.json`` or without, or the list itself.
-        key: the list in it.
-        labelled: whether label maps are needed; False: they are left aside; None: taken where all scans have one.
-
-    Raises:
-        ValueError: there are none.
-    """
-    path = Path(os.path.abspath(os.path.expanduser(path)))
-    lists = path / "dataset.json" if path.is_dir() else path
-    content = read_json(lists, "Data list") if lists.suffix == ".json" and lists.is_file() else {}
-    if isinstance(content.get(key), list) and content[key]:
-        items = load_datalist(lists, None, key, keep=[] if labelled is False else ["label"])
-        settings = {"data_list_file_path": str(lists), "data_list_key": key}
-    elif lists == path:
-        raise ValueError(f"{path} is neither a folder nor a JSON data list with the list {key!r}: give one of them.")
-    else:
-        has_labels = labelled is None and any((path / name).is_dir() for name in ("labelsTr", "labels"))
-        items = find_cases(path) if labelled or has_labels else find_volumes(path)
-        settings = {"dataset_dir": str(path)}
-    if labelled and not all("label" in item for item in items):
-        raise ValueError(f"some scans of {path} have no label map: give labelled cases.")
-    return Data(items, settings, content, str(path))
 
 
 @dataclass
@@ -188,8 +138,10 @@ def make_plan(
             plan.set(name, value, reason)
     if "spacing" not in plan.settings:
         plan.set("spacing", *_spacing([header.spacing for header in headers]))
+    if "channel_names" not in plan.settings and len(data.channel_names) > 1:
+        plan.set("channel_names", data.channel_names, "channels, in their order")
     if "hu_window" not in plan.settings:
-        plan.set("hu_window", *_intensity(data))
+        plan.set("hu_window", *_intensity(data, plan.settings.get("channel_names", ["image"])))
     if data.labelled:
         _plan_structures(plan, data)
     _plan_patch(plan, headers, configs, memory or _memory(has_gpu))
@@ -226,30 +178,35 @@ def _spacing(spacings: Sequence[Sequence[float]]) -> tuple[list[float], str]:
     return [float(f"{value:.3g}") for value in target], reason
 
 
-def _intensity(data: Data) -> tuple[list[float] | None, str]:
-    """The HU window of CT; None of other scans."""
-    names = data.content.get("channel_names", data.content.get("modality"))
-    if isinstance(names, Mapping) and len(names) == 1:
-        name = str(next(iter(names.values())))
-        is_ct, reason = name.upper() == "CT", f"{name}, as the data list says"
-    elif names:
-        raise ValueError(f"{data.source} has the channels {names}: scans of one channel can be planned for.")
+def _intensity(data: Data, channels: Sequence[str]) -> tuple[list | None, str]:
+    """The HU window of CT, None of other scans; of several channels that differ, of each."""
+    names = listed_channels(data.content, data.source) or (data.items[0].get("channel_names") or [])
+    if len(names) == len(channels):
+        is_ct, reason = [name.upper() == "CT" for name in names], f"{', '.join(names)}, as the data list says"
     else:
         step = max(1, len(data.items) // _LOOKED_AT)
-        lowest = [float(LoadVolumed("image")(item)["image"].min()) for item in data.items[::step][:_LOOKED_AT]]
+        load = LoadVolumed("image", channel_names=channels)
+        scans = [load(item)["image"].flatten(1).amin(1).tolist() for item in data.items[::step][:_LOOKED_AT]]
         # Air has -1000 HU, and no scan of another modality is that far below 0.
-        is_ct = float(np.median(lowest)) <= -500
-        reason = f"{'CT' if is_ct else 'no CT'}, as the intensities of {len(lowest)} scans tell"
-    if is_ct:
+        is_ct = [float(lowest) <= -500 for lowest in np.median(scans, axis=0)]
+        found = ["CT" if ct else "no CT" for ct in is_ct]
+        reason = f"{', '.join(found)}, as the intensities of {len(scans)} scans tell"
+    if all(is_ct):
         return list(CT_WINDOW), f"HU; {reason}"
+    if any(is_ct):
+        return [list(CT_WINDOW) if ct else None for ct in is_ct], f"by channel, HU; {reason}"
     return None, f"{reason}: each scan gets zero mean and unit standard deviation, none is clipped"
 
 
 def _plan_structures(plan: Plan, data: Data) -> None:
     """What is to be segmented, by the data list or else the label maps."""
     structures, reason = listed_structures(data.content, data.source), "as the data list names them"
+    listed = listed_ignore_label(data.content)
+    if "ignore_label" not in plan.settings and listed is not None:
+        plan.set("ignore_label", listed, "label value of voxels that count nowhere, as the data list says")
     if not structures:
-        structures, reason = found_structures(data.items), "the values of the label maps"
+        found = found_structures(data.items, plan.settings.get("ignore_label"))
+        structures, reason = found, "the values of the label maps"
     entries = data.content.get(data.settings.get("data_list_key", ""), [])
     annotated, spelt = annotated_field(entries if entries and isinstance(entries[0], dict) else [], structures)
     used = [value for values in structures.values() for value in values]
@@ -289,7 +246,7 @@ def _plan_patch(plan: Plan, headers: Sequence[Header], configs: str | os.PathLik
 def _network(plan: Plan, configs: str | os.PathLike) -> tuple[SegmentationNetwork, Mapping[str, Any]]:
     """The network of the plan, without values, and the merged config of fine-tuning."""
     files = [config_path(name, configs) for name in ("train.json", *plan.configs)]
-    names = ("network_def", "encoder", "organs", "background_values", "multi_label")
+    names = ("network_def", "encoder", "organs", "background_values", "multi_label", "channel_names")
     settings = {"organs": {"structure": 1}, **plan.settings}
     config = merged_config([*files, {name: settings[name] for name in names if name in settings}])
     with torch.device("meta"):

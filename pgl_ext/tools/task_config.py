@@ -20,15 +20,15 @@ from pgl_ext.networks.build import ENCODERS, NETWORKS, build
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.bundles import bundle_folder, config_path
 from pgl_ext.tools.study.configs import merged_config
-from pgl_ext.weights import InputRecord, ModelRecord, load_encoder, recorded_architecture, save_weights
+from pgl_ext.weights import InputRecord, ModelRecord, load_encoder, recorded_architecture, recorded_input, save_weights
 
 __all__ = ["task_config", "write_initial_model"]
 
 # Entries of train.json that are arguments of the task, and of the input's record.
-_TASK = ("organs", "background_values", "multi_label")
-_INPUT = ("hu_window", "spacing", "patch_size")
+_TASK = ("organs", "background_values", "multi_label", "ignore_label")
+_INPUT = ("hu_window", "spacing", "patch_size", "channel_names")
 # Arguments of networks that are entries of train.json; the last two of the paper's network alone.
-_OUTPUTS = {"out_channels": "$@task.out_channels"}
+_OF_THE_DATA = {"in_channels": "$len(@channel_names)", "out_channels": "$@task.out_channels"}
 _OF_THE_PAPER = {"encoder": "@encoder", "dropout": "@dropout"}
 
 
@@ -62,6 +62,8 @@ def task_config(
     of_file = None
     if encoder is not None:
         of_file = _without_memory(ENCODERS, recorded_architecture(encoder), encoder)
+        if (recorded := recorded_input(encoder)) is not None:
+            config["channel_names"] = recorded.channel_names
     if model is not None:
         record = ModelRecord.load(model)
         network = _without_memory(NETWORKS, record.network, model)
@@ -106,7 +108,7 @@ def write_initial_model(
     record = ModelRecord(
         task=task.description(),
         network=network.architecture,
-        input=InputRecord(channels=network.arguments["in_channels"], **{name: config[name] for name in _INPUT}),
+        input=InputRecord(**{name: config[name] for name in _INPUT}),
         pretrained_encoder=None if encoder is None else Path(encoder).name,
     )
     save_weights(network.state_dict(), path, record)
@@ -159,10 +161,9 @@ def _use_encoder(config: dict[str, Any], encoder: FeatureNetwork, default: Mappi
     if isinstance(encoder, family):
         _use(config, encoder)
         return
-    config["encoder"] = encoder.arguments
+    config["encoder"] = _without_channels(encoder.arguments)
     if config["network_def"].get("_target_") != default["_target_"]:
         config["network_def"] = dict(default)
-    config["network_def"]["in_channels"] = encoder.arguments["in_channels"]
     with torch.device("meta"):
         try:
             _network(config)
@@ -172,8 +173,13 @@ def _use_encoder(config: dict[str, Any], encoder: FeatureNetwork, default: Mappi
 
 def _use(config: dict[str, Any], network: SegmentationNetwork) -> None:
     """Make a network that of a config, with the outputs of the config's task."""
-    arguments = {**network.arguments, **_OUTPUTS}
+    arguments = {**network.arguments, **_OF_THE_DATA}
     if network.feature_network is not network:
-        config["encoder"] = arguments["encoder"]
+        config["encoder"] = _without_channels(arguments["encoder"])
         arguments |= _OF_THE_PAPER
     config["network_def"] = {"_target_": f"pgl_ext.networks.{type(network).__name__}", **arguments}
+
+
+def _without_channels(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an encoder but for its channels, which the network gives it."""
+    return {name: value for name, value in arguments.items() if name != "in_channels"}

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _INPUT = ("spacing", "hu_window")
+_OF_DATA = ("channel_names", "ignore_label")
 _WITH_ADAMW = ("mae", "pgl_mae")
 
 
@@ -69,9 +70,15 @@ class Pretrained:
         files = {"pretrained_encoder": str(self.encoder)}
         return files if self.decoder is None else {**files, "pretrained_decoder": str(self.decoder)}
 
-    def settings(self) -> dict[str, Any]:
-        """Settings of fine-tuning that follow from the record: how scans are prepared, and the network."""
+    def settings(self, channels: int) -> dict[str, Any]:
+        """Settings of fine-tuning that follow from the record: how scans are prepared, and the network.
+
+        Args:
+            channels: of the scans; a window of intensities is recorded for as many as those of the weights.
+        """
         settings = {} if self.input is None else {name: getattr(self.input, name) for name in _INPUT}
+        if self.input is not None and channels != self.input.channels:
+            settings.pop("hu_window")
         config = task_config(_configs("pgl_segmentation"), (), encoder=self.encoder)
         if self.architecture == "resnet50":
             return {**settings, "encoder": config["encoder"]}
@@ -114,7 +121,9 @@ class Pretrained:
 def _as_value(value: Any) -> Any:
     """A setting as typed, or as recorded, to compare."""
     value = option_value("", value) if isinstance(value, str) else value
-    return [float(part) for part in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [part if isinstance(part, str) else _as_value(part) for part in value]
+    return float(value) if isinstance(value, int) else value
 
 
 def write_plan(plan: Plan, folder: Path) -> str:
@@ -158,9 +167,13 @@ def plan_of(
     """The plan for data; of pre-trained weights network and preparation are theirs, and some settings are given."""
     configs = _configs("pgl_segmentation")
     known = {name: _as_value(given[name]) for name in _INPUT if name in given}
+    known |= {name: option_value(name, given[name]) for name in _OF_DATA if name in given}
     if pretrained is None:
         return make_plan(data, configs, architecture, small, None, known)
-    return make_plan(data, configs, pretrained.architecture, small, pretrained.settings(), known)
+    channels = known.get("channel_names", data.channel_names)
+    # Before anything is prepared.
+    pretrained.record.input.check_channels(channels, pretrained.encoder)
+    return make_plan(data, configs, pretrained.architecture, small, pretrained.settings(len(channels)), known)
 
 
 def fine_tuning_configs(plan: Plan, pretrained: bool) -> tuple[list[str], list[str]]:

@@ -16,7 +16,16 @@ from nibabel.orientations import aff2axcodes
 from pgl_ext.errors import few
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["BadVolumeError", "BadVolumesError", "CheckLabeld", "CheckVolumed", "check_affine", "check_volume"]
+__all__ = [
+    "BadVolumeError",
+    "BadVolumesError",
+    "CheckLabeld",
+    "CheckVolumed",
+    "OtherGridError",
+    "check_affine",
+    "check_volume",
+    "on_grid_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +38,10 @@ _LISTED_VALUES = 10
 
 class BadVolumeError(ValueError):
     """One volume cannot be used for training; the message names it and says why."""
+
+
+class OtherGridError(BadVolumeError):
+    """A volume lies on another grid than one that it belongs to, but overlaps it."""
 
 
 class BadVolumesError(ValueError):
@@ -60,22 +73,24 @@ def check_volume(image: np.ndarray | torch.Tensor, source: str) -> None:
         source: what to call the volume in the message, usually its path.
 
     Raises:
-        BadVolumeError: no voxels; NaN or infinite voxels; all voxels equal; or an affine that is singular, not
-            finite, or of zero spacing.
+        BadVolumeError: no voxels; NaN or infinite voxels; all voxels of a channel equal; or an affine that is singular,
+            not finite, or of zero spacing.
     """
     affine = getattr(image, "affine", None)
     if affine is not None:
         check_affine(np.asarray(affine, dtype=np.float64), source)
-    voxels = np.asarray(image)
-    if voxels.size == 0:
-        raise BadVolumeError(f"{source} is empty: shape {voxels.shape}")
-    # Minimum and maximum pass NaN and infinity on, without a mask of the volume's size.
-    low, high = voxels.min(), voxels.max()
-    if not np.isfinite([low, high]).all():
-        nan, inf = np.isnan(voxels).sum(), np.isinf(voxels).sum()
-        raise BadVolumeError(f"{source} has {nan} NaN and {inf} infinite of {voxels.size} voxels")
-    if low == high:
-        raise BadVolumeError(f"{source} is constant: all {voxels.size} voxels are {low:g}")
+    channels = np.asarray(image)
+    if channels.size == 0:
+        raise BadVolumeError(f"{source} is empty: shape {channels.shape}")
+    for number, voxels in enumerate(channels):
+        what = f"channel {number} of {source}" if len(channels) > 1 else source
+        # Minimum and maximum pass NaN and infinity on, without a mask of the volume's size.
+        low, high = voxels.min(), voxels.max()
+        if not np.isfinite([low, high]).all():
+            nan, inf = np.isnan(voxels).sum(), np.isinf(voxels).sum()
+            raise BadVolumeError(f"{what} has {nan} NaN and {inf} infinite of {voxels.size} voxels")
+        if low == high:
+            raise BadVolumeError(f"{what} is constant: all {voxels.size} voxels are {low:g}")
 
 
 def check_affine(affine: np.ndarray, source: str) -> None:
@@ -163,7 +178,7 @@ class CheckLabeld(MapTransform):
     def __call__(self, data: dict) -> dict:
         out = dict(data)
         for key in self.key_iterator(out):
-            out[key] = _on_grid_of(out[key], out[self.image_key])
+            out[key] = on_grid_of(out[key], out[self.image_key])
             self._check_values(out[key].numpy(), _name(out[key]))
         return out
 
@@ -171,7 +186,7 @@ class CheckLabeld(MapTransform):
         unknown = voxels[~np.isin(voxels, self.task.values)]
         if unknown.size:
             raise BadVolumeError(f"{source} {self._describe(unknown)}")
-        if np.isin(voxels, self.task.background_values).all():
+        if np.isin(voxels, [*self.task.background_values, *self.task.ignored]).all():
             raise BadVolumeError(
                 f"{source} is empty: none of its {voxels.size} voxels belongs to an organ of the task. Label the case "
                 "or remove it"
@@ -195,8 +210,24 @@ class CheckLabeld(MapTransform):
         )
 
 
-def _on_grid_of(label: MetaTensor, image: MetaTensor) -> MetaTensor:
-    """The label map with the image's affine, its voxel axes turned as the image's are."""
+def on_grid_of(
+    label: MetaTensor,
+    image: MetaTensor,
+    its_image: str = "its image",
+    remedy: str = "Resample the label map onto the image with nearest neighbour",
+) -> MetaTensor:
+    """A label map, or a channel, with the affine of its image, its voxel axes turned as the image's are.
+
+    Args:
+        label: (1, X, Y, Z).
+        image: (C, X, Y, Z).
+        its_image: what to call the image in messages.
+        remedy: what to do about another grid.
+
+    Raises:
+        BadVolumeError: it does not overlap its image.
+        OtherGridError: it has another shape, or a corner more than a tenth of a voxel off.
+    """
     name, image_name = _name(label), _name(image)
     check_affine(label.affine.numpy(), name)
     axes = aff2axcodes(image.affine.numpy())
@@ -205,23 +236,22 @@ def _on_grid_of(label: MetaTensor, image: MetaTensor) -> MetaTensor:
     (low, high), (image_low, image_high) = _bounds(label), _bounds(image)
     if (low >= image_high).any() or (high <= image_low).any():
         raise BadVolumeError(
-            f"{name} does not overlap its image {image_name}: it spans {low.tolist()} to {high.tolist()} mm, the image "
-            f"{image_low.tolist()} to {image_high.tolist()} mm. Check that the two belong together"
+            f"{name} does not overlap {its_image} {image_name}: it spans {low.tolist()} to {high.tolist()} mm, the "
+            f"other {image_low.tolist()} to {image_high.tolist()} mm. Check that the two belong together"
         )
-    remedy = "Resample the label map onto the image with nearest neighbour"
     shape, image_shape = tuple(label.shape[1:]), tuple(image.shape[1:])
     if shape != image_shape:
-        raise BadVolumeError(
-            f"{name} lies on another grid than its image {image_name}: shape {shape} at {_rounded(label.pixdim)} mm "
+        raise OtherGridError(
+            f"{name} lies on another grid than {its_image} {image_name}: shape {shape} at {_rounded(label.pixdim)} mm "
             f"against {image_shape} at {_rounded(image.pixdim)} mm. {remedy}"
         )
     corners = _corners(shape)
     in_image = np.linalg.inv(image.affine.numpy()) @ label.affine.numpy() @ corners
     distance = np.abs(in_image - corners).max()
     if distance > _GRID_TOLERANCE:
-        raise BadVolumeError(
-            f"{name} lies on another grid than its image {image_name}: corners up to {distance:.3g} voxels off, affine "
-            f"{_rounded(label.affine)} against {_rounded(image.affine)}. {remedy}, or correct its header"
+        raise OtherGridError(
+            f"{name} lies on another grid than {its_image} {image_name}: corners up to {distance:.3g} voxels off, "
+            f"affine {_rounded(label.affine)} against {_rounded(image.affine)}. {remedy}, or correct its header"
         )
     if not torch.equal(label.affine, image.affine):
         label = label.clone()

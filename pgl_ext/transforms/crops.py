@@ -18,6 +18,7 @@ __all__ = [
     "cut_view",
     "draw_crop_sizes",
     "pad_crop",
+    "pad_to_minimum",
     "read_crop",
     "resize_crop",
     "resize_crop_nearest",
@@ -84,12 +85,17 @@ def pad_crop(crop: torch.Tensor, margins: np.ndarray, value: float) -> torch.Ten
     return torch.nn.functional.pad(crop, margins[::-1].flatten().tolist(), value=value)
 
 
+def pad_to_minimum(crop: torch.Tensor, margins: np.ndarray) -> torch.Tensor:
+    """Pad each channel of (C, X, Y, Z) with its own smallest value; see :func:`pad_crop`."""
+    return torch.cat([pad_crop(channel[None], margins, float(channel.min())) for channel in crop])
+
+
 def cut_view(
     volume: Any, start: np.ndarray, size: np.ndarray, flip: np.ndarray, view_size: Sequence[int]
 ) -> torch.Tensor:
-    """One view (C, X, Y, Z) of a volume: a crop, padded with its smallest value, resized and flipped."""
+    """One view (C, X, Y, Z) of a volume: a crop, padded with its smallest values, resized and flipped."""
     crop, margins = read_crop(volume, start, size)
-    return resize_crop(pad_crop(crop, margins, float(crop.min())), view_size, flip)
+    return resize_crop(pad_to_minimum(crop, margins), view_size, flip)
 
 
 def resize_crop(crop: torch.Tensor, new_size: Sequence[int], flip: Sequence[bool]) -> torch.Tensor:

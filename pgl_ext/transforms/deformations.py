@@ -174,8 +174,8 @@ class RandSteps(Randomizable):
 class RandDeformedCopyd(RandSteps, MapTransform):
     """Add a deformed copy of the views; the views themselves stay as they are.
 
-    Each view is rescaled to [0, 1] by its own smallest and largest value, deformed with draws of its own, and mapped
-    back: what the encoder sees is normalised as the views are, in pre-training as in fine-tuning.
+    Each view's channels are rescaled to [0, 1] by their smallest and largest values, the view is deformed with draws of
+    its own, and mapped back: what the encoder sees is normalised as the views are, in pre-training as in fine-tuning.
 
     Adds to the sample: ``deformed`` (V, C, X, Y, Z), float32.
 
@@ -200,11 +200,11 @@ class RandDeformedCopyd(RandSteps, MapTransform):
 
 
 def rescale_to_unit(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rescale each patch (B, C, X, Y, Z) to [0, 1] by its own smallest and largest value; a constant one becomes 0.
+    """Rescale each channel of patches (B, C, X, Y, Z) to [0, 1] by its smallest and largest value; constants become 0.
 
     Returns:
-        the rescaled patches, and smallest value and span (B, 1, 1, 1, 1) that map them back.
+        the rescaled patches, and smallest values and spans (B, C, 1, 1, 1) that map them back.
     """
-    lowest = patches.amin((1, 2, 3, 4), keepdim=True)
-    span = (patches.amax((1, 2, 3, 4), keepdim=True) - lowest).clamp_min(1e-7)
+    lowest = patches.amin((2, 3, 4), keepdim=True)
+    span = (patches.amax((2, 3, 4), keepdim=True) - lowest).clamp_min(1e-7)
     return (patches - lowest) / span, lowest, span

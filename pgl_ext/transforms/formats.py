@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "DICOM_SUFFIXES",
@@ -14,6 +16,7 @@ __all__ = [
     "SUPPORTED_SUFFIXES",
     "file_suffix",
     "has_known_suffix",
+    "image_files",
     "is_dicom_file",
 ]
 
@@ -26,15 +29,21 @@ SUPPORTED_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES
 SUPPORTED = f"supported are {', '.join(SUPPORTED_SUFFIXES)} and folders that hold a DICOM series"
 """The same in words, for messages."""
 
-READING_FIELDS = ("series_uid", "orientation")
+READING_FIELDS = ("series_uid", "orientation", "channel_names", "further_channels")
 """Fields of an item that say how its files are read: which DICOM series of a folder; the axes of files that name none,
-from the first voxel to the last, such as ``"LAS"`` (left, anterior, superior)."""
+from the first voxel to the last, such as ``"LAS"`` (left, anterior, superior); of several channels the names, and the
+files behind that of the first, which is the item's image."""
 
 
 def file_suffix(path: str | os.PathLike) -> str:
     """The supported ending of ``path`` in lower case (``".nii.gz"``), else its last suffix (``".png"``, ``""``)."""
     name = Path(path).name.lower()
     return next((suffix for suffix in SUPPORTED_SUFFIXES if name.endswith(suffix)), Path(name).suffix)
+
+
+def image_files(item: Mapping[str, Any]) -> list[str]:
+    """The files of an item's image: one, or one for each channel."""
+    return [str(item["image"]), *map(str, item.get("further_channels") or ())]
 
 
 def has_known_suffix(path: str) -> bool:

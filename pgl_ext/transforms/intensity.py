@@ -1,4 +1,4 @@
-"""Intensity augmentations of batches (B, C, X, Y, Z) on any device, with parameters drawn per sample.
+"""Intensity augmentations of batches (B, C, X, Y, Z) on any device, with parameters drawn per sample and channel.
 
 The PGL paper's (section 3.2, steps 3 to 6) and patch swapping.
 """
@@ -31,7 +31,9 @@ _POSITIVE = 1e-6  # the smallest standard deviation, in voxels, and exponent
 
 
 class _RandBatchTransform(Randomizable):
-    """Apply ``transform`` to each sample with probability ``prob``, its parameter drawn from ``value_range``."""
+    """Apply ``transform`` to each channel, or sample, with probability ``prob``, its parameter from ``value_range``."""
+
+    per_channel = True
 
     def __init__(
         self, prob: float, name: str, value_range: Sequence[float], lowest: float = -math.inf, highest: float = math.inf
@@ -48,6 +50,8 @@ class _RandBatchTransform(Randomizable):
         """Augment (B, C, X, Y, Z); returns a new tensor of the same shape and dtype."""
         if images.ndim != 5:
             raise ValueError(f"expected a batch (B, C, X, Y, Z), got shape {tuple(images.shape)}.")
+        if self.per_channel and images.shape[1] > 1:
+            return self(images.reshape(-1, 1, *images.shape[2:])).view(images.shape)
         changed = np.flatnonzero(self.R.random_sample(len(images)) < self.prob)
         values = self.R.uniform(*self.value_range, size=len(images))[changed]
         if not len(changed):
@@ -67,7 +71,7 @@ class RandBatchNoise(_RandBatchTransform):
     """Add white Gaussian noise whose variance is drawn uniformly (step 3).
 
     Args:
-        prob: probability per sample.
+        prob: probability per channel of a sample.
         variance: range of the variance, in squared units of the normalised intensity.
     """
 
@@ -84,7 +88,7 @@ class RandBatchBlur(_RandBatchTransform):
     """Gaussian blur with repeated borders (step 4).
 
     Args:
-        prob: probability per sample.
+        prob: probability per channel of a sample.
         sigma: range of the standard deviation, in voxels.
     """
 
@@ -106,10 +110,10 @@ class RandBatchBlur(_RandBatchTransform):
 
 
 class RandBatchBrightness(_RandBatchTransform):
-    """Multiply by a constant and clip to the sample's original range (step 5).
+    """Multiply by a constant and clip to the channel's original range (step 5).
 
     Args:
-        prob: probability per sample.
+        prob: probability per channel of a sample.
         factor: range of the factor.
     """
 
@@ -122,10 +126,10 @@ class RandBatchBrightness(_RandBatchTransform):
 
 
 class RandBatchGamma(_RandBatchTransform):
-    """Gamma transformation (step 6): rescale the sample to [0, 1], raise to the power of gamma, rescale back.
+    """Gamma transformation (step 6): rescale the channel to [0, 1], raise to the power of gamma, rescale back.
 
     Args:
-        prob: probability per sample.
+        prob: probability per channel of a sample.
         gamma: range of the exponent.
     """
 
@@ -140,13 +144,15 @@ class RandBatchGamma(_RandBatchTransform):
 class RandBatchPatchSwap(_RandBatchTransform):
     """Swap pairs of disjoint patches within a sample, after context restoration (Chen et al. 2019).
 
-    The patches lie on a grid as coarse as they are large, shifted at random.
+    They are the same in all channels. The patches lie on a grid as coarse as they are large, shifted at random.
 
     Args:
         prob: probability per sample.
         fraction: range of the share of the voxels that change place; the number of swaps follows.
         patch_size: (X, Y, Z) in voxels.
     """
+
+    per_channel = False
 
     def __init__(
         self, prob: float = 0.5, fraction: Sequence[float] = (0.0, 0.2), patch_size: Sequence[int] | int = (8, 4, 4)

@@ -19,6 +19,7 @@ class OrganMasksd(Transform):
     """Turn logits and label map into masks of the task's organs (organs, X, Y, Z), for metrics.
 
     The entry ``pred`` has logits (out_channels, X, Y, Z), ``label`` a label map (1, X, Y, Z) with the files' values.
+    Voxels that the task ignores are in no mask.
     """
 
     def __init__(self, task: SegmentationTask) -> None:
@@ -27,7 +28,8 @@ class OrganMasksd(Transform):
     def __call__(self, data: dict) -> dict:
         # Logits of a large volume are put together on the CPU.
         labels = data["label"].to(data["pred"].device)
-        return {**data, "pred": self.task.masks(data["pred"]), "label": self.task.masks_of_labels(labels)}
+        masks = self.task.without_ignored(self.task.masks(data["pred"]), labels)
+        return {**data, "pred": masks, "label": self.task.masks_of_labels(labels)}
 
 
 class LabelMapd(MapTransform):
@@ -50,7 +52,7 @@ class LabelMapd(MapTransform):
 
 
 class SplitCased(MapTransform):
-    """Split a case (2, X, Y, Z) into its image (1, X, Y, Z) and ``label`` (1, X, Y, Z), both float32 and whole.
+    """Split a case (C + 1, X, Y, Z) into its image (C, X, Y, Z) and ``label`` (1, X, Y, Z), both float32 and whole.
 
     Args:
         keys: key of the case, which becomes the image.
@@ -61,7 +63,7 @@ class SplitCased(MapTransform):
         d.pop("organ_points", None)
         for key in self.key_iterator(d):
             case, _ = read_crop(d[key], (0, 0, 0), d[key].shape[1:])
-            d[key], d["label"] = case[:1], case[1:]
+            d[key], d["label"] = case[:-1], case[-1:]
         return d
 
 

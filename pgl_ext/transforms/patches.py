@@ -13,6 +13,7 @@ from pgl_ext.transforms.crops import (
     checked_size,
     draw_crop_sizes,
     pad_crop,
+    pad_to_minimum,
     read_crop,
     resize_crop,
     resize_crop_nearest,
@@ -29,11 +30,11 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
     other; else it lies anywhere. The entry ``organ_points`` has (N, 3) voxel indices to centre on for each organ.
     Scaling and flipping are those of pre-training (PGL paper, section 3.2), one interpolation per axis: linear for the
     image, nearest for the label map. Where the volume is smaller than the crop, the image is padded with its smallest
-    value nearby and the label map with 0.
+    values nearby and the label map with 0.
 
     Args:
-        keys: key of the case, a (2, X, Y, Z) array or tensor of image and label map; read in part only. Replaced by
-            the image's patch (1, *patch_size), float32; ``label`` gets that of the label map.
+        keys: key of the case, a (C + 1, X, Y, Z) array or tensor of image and label map; read in part only. Replaced by
+            the image's patch (C, *patch_size), float32; ``label`` gets that of the label map.
         patch_size: (X, Y, Z) in voxels.
         scale_range: smallest and largest crop, as multiples of the patch size, drawn per axis. Unlike pre-training's
             1.1 to 1.4 it should have 1 in its middle: scans are segmented at their own scale.
@@ -83,7 +84,7 @@ class RandOrganPatchd(RandomizableTransform, MapTransform):
         for key in self.key_iterator(d):
             self.randomize(d[key].shape[1:], d.pop("organ_points", ()))
             crop, margins = read_crop(d[key], self.crop_start, self.crop_size)
-            image, label = crop[:1], crop[1:]
-            d[key] = resize_crop(pad_crop(image, margins, float(image.min())), self.patch_size, self.flip)
+            image, label = crop[:-1], crop[-1:]
+            d[key] = resize_crop(pad_to_minimum(image, margins), self.patch_size, self.flip)
             d["label"] = resize_crop_nearest(pad_crop(label, margins, 0), self.patch_size, self.flip)
         return d

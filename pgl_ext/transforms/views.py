@@ -32,7 +32,7 @@ class RandOverlappingViewsd(RandomizableTransform, MapTransform):
 
     Crop sizes are drawn per view and axis from ``scale_range`` times the view size. The first crop lies anywhere in the
     volume, the second anywhere around it where the intersection is at least ``min_overlap`` of the larger crop. Where
-    the volume is smaller than a crop, the rest is padded with the volume's smallest value nearby (air, in CT).
+    the volume is smaller than a crop, the rest is padded with each channel's smallest value nearby (air, in CT).
 
     Cropping, scaling and flipping are one linear interpolation per axis, half-pixel as MONAI's ``SpatialCropd``,
     ``Resized(mode="trilinear")`` and ``Flipd``; only the crops' voxels are read.

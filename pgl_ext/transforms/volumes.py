@@ -13,7 +13,7 @@ import monai
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, NormalizeIntensityd, Orientationd, ScaleIntensityRanged, Spacingd
+from monai.transforms import Compose, MapTransform, NormalizeIntensityd, Orientationd, ScaleIntensityRange, Spacingd
 from monai.utils import ensure_tuple
 
 from pgl_ext.code_digest import code_digests, digest
@@ -21,7 +21,7 @@ from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms.checks import CheckLabeld, CheckVolumed
 from pgl_ext.transforms.load import LoadVolumed
 
-__all__ = ["Preprocessing", "VolumeSpacingd", "loading", "preprocessing"]
+__all__ = ["ClipChannelsd", "Preprocessing", "VolumeSpacingd", "loading", "preprocessing"]
 
 
 class Preprocessing(Compose):
@@ -41,54 +41,62 @@ class Preprocessing(Compose):
         self.digest = digest(json.dumps([dict(arguments), code, monai.__version__], sort_keys=True))
 
 
-def loading(keys: KeysCollection = "image", task: SegmentationTask | None = None) -> Compose:
+def loading(
+    keys: KeysCollection = "image",
+    task: SegmentationTask | None = None,
+    channel_names: Sequence[str] | None = None,
+    resample_channels: bool = False,
+) -> Compose:
     """Read volumes and turn bad ones away, without changing them.
 
     Args:
         keys: key of the image, and of its label map where there is one.
         task: what the label map shows; needed with one.
+        channel_names, resample_channels: of the image, see :class:`LoadVolumed`.
     """
     image, *labels = ensure_tuple(keys)
-    steps = [LoadVolumed([image, *labels]), CheckVolumed(image)]
+    load = LoadVolumed([image, *labels], channel_names=channel_names, resample_channels=resample_channels)
+    steps = [load, CheckVolumed(image)]
     return Compose([*steps, CheckLabeld(labels, task, image_key=image)] if labels else steps)
 
 
 def preprocessing(
     keys: KeysCollection = "image",
     spacing: Sequence[float] | None = None,
-    hu_window: Sequence[float] | None = None,
+    hu_window: Sequence | None = None,
     task: SegmentationTask | None = None,
     labels_on_file_grid: bool = False,
     extra: Sequence[Callable] = (),
+    channel_names: Sequence[str] | None = None,
+    resample_channels: bool = False,
 ) -> Preprocessing:
     """Read and check a scan, turn it to RAS, resample and clip it, and give it zero mean and unit standard deviation.
 
     Args:
-        keys: key of the image (1, X, Y, Z), and of its label map where there is one.
+        keys: key of the image (C, X, Y, Z), and of its label map where there is one.
         spacing: mm per voxel of each axis to resample to, linearly, label maps by nearest voxels; None: as stored.
-        hu_window: (low, high) to clip to, in HU or the scan's own unit; None: not clipped.
+        hu_window: (low, high) to clip to, in HU or the scan's own unit; None: not clipped. Or such an entry for each
+            channel. Mean and standard deviation are those of each channel by itself.
         task: what the label map shows; needed with one.
         labels_on_file_grid: leave the label map on the grid of its file, for scores that are taken there.
         extra: further steps, such as a user's own.
+        channel_names, resample_channels: of the image, see :class:`LoadVolumed`.
 
     Returns:
         the steps with their digest.
 
     Raises:
-        ValueError: the window is empty.
+        ValueError: a window is empty, or there are more or fewer windows than channels.
     """
     image, *labels = ensure_tuple(keys)
     placed = [image] if labels_on_file_grid else [image, *labels]
     modes = ["bilinear", *["nearest"] * (len(placed) - 1)]
-    steps = [loading(keys, task), Orientationd(placed, axcodes="RAS", labels=None)]
+    steps = [loading(keys, task, channel_names, resample_channels), Orientationd(placed, axcodes="RAS", labels=None)]
     if spacing is not None:
         steps.append(VolumeSpacingd(placed, pixdim=spacing, mode=modes))
     if hu_window is not None:
-        low, high = hu_window
-        if not low < high:
-            raise ValueError(f"hu_window is {[low, high]}: give the lower value first.")
-        steps.append(ScaleIntensityRanged(image, a_min=low, a_max=high, b_min=low, b_max=high, clip=True))
-    steps += [NormalizeIntensityd(image), *extra]
+        steps.append(ClipChannelsd(image, hu_window, None if channel_names is None else len(channel_names)))
+    steps += [NormalizeIntensityd(image, channel_wise=True), *extra]
     arguments = {
         "keys": [image, *labels],
         "spacing": spacing,
@@ -96,6 +104,7 @@ def preprocessing(
         # Not the task itself: nothing is prepared otherwise when an organ changes its name.
         "values": task and [task.values, task.background_values],
         "labels_on_file_grid": labels_on_file_grid,
+        "channels": [channel_names and list(channel_names), bool(resample_channels)],
         "extra": [_described(step) for step in extra],
     }
     return Preprocessing(steps, arguments)
@@ -132,6 +141,46 @@ def _described(value: Any, within: tuple[Any, ...] = ()) -> Any:
         methods = {name: entry for name, entry in vars(kind).items() if isinstance(entry, types.FunctionType)}
         return [f"{kind.__module__}.{kind.__qualname__}", describe(methods), describe(vars(value))]
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
+
+
+class ClipChannelsd(MapTransform):
+    """Clip the intensities of volumes (C, X, Y, Z) to a window, or each channel to its own.
+
+    Args:
+        keys: of the volumes.
+        hu_window: (low, high) for all channels; or for each channel such a window, or None: not clipped.
+        channels: number of channels, where it is known.
+
+    Raises:
+        ValueError: a window is empty, or there are more or fewer of them than channels.
+    """
+
+    def __init__(self, keys: KeysCollection, hu_window: Sequence, channels: int | None = None) -> None:
+        super().__init__(keys)
+        per_channel = all(window is None or isinstance(window, Sequence) for window in hu_window)
+        self.windows = list(hu_window) if per_channel else [hu_window]
+        if any(window is not None and (len(window) != 2 or not window[0] < window[1]) for window in self.windows):
+            raise ValueError(f"hu_window is {hu_window}: give the lower value first, or a window for each channel.")
+        if per_channel:
+            self._check(len(self.windows) if channels is None else channels)
+
+    def _check(self, channels: int) -> None:
+        if len(self.windows) not in (1, channels):
+            raise ValueError(
+                f"hu_window has {len(self.windows)} windows for {channels} channels: give one for all, or one (or "
+                "null) for each."
+            )
+
+    def __call__(self, data: dict) -> dict:
+        out = dict(data)
+        for key in self.key_iterator(out):
+            self._check(len(out[key]))
+            out[key] = out[key].clone()
+            windows = self.windows * (len(out[key]) // len(self.windows))
+            for channel, window in enumerate(windows):
+                if window is not None:
+                    out[key][channel] = ScaleIntensityRange(*window, *window, clip=True)(out[key][channel])
+        return out
 
 
 class VolumeSpacingd(Spacingd):

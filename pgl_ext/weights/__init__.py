@@ -1,6 +1,6 @@
 """Files of weights with the records beside them: writing, loading with a report, and building networks."""
 
-from pgl_ext.weights.files import load_state, save_decoder, save_encoder, save_weights
+from pgl_ext.weights.files import load_state, model_files, save_decoder, save_encoder, save_weights
 from pgl_ext.weights.loading import (
     LoadReport,
     build_encoder,
@@ -11,7 +11,7 @@ from pgl_ext.weights.loading import (
     load_model,
     network_of,
 )
-from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord, model_files
+from pgl_ext.weights.records import EncoderRecord, InputRecord, ModelRecord
 from pgl_ext.weights.start import decoder_file, load_pretrained, recorded_architecture, recorded_input, start_method
 
 __all__ = [

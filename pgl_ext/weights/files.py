@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import methodcaller
@@ -20,12 +20,13 @@ from types import ModuleType
 import numpy as np
 import torch
 from monai.config import PathLike
+from monai.utils import ensure_tuple
 
 from pgl_ext.files import pointer_problem, read_json, write_atomically, write_json
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
 from pgl_ext.weights.records import SHA256, EncoderRecord, ModelRecord
 
-__all__ = ["load_state", "save_decoder", "save_encoder", "save_weights"]
+__all__ = ["load_state", "model_files", "save_decoder", "save_encoder", "save_weights"]
 
 _SAFETENSORS = ".safetensors"
 # What NumPy's numbers are pickled as, a type and bytes; the function has moved since NumPy 1.
@@ -154,3 +155,10 @@ def load_state(path: PathLike) -> dict:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of names: give a state dict's file.")
     return content
+
+
+def model_files(path: PathLike | Sequence[PathLike]) -> list[str]:
+    """The model files that are meant by one, by several, or by the folder of a training with folds."""
+    paths = [Path(part) for part in ensure_tuple(path)]
+    folds = len(list(paths[0].glob("fold_*"))) if len(paths) == 1 else 0
+    return [str(paths[0] / f"fold_{fold}" / "models" / "model.pt") for fold in range(folds)] or list(map(str, paths))

@@ -40,17 +40,19 @@ class LoadReport:
         missing: the network's tensors that the file lacks.
         unexpected: the file's tensors that the network lacks.
         mismatched: tensors of another shape, as ``name: file shape, network's shape``.
+        repeated: those loaded that were made for one channel, repeated for several and divided by their number.
     """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
         texts = [f"{len(self.loaded)} of {total} tensors loaded"]
-        for name in ("missing", "unexpected", "mismatched"):
+        for name in ("missing", "unexpected", "mismatched", "repeated"):
             if keys := getattr(self, name):
                 texts.append(f"{name} ({len(keys)}): {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}")
         return "; ".join(texts)
@@ -78,7 +80,9 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     Args:
         network: a network with ``.encoder``, or an encoder.
         path: an encoder file, the state dict of the network's class in its library, or one of the published layouts of
-            :mod:`pgl_ext.weights.public`.
+            :mod:`pgl_ext.weights.public`. Where it was trained on one channel and the network takes several,
+            convolutions of the input are repeated and divided by the number of channels: of several that are alike, the
+            encoder makes what it made of one.
 
     Returns:
         the report; what does not belong to an encoder, such as a decoder, is listed as unexpected.
@@ -95,13 +99,25 @@ def load_encoder(network: nn.Module, path: PathLike) -> LoadReport:
     prefixed = {key.removeprefix(prefix): value for key, value in weights.state.items() if key.startswith(prefix)}
     target = _named_once(encoder, encoder.encoder_keys())
     state = _without_shortcut_bias(_first_names(encoder, prefixed or weights.state), target)
+    repeated = _repeat_input(state, target, encoder.arguments["in_channels"])
     report = compare_states(state, target)
+    report.repeated = repeated
     # A decoder is left out. More of what the encoder has as well, such as blocks of a stage, is a larger encoder.
     larger = any(key.startswith(tuple(f"{part}." for part in encoder.encoder_parts)) for key in report.unexpected)
     if report.missing or report.mismatched or larger:
         raise ValueError(f"{path} does not fit the encoder: {report}. {_remedy(path, weights, report)}")
     encoder.load_state_dict({key: state[key] for key in target}, strict=False)
     return report
+
+
+def _repeat_input(state: dict[str, torch.Tensor], target: Mapping[str, torch.Tensor], channels: int) -> list[str]:
+    """Repeat, in place, the weights of convolutions whose one channel the network has several of; their names."""
+    names = []
+    for key in set(state) & set(target):
+        if state[key].shape[1:2] == (1,) and target[key].shape[1:2] == (channels,) != (1,):
+            state[key] = state[key].repeat(1, channels, *[1] * (state[key].ndim - 2)) / channels
+            names.append(key)
+    return sorted(names)
 
 
 def _remedy(path: PathLike, weights: PublicWeights, report: LoadReport) -> str:

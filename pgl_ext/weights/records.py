@@ -9,16 +9,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from monai.config import PathLike
 from monai.utils import ensure_tuple
 
 from pgl_ext import __version__
 from pgl_ext.files import read_json
+from pgl_ext.settings import check_fields, flat_entries
 from pgl_ext.task import SegmentationTask
 
-__all__ = ["SHA256", "EncoderRecord", "InputRecord", "ModelRecord", "flat_entries", "model_files"]
+__all__ = ["SHA256", "EncoderRecord", "InputRecord", "ModelRecord"]
 
 SHA256 = "sha256"
 """Entry of the JSON beside files: their checksums by suffix. They are of the files and no part of the record."""
@@ -31,19 +32,32 @@ class InputRecord:
     """How the volumes that a network sees are prepared.
 
     Args:
-        hu_window: (low, high) that intensities are clipped to, in HU or the scans' own unit; None: not clipped. Then
-            each volume gets zero mean and unit standard deviation.
+        hu_window: (low, high) that intensities are clipped to, in HU or the scans' own unit; None: not clipped; or such
+            an entry for each channel. Then each channel gets zero mean and unit standard deviation.
         spacing: mm per voxel of each axis that volumes are resampled to; None: as stored.
         patch_size: (X, Y, Z) in voxels of the patches, or views, that the network was trained on.
-        channels: of the input.
+        channels: of the input, as many as have names.
         orientation: of the voxel axes.
+        channel_names: in their order; by default ``image``, or numbers of several.
+
+    Raises:
+        ValueError: there are more or fewer names than channels.
     """
 
-    hu_window: Sequence[float] | None = None
+    hu_window: Sequence[float] | Sequence[Sequence[float] | None] | None = None
     spacing: Sequence[float] | None = None
     patch_size: Sequence[int] | None = None
     channels: int = 1
     orientation: str = "RAS"
+    channel_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        numbered = [f"channel {number}" for number in range(self.channels)]
+        names = list(self.channel_names or (["image"] if self.channels == 1 else numbered))
+        if self.channels not in (1, len(names)):
+            raise ValueError(f"there are {self.channels} channels, but the names {names}: give each one.")
+        object.__setattr__(self, "channel_names", names)
+        object.__setattr__(self, "channels", len(names))
 
     @classmethod
     def from_json(cls, content: Any, source: Any, channels: int = 1) -> InputRecord:
@@ -61,7 +75,11 @@ class InputRecord:
         unknown = sorted(set(content) - names) if isinstance(content, Mapping) else [content]
         if unknown:
             raise ValueError(f"{source} describes its input by {unknown}: install the version that wrote it.")
-        return cls(**_of_known_kinds(cls, {"channels": channels, **content}, source))
+        known = check_fields(cls, {"channels": channels, **content}, source)
+        try:
+            return cls(**known)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
 
     @classmethod
     def load(cls, path: PathLike) -> InputRecord | None:
@@ -75,11 +93,26 @@ class InputRecord:
         content = _upgraded(content)
         return cls.from_json(content["input"], source) if "input" in content else None
 
+    def check_channels(self, names: Sequence[str], source: Any) -> None:
+        """Refuse channels that weights cannot start with: other than their several, in number or order.
+
+        Raises:
+            ValueError: naming the source, the file of weights.
+        """
+        before, now = self.channel_names, list(names)
+        if before != now and (sorted(before) == sorted(now) or len(before) not in (1, len(now))):
+            raise ValueError(
+                f"{source} was trained on the channels {before}, here they are {now}: give these, in the order of the "
+                "weights, or weights that were trained on one channel or on those here."
+            )
+
     def differences(self, other: InputRecord) -> list[str]:
         """What another preparation differs in, in words with the options that set it."""
         differences = []
         if _floats(self.hu_window) != _floats(other.hu_window):
             differences.append(f"clipped to {self.hu_window} HU, here {_floats(other.hu_window)} (--hu_window)")
+        if self.channel_names != other.channel_names and max(self.channels, other.channels) > 1:
+            differences.append(f"channels {self.channel_names}, here {other.channel_names} (--channel_names)")
         if _floats(self.spacing) != _floats(other.spacing):
             here = _floats(other.spacing) or "as stored"
             differences.append(f"spacing {self.spacing or 'as stored'}, here {here} mm (--spacing)")
@@ -88,8 +121,11 @@ class InputRecord:
         return differences
 
 
-def _floats(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else [float(value) for value in values]
+def _floats(values: Any) -> Any:
+    """A number as float, and so each of a list."""
+    if isinstance(values, (list, tuple)):
+        return [_floats(value) for value in values]
+    return None if values is None else float(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +166,7 @@ class _Record:
         names = {entry.name for entry in fields(cls)} - {"others"}
         known = {name: content.pop(name) for name in names & set(content)}
         known["input"] = InputRecord.from_json(known["input"], source, _in_channels(known[cls._built]))
-        return cls(**_of_known_kinds(cls, known, source), others=content)
+        return cls(**check_fields(cls, known, source), others=content)
 
     @classmethod
     def load(cls: type[_R], path: PathLike) -> _R:
@@ -245,16 +281,16 @@ class ModelRecord(_Record):
             return cls.load(path)
         if not Path(metadata).is_file():
             raise FileNotFoundError(
-                f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, with "
-                "--model_path FILE."
+                f"Model file {Path(path).absolute()} does not exist: give the one that fine-tuning wrote, --model_path."
             )
         content = read_json(metadata)
         image, task = content["network_data_format"]["inputs"]["image"], SegmentationTask.of_channels(content)
+        names = list(image["channel_def"].values())
         arguments = {"in_channels": image["num_channels"], "out_channels": task.out_channels}
         return cls(
             task=task.description(),
             network={"family": "resnet", "arguments": arguments},
-            input=InputRecord(hu_window=[-1024, 325], patch_size=image["spatial_shape"]),
+            input=InputRecord(hu_window=[-1024, 325], patch_size=image["spatial_shape"], channel_names=names),
         )
 
     def _check_same(self, other: ModelRecord, path: PathLike, other_path: PathLike) -> None:
@@ -269,13 +305,6 @@ class ModelRecord(_Record):
                     "networks that are averaged must be of one task, with scans prepared alike. Give those of one "
                     "training with folds."
                 )
-
-
-def model_files(path: PathLike | Sequence[PathLike]) -> list[str]:
-    """The model files that are meant by one, by several, or by the folder of a training with folds."""
-    paths = [Path(part) for part in ensure_tuple(path)]
-    folds = len(list(paths[0].glob("fold_*"))) if len(paths) == 1 else 0
-    return [str(paths[0] / f"fold_{fold}" / "models" / "model.pt") for fold in range(folds)] or list(map(str, paths))
 
 
 def _read(weights: PathLike) -> tuple[Path, dict]:
@@ -294,27 +323,6 @@ def _in_channels(architecture: Any) -> Any:
     return arguments.get("in_channels", 1) if isinstance(arguments, Mapping) else 1
 
 
-def _of_known_kinds(cls: type, content: Mapping, source: Any) -> Mapping:
-    """The content, after making sure that each entry is what the fields of a record say that it is."""
-    for name, kind in get_type_hints(cls).items():
-        if name in content and not _is_a(content[name], kind):
-            raise ValueError(
-                f"{source} gives {name} as {content[name]!r}, which is not what it should be: copy it again, or "
-                "install the version that wrote it."
-            )
-    return content
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind such as ``Sequence[float] | None``; true and false are no numbers."""
-    outer, inner = get_origin(kind), get_args(kind)
-    if outer is Sequence:
-        return isinstance(value, (list, tuple)) and all(_is_a(entry, inner[0]) for entry in value)
-    if inner:
-        return any(_is_a(value, option) for option in inner)
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-
-
 def _upgraded(content: Mapping) -> dict:
     """Entries of records that were written before architectures had families and inputs an entry of their own."""
     content = dict(content)
@@ -330,18 +338,3 @@ def _upgraded(content: Mapping) -> dict:
             "orientation": content.pop("orientation", "RAS"),
         }
     return content
-
-
-def flat_entries(content: Any, name: str = "", lists: bool = False) -> dict[str, Any]:
-    """All values of nested entries by id, such as ``input#spacing``.
-
-    Args:
-        content: plain values, as of JSON or of a config.
-        name: id of the part that it is.
-        lists: whether entries of lists have ids too, as in ``encoder#layers#0``; otherwise lists count as values.
-    """
-    if not content or not isinstance(content, (Mapping, list) if lists else Mapping):
-        return {name: content}
-    parts = content.items() if isinstance(content, Mapping) else enumerate(content)
-    flat = [flat_entries(part, f"{name}#{key}" if name else str(key), lists) for key, part in parts]
-    return {id_: value for entries in flat for id_, value in entries.items()}

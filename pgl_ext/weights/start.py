@@ -39,12 +39,14 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does.
+        ValueError: one is damaged, the encoder does not fit, or nothing of the decoder does; or it was trained on more
+            than one channel, and on another number of them, or on these in another order.
     """
     if encoder is None:
         logger.info("no pretrained_encoder: random initialisation")
     for path, load in ((encoder, load_encoder), (decoder, load_decoder)):
         if path is not None:
+            _check_channels(path, input)
             logger.info("%s: %s", path, load(network, path))
     for path in dict.fromkeys(path for path in (encoder, decoder) if path is not None):
         _warn_of_other_input(path, input)
@@ -72,6 +74,7 @@ def start_method(method: nn.Module, pretrained: PathLike | None = None, input: M
     """
     if pretrained is None:
         return method
+    _check_channels(pretrained, input)
     logger.info("%s: %s", pretrained, load_encoder(method, pretrained))
     decoder = decoder_file(pretrained)
     if decoder is not None and method.decoder_state():
@@ -83,6 +86,11 @@ def start_method(method: nn.Module, pretrained: PathLike | None = None, input: M
     for online, target in method.momentum_pairs():
         target.load_state_dict(online.state_dict())
     return method
+
+
+def _check_channels(path: PathLike, input: Mapping | None) -> None:
+    if Path(path).with_suffix(".json").is_file() and (recorded := InputRecord.load(path)) is not None:
+        recorded.check_channels(InputRecord(**(input or {})).channel_names, path)
 
 
 def _warn_of_other_input(path: PathLike, input: Mapping | None) -> None:

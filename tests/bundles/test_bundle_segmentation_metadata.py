@@ -215,6 +215,8 @@ class TestWorkflow:
                 "_target_": "pgl_ext.transforms.preprocessing",
                 "spacing": "@spacing",
                 "hu_window": "@hu_window",
+                "channel_names": "@channel_names",
+                "resample_channels": "@resample_channels",
             }
 
 

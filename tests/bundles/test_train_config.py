@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from monai.bundle import ConfigParser
 from programs import CONFIGS, ROOT, SEGMENTATION_CONFIGS
 
 # What MONAI and the Model Zoo look for by these names.
@@ -78,3 +80,20 @@ def test_how_scans_are_prepared_is_said_in_few_lines():
     blocks = [block for text in texts for block in entry.findall(text)]
     assert len(blocks) == sum(text.count('"pgl_ext.transforms.preprocessing"') for text in texts) == 5
     assert sum(len(block.splitlines()) for block in blocks) <= 45
+
+
+@either
+@pytest.mark.parametrize(
+    "overlays", [[], ["networks/dynunet"], ["small", "networks/dynunet_small"], ["networks/segresnet"]]
+)
+def test_networks_have_the_channels_that_are_named(configs, overlays):
+    """In pre-training as many outputs too, to restore each channel."""
+    names = ["T1", "T2", "FLAIR"]
+    segmentation = configs == SEGMENTATION_CONFIGS
+    parser = ConfigParser()
+    parser.read_config([configs / "train.json", *(configs / f"{name}.yaml" for name in overlays)])
+    parser.update({"channel_names": names, **({"organs": {"tumour": 1}} if segmentation else {})})
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def" if segmentation else "segmentation_network").eval()
+        assert network(torch.zeros(1, 3, 64, 64, 32)).shape[1] == (2 if segmentation else 3)
+    assert parser.get_parsed_content("description#input#channel_names") == names

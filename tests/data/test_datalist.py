@@ -7,6 +7,7 @@ from made_files import touch, write_list
 
 from pgl_ext.data.datalist import labelled_items, listed_path, load_datalist, source_names, unique_names
 from pgl_ext.data.find import find_scans
+from pgl_ext.transforms.formats import image_files
 
 
 def data_list(folder: Path, content: object) -> Path:
@@ -218,13 +219,50 @@ class TestListsOfNNUNet:
         (case,) = labelled_items(data_list(tmp_path, content))
         assert case == {"image": str(tmp_path / "a_0000.nii.gz"), "label": str(tmp_path / "labels/a.nii.gz")}
 
+
+class TestSeveralChannels:
+    FILES = ("a_0000.nii", "a_0001.nii")
+
     @pytest.mark.parametrize(
-        "content",
-        [{"training": ["a.nii"]}, {"dataset": {"a": {"images": ["a_0000.nii", "a_0001.nii"], "label": "a.nii"}}}],
+        ("content", "names"),
+        [
+            ({"training": ["a.nii"]}, None),
+            ({"training": ["a.nii"], "modality": {"0": "T1", "1": "T2"}}, ["T1", "T2"]),
+            ({"training": ["a_0000.nii"], "channel_names": {"1": "T2", "0": "T1"}}, ["T1", "T2"]),
+            ({"training": [{"image": ["a_0000.nii", "a_0001.nii"]}]}, None),
+            ({"training": [{"image": list(FILES), "channel_names": ["A", "B"]}]}, ["A", "B"]),
+            ({"dataset": {"a": {"images": list(FILES), "label": "a.nii"}}, "modality": ["CT", "PET"]}, ["CT", "PET"]),
+        ],
     )
-    def test_several_channels_are_refused(self, tmp_path, content):
-        touch(tmp_path, "a_0000.nii", "a_0001.nii")
-        with pytest.raises(ValueError, match=r"several channels.* not supported"):
+    def test_files_and_names(self, tmp_path, content, names):
+        touch(tmp_path, *self.FILES)
+        (item,) = load_datalist(data_list(tmp_path, content))
+        assert image_files(item) == [str(tmp_path / name) for name in self.FILES]
+        assert item.get("channel_names") == names
+        # What a split writes is read again.
+        assert load_datalist(data_list(tmp_path, {"training": [item]})) == [item]
+        assert unique_names([item]) == ["a"]
+
+    def test_a_file_of_four_dimensions_has_names(self, tmp_path):
+        touch(tmp_path, "a.nii")
+        content = {"training": ["a.nii"], "modality": {"0": "FLAIR", "1": "T1w"}}
+        assert load_datalist(data_list(tmp_path, content)) == [
+            {"image": str(tmp_path / "a.nii"), "channel_names": ["FLAIR", "T1w"]}
+        ]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (
+                {"training": [{"image": list(FILES)}], "modality": ["A", "B", "C"]},
+                r"2 files, .*a_0001.*\['A', 'B', 'C'\]",
+            ),
+            ({"training": ["a.nii"], "channel_names": {"1": "T1", "2": "T2"}}, "by its number from 0"),
+        ],
+    )
+    def test_names_that_do_not_fit(self, tmp_path, content, message):
+        touch(tmp_path, *self.FILES)
+        with pytest.raises(ValueError, match=message):
             load_datalist(data_list(tmp_path, content))
 
 
@@ -258,7 +296,7 @@ def test_a_dicom_folder_may_have_a_dot_in_its_name(tmp_path):
         ({"validation": ["a.nii"], "name": "x", "test": ["a.nii"]}, r"'training'.*\['validation', 'test'\]"),
         ({"training": []}, "no entries under the key 'training'"),
         ({"training": ["a.nii", {"label": "b.nii"}]}, "Entry 1 .*'image'"),
-        ({"training": [{"image": ["a.nii", "b.nii"]}]}, "Entry 0 .*'image'"),
+        ({"training": [{"image": ["a.nii", 3]}]}, "Entry 0 .*'image'"),
         ({"training": [{"image": ""}]}, "Entry 0 .*'image'"),
         ({"training": ["a.nii", "b.png"]}, r"unsupported type: .*b\.png"),
         ({"training": ["x.nii", "y.nii"]}, r"None of the 2 images .*x\.nii: set dataset_dir"),

@@ -126,7 +126,7 @@ class TestFindCases:
     def test_a_folder_with_a_dicom_series(self, tmp_path, monkeypatch):
         touch(tmp_path, "images/pat.1/0.dcm", "labels/pat.1.nii.gz")
         item = {"image": str(tmp_path / "images/pat.1"), "series_uid": "1.2"}
-        monkeypatch.setattr("pgl_ext.data.find.find_volumes", lambda folder: [item])
+        monkeypatch.setattr("pgl_ext.data.find.find_volumes", lambda *_: [item])
         assert find_cases(tmp_path) == [{**item, "label": str(tmp_path / "labels/pat.1.nii.gz")}]
 
     def test_all_left_over_files_are_named_at_once(self, tmp_path):

@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from pgl_ext.data.structures import annotated_field, found_structures, listed_structures
+from pgl_ext.data.structures import annotated_field, found_structures, listed_ignore_label, listed_structures
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from pgl_ext.data.structures import annotated_field, found_structures, listed_st
         ({"Clear Label": "0", "liver": "6"}, {"liver": [6]}),
         (["background", "liver"], {"liver": [1]}),
         (None, {}),
+        ({"background": 0, "liver": 1, "ignore": 2}, {"liver": [1]}),
         ({}, {}),
     ],
 )
@@ -24,9 +25,16 @@ def test_listed(labels, structures):
 
 
 @pytest.mark.parametrize(
+    ("labels", "value"),
+    [({"background": 0, "liver": 1, "ignore": 2}, 2), ({"liver": 1}, None), ({"1": "ignore"}, None), ({}, None)],
+)
+def test_what_is_to_be_ignored(labels, value):
+    assert listed_ignore_label({"labels": labels}) == value
+
+
+@pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"background": 0, "liver": 1, "ignore": 2}, "voxels to ignore"),
         ({"liver": "one"}, "'liver': 'one'"),
         ({"liver": True}, "'liver': True"),
         ({"liver": []}, "'liver'"),

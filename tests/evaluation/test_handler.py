@@ -354,6 +354,23 @@ def test_organs_that_are_not_annotated_take_no_part(tmp_path):
     assert case_means(rows, "dice") == {"a": 0.5}
 
 
+def test_voxels_to_ignore_are_scored_in_neither(tmp_path):
+    """As if the volume ended before them."""
+    rng = np.random.default_rng(0)
+    fat, muscle = rng.random((2, *SHAPE)) > 0.7
+    labels = rng.choice([0, 3, 7], (1, *SHAPE))
+    labels[..., 9:] = 9
+    task = SegmentationTask(ORGANS, ignore_label=9)
+    rows = EvaluationReport(tmp_path / "out", task, [{"name": "a"}]).add(
+        "a", predicted(fat, muscle), torch.from_numpy(labels)
+    )
+    for row, mask, value in zip(rows, (fat, muscle), (3, 7), strict=True):
+        expected = organ_scores(mask[..., :9], labels[0, ..., :9] == value, (1.1, 1.3, 2.7))
+        assert {key: row[key] for key in expected} == pytest.approx(expected)
+    written = nib.load(tmp_path / "out" / "predictions" / "a.nii.gz").get_fdata()
+    assert (written[..., 9:] > 0).any()  # where nothing is known, the network may well be right
+
+
 def test_each_organ_has_its_tolerance(tmp_path, data_list):
     """Within a volume's size all surfaces agree, within less than a voxel those of a network that is wrong do not."""
     network = ByIntensity()

@@ -45,6 +45,17 @@ def draw(labels: torch.Tensor, task: SegmentationTask, seed: int = 0, annotated=
     return sample_voxels(labels, task, 50, 300, torch.Generator().manual_seed(seed), annotated)
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_voxels_to_ignore_are_not_drawn(multi_label):
+    """And count for no organ's size: what is left is as of a map that never had them."""
+    task = SegmentationTask({"a": [1], "b": [2]}, multi_label=multi_label, ignore_label=3)
+    labels = label_map()
+    drawn = draw(labels, task)
+    values = labels[0][tuple(drawn.voxels.T)]
+    assert [int((values == value).sum()) for value in range(4)] == [300, 50, 20, 0]
+    torch.testing.assert_close(drawn.sizes, torch.tensor([200.0, 20.0]))
+
+
 @pytest.mark.parametrize(
     ("task", "expected", "sizes"),
     [

@@ -186,3 +186,40 @@ class TestSegmentationLoss:
         annotated = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
         with pytest.raises(ValueError, match="set multi_label to true, or leave that organ or those cases out"):
             SegmentationLoss(MULTI_CLASS)(logits, {"label": labels, "annotated": annotated})
+
+
+IGNORING = [SegmentationTask(ORGANS, [0, 2], multi_label, ignore_label=9) for multi_label in (False, True)]
+
+
+class TestVoxelsToIgnore:
+    @pytest.mark.parametrize("task", IGNORING)
+    def test_the_loss_is_that_of_the_others_by_hand(self, task):
+        """Dice over the batch and cross-entropy, in double precision, of the voxels whose label is not 9."""
+        logits, labels = segmentation_batch(task)
+        known = (labels != 9)[:, 0]
+        z, t = (v.double().movedim(1, 0)[:, known] for v in (logits, task.targets(labels)))
+        p = z.sigmoid() if task.multi_label else z.softmax(0)
+        entropy = -(t * p.log() + (1 - t) * (1 - p).log()).mean() if task.multi_label else -(t * p.log()).sum(0).mean()
+        p, t = (p, t) if task.multi_label else (p[1:], t[1:])
+        expected = entropy + (1 - 2 * (p * t).sum(1) / (p.sum(1) + t.sum(1))).mean()
+        assert float(SegmentationLoss(task)(logits, {"label": labels})) == pytest.approx(float(expected), rel=1e-5)
+
+    @pytest.mark.parametrize("task", IGNORING)
+    def test_what_the_network_says_there_has_no_effect(self, task):
+        logits, labels = segmentation_batch(task)
+        deep = torch.stack([logits, logits.flip(1)], dim=1).requires_grad_()
+        annotated = torch.tensor([[True, True, True], [True, False, True], [True, True, True]])
+        batch = {"label": labels, **({"annotated": annotated} if task.multi_label else {})}
+        SegmentationLoss(task)(deep, batch).backward()
+        ignored = (labels == 9)[:, None].expand_as(deep)
+        assert ignored.any()
+        assert (deep.grad[ignored] == 0).all()
+        assert (deep.grad[~ignored] != 0).any()
+
+    @pytest.mark.parametrize("task", IGNORING)
+    def test_nothing_is_known(self, task):
+        logits = torch.randn(2, task.out_channels, 4, 4, 4, requires_grad=True)
+        loss = SegmentationLoss(task)(logits, {"label": torch.full((2, 1, 4, 4, 4), 9.0)})
+        loss.backward()
+        assert float(loss) == 0
+        assert (logits.grad == 0).all()

@@ -23,6 +23,7 @@ from monai.networks.utils import copy_model_state
 from programs import ROOT
 
 from pgl_ext import __version__
+from pgl_ext.networks import ResNetEncoder
 from pgl_ext.networks.build import NETWORKS
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools import cli, packaging
@@ -190,21 +191,21 @@ class TestRefused:
 
 class TestWeights:
     @pytest.fixture
-    def files(self, tmp_path, make_encoder) -> dict[str, Path]:
+    def files(self, tmp_path) -> dict[str, Path]:
         """An encoder, a model and a text; they need not be weights to be packed."""
-        encoder = make_encoder()
-        network = {"in_channels": 1, "encoder": encoder.arguments, "aspp_channels": 16, "decoder_channels": [16, 8, 8]}
+        encoder = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.125, in_channels=2)
+        network = {"in_channels": 2, "encoder": encoder.arguments, "aspp_channels": 16, "decoder_channels": [16, 8, 8]}
         records = {
             "encoder": EncoderRecord(
                 architecture=encoder.architecture,
                 stride=encoder.stride,
                 channels=encoder.channels,
-                input=InputRecord(hu_window=[-100, 300]),
+                input=InputRecord(hu_window=[-100, 300], channel_names=["CT", "PET"]),
             ),
             "model": ModelRecord(
                 task={"organs": {"liver": [1], "spleen": [2]}, "background_values": [0], "multi_label": False},
                 network={"family": "resnet", "arguments": network},
-                input=InputRecord(hu_window=[-100, 300], spacing=[2, 2, 3], patch_size=[32, 32, 16]),
+                input=InputRecord([-100, 300], [2, 2, 3], [32, 32, 16], channel_names=["CT", "PET"]),
                 pretrained_encoder="/home/someone/encoder.pt",
                 data={"lists": ["/home/someone/list.json", "C:\\Users\\someone\\other.json"], "training_cases": 3},
             ),
@@ -245,7 +246,9 @@ class TestWeights:
         pred = formats["pgl_segmentation"]["outputs"]["pred"]
         assert pred["channel_def"] == {"0": "background", "1": "liver", "2": "spleen"}
         assert (pred["num_channels"], pred["spatial_shape"]) == (3, [32, 32, 16])
-        assert formats["pgl_segmentation"]["inputs"]["image"]["spatial_shape"] == [32, 32, 16]
+        image = formats["pgl_segmentation"]["inputs"]["image"]
+        assert (image["spatial_shape"], image["num_channels"]) == ([32, 32, 16], 2)
+        assert image["channel_def"] == {"0": "CT", "1": "PET"}
         assert formats["pgl_pretrain"]["outputs"]["pred"]["num_channels"] == 64
 
     def test_training_is_that_of_the_model(self, files, tmp_path):
@@ -255,7 +258,9 @@ class TestWeights:
         config, record = json.loads(text), ModelRecord.load(files["model"])
         assert config["organs"] == {"liver": [1], "spleen": [2]}
         assert (config["hu_window"], config["spacing"], config["patch_size"]) == ([-100, 300], [2, 2, 3], [32, 32, 16])
-        assert config["encoder"] == record.network["arguments"]["encoder"]
+        # The network gives its encoder the channels.
+        assert config["channel_names"] == record.input.channel_names == ["CT", "PET"]
+        assert {**config["encoder"], "in_channels": 2} == record.network["arguments"]["encoder"]
         assert config["network_def"]["decoder_channels"] == [16, 8, 8]
 
     def test_large_ones_are_listed(self, files, tmp_path, monkeypatch, caplog):

@@ -67,10 +67,33 @@ def test_intensity(write_data, low, content, window):
     assert make_plan(write_data([(1, 1, 1)] * 2, low, **content), CONFIGS).settings["hu_window"] == window
 
 
-def test_several_channels_are_refused(write_data):
-    data = write_data([(1, 1, 1)], channel_names={"0": "T1", "1": "T2"})
-    with pytest.raises(ValueError, match="one channel"):
-        make_plan(data, CONFIGS)
+@pytest.mark.parametrize(
+    ("names", "window"),
+    [
+        (["CT", "PET"], [[-1024, 325], None]),
+        (["T1", "T2"], None),
+        (["CT", "ct"], [-1024, 325]),
+        (None, [[-1024, 325], None]),  # as the intensities tell
+    ],
+)
+def test_several_channels(write_data, tmp_path, names, window):
+    write_data([(1, 1, 1)] * 2)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    for number, entry in enumerate(content["training"]):
+        other = nibabel.load(tmp_path / entry["image"])
+        path = f"images/other_{number}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(np.abs(other.get_fdata()), other.affine), tmp_path / path)
+        entry["image"] = [entry["image"], path]
+    (tmp_path / "dataset.json").write_text(json.dumps(content | ({"channel_names": names} if names else {})))
+    settings = make_plan(read_data(tmp_path), CONFIGS).settings
+    assert settings["hu_window"] == window
+    assert settings["channel_names"] == (names or ["channel 0", "channel 1"])
+
+
+def test_what_is_to_be_ignored_is_no_structure(write_data):
+    data = write_data([(1, 1, 1)], values=[1, 9], labels={"liver": 1, "ignore": 9})
+    settings = make_plan(data, CONFIGS).settings
+    assert (settings["organs"], settings["ignore_label"]) == ({"liver": [1]}, 9)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,21 @@ def test_settings_that_contradict_the_weights_are_refused(weights, name, given):
     Pretrained(weights).check({"spacing": "[2, 2, 3.0]", "hu_window": [-100, 200]})
 
 
+def test_weights_of_one_channel_for_scans_of_two(data, weights, tmp_path):
+    """The window recorded of one is not taken for both; the network has as many channels as the scans."""
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    for entry in content["training"]:
+        entry["image"] = [entry["image"], entry["image"]]
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "modality": ["CT", "PET"]}))
+    pretrained = Pretrained(weights)
+    plan = plan_of(read_data(tmp_path, labelled=True), "dynunet", True, pretrained, {})
+    assert (plan.settings["channel_names"], plan.settings["hu_window"]) == (["CT", "PET"], [[-1024, 325], None])
+    config = merged_config(list(fine_tuning(data, tmp_path / "out", plan, pretrained, {}).configs))
+    network = config.get_parsed_content("network_def")
+    assert network.arguments["in_channels"] == 2
+    assert "repeated (1)" in str(load_encoder(network, pretrained.encoder))
+
+
 def test_weights_of_the_papers_encoder(data, tmp_path):
     encoder = ResNetEncoder(layers=(1, 1, 1, 1), block="basic", widen_factor=0.125)
     save_encoder(encoder, tmp_path / "e.pt", EncoderRecord(architecture=encoder.architecture, input=INPUT))

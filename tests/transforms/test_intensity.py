@@ -28,11 +28,19 @@ def images(shape: tuple = (3, 2, 12, 10, 8), seed: int = 0) -> torch.Tensor:
 
 
 def sample_range(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    flat = x.flatten(1).double().numpy()
-    return flat.min(1)[:, None, None, None, None], flat.max(1)[:, None, None, None, None]
+    """Of each channel, (B, C, 1, 1, 1)."""
+    voxels = x.double().numpy()
+    return voxels.min((2, 3, 4), keepdims=True), voxels.max((2, 3, 4), keepdims=True)
 
 
 class TestEach:
+    @pytest.mark.parametrize("transform", TRANSFORMS[:4])
+    def test_a_channel_is_augmented_as_a_sample_of_its_own(self, transform):
+        x = images((2, 3, 12, 10, 8))
+        alone = transform(prob=1.0).set_random_state(0)
+        together = transform(prob=1.0).set_random_state(0)(x)
+        torch.testing.assert_close(together, alone(x.reshape(6, 1, 12, 10, 8)).view(x.shape))
+
     @pytest.mark.parametrize("transform", TRANSFORMS)
     def test_each_sample_draws_its_own_parameter(self, transform):
         x = images((1, 1, 12, 10, 8)).expand(6, 1, 12, 10, 8)

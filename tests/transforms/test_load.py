@@ -277,7 +277,7 @@ def test_other_than_single_channel_3d_is_refused(tmp_path, name, write, shape):
     if name != "a.nii.gz":
         pytest.importorskip("itk")
     write(tmp_path / name)
-    with pytest.raises(ValueError, match="only single-channel 3D volumes are supported") as error:
+    with pytest.raises(ValueError, match="which is no 3D volume") as error:
         load(tmp_path / name)
     assert f"{tmp_path / name} has shape {shape}" in str(error.value)
 

@@ -105,8 +105,9 @@ class TestVoxels:
                 transform.local_start[number] + transform.local_crop_size[number],
             )
             inside = volume[(slice(None), *(slice(max(a, 0), max(b, 0)) for a, b in zip(start, stop, strict=True)))]
-            width = [(0, 0), *((max(-a, 0), max(b - n, 0)) for a, b, n in zip(start, stop, size, strict=True))]
-            crop = torch.from_numpy(np.pad(inside.numpy(), width, constant_values=float(inside.min())))
+            width = [(max(-a, 0), max(b - n, 0)) for a, b, n in zip(start, stop, size, strict=True)]
+            padded = [np.pad(channel, width, constant_values=channel.min()) for channel in inside.numpy()]
+            crop = torch.from_numpy(np.stack(padded))
             expected = F.interpolate(crop[None], (8, 8, 6), mode="trilinear")[0]
             expected = expected.flip((np.flatnonzero(transform.local_flip[number]) + 1).tolist())
             torch.testing.assert_close(view, expected, atol=1e-5, rtol=1e-5)

@@ -61,3 +61,18 @@ def test_masks_become_a_label_map_with_the_values_of_files(multi_label):
     assert torch.equal(result["pred"].affine.float(), affine)
     assert result["organs"] is data["pred"]
     assert result["other"] == 1
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_voxels_to_ignore_are_in_no_mask(multi_label):
+    task = SegmentationTask({"a": [1], "b": [2]}, multi_label=multi_label, ignore_label=9)
+    logits = torch.randn(task.out_channels, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 3, (1, 4, 4, 4), generator=torch.Generator().manual_seed(0)).float()
+    whole = OrganMasksd(task)({"pred": logits, "label": labels})
+    labels = labels.clone()
+    labels[:, 2:] = 9
+    result = OrganMasksd(task)({"pred": logits, "label": labels})
+    for key in ("pred", "label"):
+        assert torch.equal(result[key][:, :2], whole[key][:, :2])
+        assert not result[key][:, 2:].any()
+        assert whole[key][:, 2:].any()

@@ -187,7 +187,7 @@ def digest_with(step: object) -> str:
 
 @pytest.mark.parametrize("window", [(325, -1024), (5, 5)])
 def test_an_empty_window(window):
-    with pytest.raises(ValueError, match=r"hu_window is \[.*: give the lower value first"):
+    with pytest.raises(ValueError, match=r"hu_window is \(.*: give the lower value first"):
         preprocessing("image", hu_window=window)
 
 

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 
 from pgl_ext import __version__
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
+from pgl_ext.settings import flat_entries
 from pgl_ext.task import SegmentationTask
 from pgl_ext.tools.export import export_encoder
 from pgl_ext.weights import (
@@ -27,7 +28,6 @@ from pgl_ext.weights import (
     save_encoder,
     save_weights,
 )
-from pgl_ext.weights.records import flat_entries
 
 INFERENCE = Path(__file__).parents[2] / "bundles" / "pgl_segmentation" / "configs" / "inference.json"
 EARLIER = Path(__file__).parent / "written_by_0.1.0"
@@ -216,6 +216,7 @@ class TestRoundTrip:
                 "patch_size": [32, 32, 16],
                 "channels": 1,
                 "orientation": "RAS",
+                "channel_names": ["image"],
             },
             "method": None,
             "pairs": None,
@@ -242,7 +243,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize(("arguments", "channels"), [({}, 1), ({"in_channels": 2}, 2)])
     def test_channels_of_the_input_are_those_of_the_network(self, arguments, channels):
         content = model_record(make_network(**arguments), TASK).to_json()
-        del content["input"]["channels"]
+        del content["input"]["channels"], content["input"]["channel_names"]
         assert ModelRecord.from_json(content, "file").input.channels == channels
 
 

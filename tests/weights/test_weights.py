@@ -1,10 +1,11 @@
 import hashlib
 import json
+import re
 from unittest.mock import Mock
 
 import pytest
 import torch
-from made_weights import checkpoint_content, encoder_record
+from made_weights import SMALL, as_trained, checkpoint_content, encoder_record, input_record, small_network
 from monai.networks.nets import FlexibleUNet, ResNet
 from safetensors import safe_open
 from torch import nn
@@ -21,6 +22,7 @@ from pgl_ext.weights import (
     load_decoder,
     load_encoder,
     load_model,
+    load_pretrained,
     load_state,
     save_decoder,
     save_encoder,
@@ -512,3 +514,24 @@ def test_load_state_reads_tensors_and_plain_values(tmp_path):
     loaded = load_state(tmp_path / "file.pt")
     assert torch.equal(loaded.pop("tensor"), torch.arange(3))
     assert loaded == {"number": 1.5, "list": [1, (2, "x")], "none": None}
+
+
+class TestOneChannelInANetworkOfSeveral:
+    @pytest.mark.parametrize("family", SMALL)
+    def test_of_equal_channels_it_sees_what_it_saw_of_one(self, family, tmp_path):
+        one, three = small_network(family).eval(), small_network(family, in_channels=3).eval()
+        as_trained(one)
+        save_encoder(one.feature_network, tmp_path / "encoder.pt", encoder_record(one.feature_network))
+        report = load_encoder(three, tmp_path / "encoder.pt")
+        assert "repeated (1): " in str(report)
+        x = torch.rand(1, 1, 16, 16, 16)
+        for before, now in zip(one.features(x), three.features(x.expand(1, 3, -1, -1, -1)), strict=True):
+            torch.testing.assert_close(now, before, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("names", [["PET", "CT"], ["CT", "PET", "MR"]])
+    def test_the_same_channels_in_another_order_or_number(self, tmp_path, names):
+        network = small_network("dynunet", in_channels=2)
+        record = encoder_record(network, input=input_record(channel_names=["CT", "PET"]))
+        save_encoder(network, tmp_path / "encoder.pt", record)
+        with pytest.raises(ValueError, match=rf"\['CT', 'PET'\], here they are {re.escape(str(names))}"):
+            load_pretrained(network, tmp_path / "encoder.pt", input={"channel_names": names})

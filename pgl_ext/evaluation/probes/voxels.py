@@ -74,11 +74,14 @@ def sample_voxels(
 
 
 def _strata(labels: torch.Tensor, task: SegmentationTask, annotated: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-    """Number of the stratum of every voxel (X * Y * Z,), and of every stratum whether there is an organ in it."""
+    """Number of the stratum of every voxel (X * Y * Z,), -1 of those to ignore, and of every stratum whether there is
+    an organ in it."""
     # The label value alone says which organs a voxel is in, and there are few values.
     values, value_of_voxel = torch.unique(labels, return_inverse=True)
+    ignored = torch.isin(values, torch.tensor(task.ignored, dtype=values.dtype))
     masks = task.masks_of_labels(values.view(1, -1, 1, 1)).flatten(1) & annotated[:, None]
-    combinations, stratum_of_value = torch.unique(masks.flip(0), dim=1, return_inverse=True)
+    combinations, stratum = torch.unique(masks[:, ~ignored].flip(0), dim=1, return_inverse=True)
+    stratum_of_value = torch.full(values.shape, -1).masked_scatter_(~ignored, stratum)
     return stratum_of_value[value_of_voxel.flatten()], combinations.any(0).tolist()
 
 

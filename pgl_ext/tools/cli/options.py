@@ -107,6 +107,15 @@ def given_settings(context: typer.Context) -> dict[str, str]:
     return settings
 
 
+def data_of(path: Path, key: str, labelled: bool | None, settings: Mapping[str, str]) -> Any:
+    """The scans or cases that a folder or a list holds; the settings may name channels."""
+    from pgl_ext.tools.data import read_data
+    from pgl_ext.tools.launch import option_value
+
+    names = option_value("channel_names", settings.get("channel_names", "[]"))
+    return read_data(path, key, labelled, names)
+
+
 def weights_for(pretrained: Path | None, settings: Mapping[str, str]) -> Any:
     """Pre-trained weights, or None; settings that contradict their record are refused."""
     from pgl_ext.tools.workflows import Pretrained

@@ -22,6 +22,7 @@ from pgl_ext.tools.cli.options import (
     ResourcesOption,
     absolute,
     cluster_for,
+    data_of,
     end_with,
     given_settings,
     plan_for,
@@ -52,10 +53,9 @@ def probe(
     Without --pretrained: of random weights, to compare with. Any setting can be given too, as in --labelled_cases 3.
     """
     from pgl_ext.tools import workflows
-    from pgl_ext.tools.plan import read_data
 
-    settings, data = given_settings(context), read_data(cases, data_list_key, labelled=True)
-    weights = weights_for(pretrained, settings)
+    settings = given_settings(context)
+    data, weights = data_of(cases, data_list_key, True, settings), weights_for(pretrained, settings)
     made = plan_for(plan, data, architecture, preset, weights, settings)
     values = {"test_data_list_key": test_key, **settings}
     workflows.probe(data, absolute(out), made, weights, values).run()

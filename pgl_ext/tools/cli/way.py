@@ -20,6 +20,7 @@ from pgl_ext.tools.cli.options import (
     PretrainedOption,
     Scans,
     absolute,
+    data_of,
     end_with,
     given_settings,
     plan_for,
@@ -78,10 +79,10 @@ def pretrain(
 
     Any setting of the bundle can be given too, as in --max_epochs 20.
     """
-    from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import pretraining, result_of_pretraining
 
-    settings, data = given_settings(context), read_data(scans, data_list_key, labelled=False)
+    settings = given_settings(context)
+    data = data_of(scans, data_list_key, False, settings)
     weights = weights_for(pretrained, settings)
     made = plan_for(plan, data, architecture, preset, weights, settings)
     pretraining(data, absolute(out), made, method, settings, gpus, weights).run()
@@ -108,11 +109,10 @@ def finetune(
     'pgl segment' averages them. Any setting of the bundle can be given too, as in --labelled_cases 5.
     """
     from pgl_ext.tools.folds import train_folds
-    from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import fine_tuning, result_of_fine_tuning
 
-    settings, data = given_settings(context), read_data(cases, data_list_key, labelled=True)
-    weights = weights_for(pretrained, settings)
+    settings = given_settings(context)
+    data, weights = data_of(cases, data_list_key, True, settings), weights_for(pretrained, settings)
     made, folder = plan_for(plan, data, architecture, preset, weights, settings), absolute(out)
     if folds is None:
         fine_tuning(data, folder, made, weights, settings).run()
@@ -148,10 +148,9 @@ def gain(
     """
     from pgl_ext.tools.gain import gain_study, run_gain
     from pgl_ext.tools.launch import option_value
-    from pgl_ext.tools.plan import read_data
 
-    settings, data = given_settings(context), read_data(cases, data_list_key, labelled=True)
-    weights = weights_for(pretrained, settings)
+    settings = given_settings(context)
+    data, weights = data_of(cases, data_list_key, True, settings), weights_for(pretrained, settings)
     values = {name: option_value(name, value) for name, value in settings.items()}
     made, folder = plan_for(plan, data, None, preset, weights, settings), absolute(out)
     file = gain_study(data, folder, made, weights, seeds, test_cases, labelled_cases, values)
@@ -179,9 +178,9 @@ def segment(context: typer.Context, model: Model, scans: Scans, out: Out, data_l
 @app.command(context_settings=SETTINGS, rich_help_panel=PANEL)
 def evaluate(context: typer.Context, model: Model, cases: Cases, out: Out, data_list_key: Key = "test") -> None:
     """Score a model on labelled cases: Dice, IoU and surface distances of each case and structure."""
-    from pgl_ext.tools.plan import read_data
     from pgl_ext.tools.workflows import evaluation, model_file, result_of_evaluation
 
-    data = read_data(cases, data_list_key, labelled=True)
-    evaluation(model_file(model), data, absolute(out), given_settings(context)).run()
+    settings = given_settings(context)
+    data = data_of(cases, data_list_key, True, settings)
+    evaluation(model_file(model), data, absolute(out), settings).run()
     end_with(*result_of_evaluation(absolute(out)), f"pgl compare {out} OTHER_EVALUATION")

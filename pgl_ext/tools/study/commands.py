@@ -13,10 +13,10 @@ from pgl_ext.data.datalist import item_name, labelled_items
 from pgl_ext.data.find import find_cases
 from pgl_ext.data.split import split_cases
 from pgl_ext.files import write_text
+from pgl_ext.settings import flat_entries
 from pgl_ext.tools.bundles import config_path
 from pgl_ext.tools.study.configs import Command, changed
 from pgl_ext.tools.study.runs import Rates
-from pgl_ext.weights.records import flat_entries
 
 __all__ = [
     "absolute",
@@ -35,20 +35,24 @@ _SET_BY_STUDY = (
 # What all methods share, so that they differ by the method alone; with where it is used, lest it be set there.
 _SHARED_IN_PRETRAINING = (
     "dataset_dir", "data_list_file_path", "data_list_key", "validation_fraction",
-    "max_epochs", "batch_size", "micro_batch_size", "patches_per_volume", "view_size", "encoder",
+    "max_epochs", "batch_size", "micro_batch_size", "patches_per_volume", "view_size", "encoder", "channel_names",
     "volumes#dataset_dir", "volumes#data_list_file_path", "volumes#data_list_key", "volumes#validation_fraction",
     "train#sampler", "train#trainer#max_epochs",
 )  # fmt: skip
 _SHARED_IN_FINE_TUNING = (
     "dataset_dir", "data_list_file_path", "data_list_key", "annotated_key", "validation_fraction", "cases",
-    "organs", "background_values", "multi_label", "task", "hu_window", "spacing", "encoder", "network_def",
+    "organs", "background_values", "multi_label", "ignore_label", "task", "channel_names", "hu_window", "spacing",
+    "encoder", "network_def",
     "max_epochs", "steps_per_epoch", "patches_per_case", "batch_size", "micro_batch_size", "patch_size",
     "train#sampler", "train#trainer#max_epochs", "train#preprocessing#transforms#0#patch_size",
     "patience", "kept_steps", "val_interval", "overlap", "validate",
 )  # fmt: skip
 _LIST_SETTINGS = ("data_list_file_path", "dataset_dir", "data_list_key", "annotated_key")
 # What cached volumes depend on: the cache wants a folder for each preprocessing.
-_CACHED_WITH = ("volume_preprocessing", "case_preprocessing", "hu_window", "spacing", "organs", "background_values")
+_CACHED_WITH = (
+    "volume_preprocessing", "case_preprocessing", "hu_window", "spacing", "organs", "background_values", "ignore_label",
+    "channel_names", "resample_channels",
+)  # fmt: skip
 
 
 def _command(entry: Mapping[str, Any], place: str, section: str, folder: Path) -> Command:
@@ -224,7 +228,7 @@ def cases_of(command: Command, place: str) -> list[dict]:
     """
     config = command.config()
     if place == "fine_tuning" and config["dataset_dir"] and not config["data_list_file_path"]:
-        return find_cases(config["dataset_dir"])
+        return find_cases(config["dataset_dir"], config["channel_names"])
     if not config["data_list_file_path"]:
         raise ValueError(
             f"{place} has no data_list_file_path: set it under {place}: settings, to a JSON list of image and label of "

@@ -18,9 +18,9 @@ from monai.utils import ensure_tuple
 from pgl_ext.code_digest import code_digests, digest
 from pgl_ext.data.datalist import load_datalist
 from pgl_ext.errors import few
+from pgl_ext.settings import flat_entries
 from pgl_ext.tools.study.configs import changed
 from pgl_ext.tools.study.runs import Run
-from pgl_ext.weights.records import flat_entries
 
 __all__ = ["checked_fingerprints", "differences", "fingerprint"]
 
@@ -92,7 +92,8 @@ def _sizes_digest(
 ) -> str:
     """Kept while the lists' ``content`` is the same: thousands of files for every run would take long."""
     items = load_datalist(paths, folder, keys, keep=["label"])
-    return digest(json.dumps([[_size(item.get(name)) for name in used] for item in items]))
+    files = [[*(item.get(name) for name in used), *item.get("further_channels", ())] for item in items]
+    return digest(json.dumps([list(map(_size, listed)) for listed in files]))
 
 
 def _size(path: str | None) -> int | None:

@@ -57,7 +57,8 @@ def check_unseen(pretraining: Command, test: Sequence[Mapping[str, Any]]) -> Non
     if config["data_list_file_path"]:
         scans = load_datalist(*(config[name] for name in _LIST_SETTINGS))
     else:
-        scans = find_volumes(config["dataset_dir"]) if config["dataset_dir"] else []
+        folder = config["dataset_dir"]
+        scans = find_volumes(folder, config["channel_names"]) if folder else []
     paths = {_resolved(scan) for scan in scans}
     by_size: dict[int, list[str]] = {}
     for scan in scans:

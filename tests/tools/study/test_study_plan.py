@@ -7,13 +7,13 @@ import pytest
 from made_studies import make_study, other_scans, write_list, write_study
 from programs import CONFIGS, ROOT
 
+from pgl_ext.settings import flat_entries
 from pgl_ext.tools.cli import main
 from pgl_ext.tools.study.configs import merged_config
 from pgl_ext.tools.study.fingerprint import fingerprint
 from pgl_ext.tools.study.plan import Study
 from pgl_ext.tools.study.runs import Rates
 from pgl_ext.tools.study.study_file import read_study_file
-from pgl_ext.weights.records import flat_entries
 
 
 def config_of(run, section="training"):
