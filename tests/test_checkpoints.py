@@ -492,7 +492,14 @@ class TestSaving:
         # 2 of 3 steps with 5 pairs per epoch.
         assert description == {
             "architecture": encoder.architecture,
-            "input": {"hu_window": None, "spacing": None, "patch_size": None, "channels": 1, "orientation": "RAS"},
+            "input": {
+                "hu_window": None,
+                "spacing": None,
+                "patch_size": None,
+                "channels": 1,
+                "orientation": "RAS",
+                "channel_names": ["image"],
+            },
             "stride": [16, 16, 8],
             "channels": [8, 8, 16, 32, 64],
             "method": "PGL",

@@ -171,8 +171,8 @@ def plan_of(
     if pretrained is None:
         return make_plan(data, configs, architecture, small, None, known)
     channels = known.get("channel_names", data.channel_names)
-    # Before anything is prepared.
-    pretrained.record.input.check_channels(channels, pretrained.encoder)
+    if pretrained.input is not None:  # before anything is prepared
+        pretrained.input.check_channels(channels, pretrained.encoder)
     return make_plan(data, configs, pretrained.architecture, small, pretrained.settings(len(channels)), known)
 
 

@@ -223,9 +223,11 @@ class TestPrepareCases:
         in_use = split["training"] + split["validation"]
         bad = [caches[rank].prepare(in_use[rank::2]) for rank in range(2)]
 
-        def gather(gathered: list, mine: dict) -> None:
+        def gather(gathered: list, mine: dict, group: object) -> None:
             gathered[:] = bad
 
+        monkeypatch.setattr(distributed.dist, "new_group", lambda **_: object())
+        monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda _: None)
         monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
         monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(distributed.dist, "all_gather_object", gather)

@@ -66,7 +66,7 @@ def test_a_step_and_its_files(family, name, tmp_path):
         assert report.missing == report.unexpected == []
 
 
-@pytest.mark.parametrize("family", set(NETWORKS) - {"resnet"})
+@pytest.mark.parametrize("family", sorted(set(NETWORKS) - {"resnet"}))
 def test_hssl_says_which_network_it_needs(family):
     with pytest.raises(ValueError, match=r"needs the paper's network.*leave the overlay"):
         HSSL(small_network(family), 2, 2)

@@ -523,10 +523,10 @@ class TestOneChannelInANetworkOfSeveral:
         as_trained(one)
         save_encoder(one.feature_network, tmp_path / "encoder.pt", encoder_record(one.feature_network))
         report = load_encoder(three, tmp_path / "encoder.pt")
-        assert "repeated (1): " in str(report)
+        assert "; repeated (" in str(report)
         x = torch.rand(1, 1, 16, 16, 16)
         for before, now in zip(one.features(x), three.features(x.expand(1, 3, -1, -1, -1)), strict=True):
-            torch.testing.assert_close(now, before, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(now, before, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("names", [["PET", "CT"], ["CT", "PET", "MR"]])
     def test_the_same_channels_in_another_order_or_number(self, tmp_path, names):
