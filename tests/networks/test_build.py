@@ -95,6 +95,7 @@ def test_the_seed_decides_and_kernels_are_chosen_as_told(monkeypatch, determinis
     for _ in range(2):
         set_seed(3, deterministic)
         drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    chosen = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     set_determinism(None)
     assert drawn[0] == drawn[1]
-    assert torch.backends.cudnn.deterministic == (deterministic == "true") != torch.backends.cudnn.benchmark
+    assert chosen == ((True, False) if deterministic else (False, True))
