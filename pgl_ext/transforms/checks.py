@@ -138,7 +138,7 @@ class CheckVolumed(MapTransform):
 
 def _label_values(voxels: np.ndarray) -> np.ndarray | None:
     """The values of what looks like a label map; None of a scan."""
-    flat = voxels.reshape(-1)
+    flat = voxels.ravel(order="K")  # not copied
     # Sorting all voxels takes seconds; for most scans a sample is enough.
     for sample in (flat[:: max(1, flat.size // _SAMPLE)], flat):
         values = np.unique(sample)

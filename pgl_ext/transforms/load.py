@@ -188,8 +188,13 @@ def _as_channels(array: np.ndarray, name: str, names: Sequence[str | None], is_n
         )
     if np.iscomplexobj(array):
         raise BadVolumeError(f"{name} has complex values: convert it to their magnitude.")
-    array = np.asarray(array, dtype=np.float32).reshape(shape)
-    return array[None] if len(names) == 1 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+    array = array.reshape(*shape[:3], len(names))
+    volume = np.empty((len(names), *shape[:3]), dtype=np.float32)
+    # NIfTI has x contiguous, all that follows wants z. A few slices at a time, of which a line of the processor's cache
+    # has all, are copied three times faster than all of them at once.
+    for start in range(0, shape[2], 16):
+        volume[..., start : start + 16] = np.moveaxis(array[:, :, start : start + 16], -1, 0)
+    return volume
 
 
 def _first_line(error: Exception) -> str:
