@@ -17,7 +17,8 @@ from monai.transforms import Compose, SelectItemsd
 from pytorch_optimizer import LARS
 
 from pgl_ext.data.cache import VolumeCache
-from pgl_ext.data.dataset import EpochBatchSampler, TrainingLoader, VolumeDataset
+from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset
+from pgl_ext.data.loader import TrainingLoader
 from pgl_ext.engines import PretrainTrainer
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.methods import PGL

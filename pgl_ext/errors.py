@@ -52,13 +52,8 @@ def report_root_cause() -> None:
 
 
 def _with_remedy(error: BaseException) -> BaseException:
-    """The root cause, with what to do where PyTorch and the system do not say it."""
+    """The root cause, with what to do where the system does not say it."""
     cause = root_cause(error)
-    if any(type(each) is RuntimeError and "shared memory" in str(each) for each in _chain(error)):
-        return MemoryError(
-            "loading processes have no room in shared memory, /dev/shm: give the container more, as with 'docker run "
-            "--shm-size 8g', or set --num_workers 0."
-        )
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC and cause.filename is None:
         return OSError(
             f"{cause}. Make room where this writes, and run the command again, with --resume true where it has that."

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from monai.transforms import Compose, ConcatItemsd, Lambdad, SelectItemsd
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pgl_ext.data import dataset as module
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.data.cache_file import CacheReadError
-from pgl_ext.data.dataset import CaseDataset, EpochBatchSampler, TrainingLoader, VolumeDataset
+from pgl_ext.data.dataset import CaseDataset, EpochBatchSampler, VolumeDataset
+from pgl_ext.data.loader import TrainingLoader
 from pgl_ext.errors import transform_error
 from pgl_ext.task import SegmentationTask
 from pgl_ext.transforms import LoadVolumed, NameToIndexd, RandOrganPatchd, RandOverlappingViewsd, SplitCased
@@ -464,7 +465,8 @@ class TestSamplerErrors:
 LOADING = """
 import multiprocessing, os, subprocess
 from torch.utils.data import Dataset
-from pgl_ext.data.dataset import EpochBatchSampler, TrainingLoader
+from pgl_ext.data.dataset import EpochBatchSampler
+from pgl_ext.data.loader import TrainingLoader
 
 class Numbers(Dataset):
     def __getitem__(self, key):
@@ -674,3 +676,14 @@ def test_a_case_whose_cache_file_is_damaged_and_label_map_lost_is_skipped(make, 
     sample = dataset[0, 1]
     assert sample["read_errors"] == 1
     np.testing.assert_array_equal(sample["label"][0].numpy(), labels_of(2))
+
+
+class NoRoom(Dataset):
+    def __getitem__(self, key: tuple) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_little_shared_memory_is_said_with_a_remedy(workers):
+    with pytest.raises(MemoryError, match="--shm-size 8g', or set --num_workers 0"):
+        next(iter(TrainingLoader(NoRoom(), EpochBatchSampler(4, 2, 1), num_workers=workers)))
