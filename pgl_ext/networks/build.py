@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from monai.utils import set_determinism
 from torch import nn
 
 from pgl_ext.networks.base import FeatureNetwork, SegmentationNetwork
@@ -25,7 +24,7 @@ from pgl_ext.networks.swinunetr import SwinUNETR
 from pgl_ext.networks.unet import UNet
 from pgl_ext.settings import parse_bool
 
-__all__ = ["ENCODERS", "NETWORKS", "build", "fast_half_precision", "prepare_network", "set_seed"]
+__all__ = ["ENCODERS", "NETWORKS", "build", "fast_half_precision", "prepare_network"]
 
 NETWORKS: dict[str, type[SegmentationNetwork]] = {
     network.family: network
@@ -66,19 +65,6 @@ def build(
             f"The architecture {arguments} of {source} is not one of {network.__name__}: {error}. Install the "
             "version of pgl_ext that wrote the file."
         ) from error
-
-
-def set_seed(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and PyTorch, and say whether cuDNN may choose its kernels by their speed.
-
-    Args:
-        seed: of all of them.
-        deterministic: on GPUs, take kernels that sum in the same order each time, which are slower. On CPUs a run with
-            one thread is repeated bit by bit in any case.
-    """
-    set_determinism(seed)
-    torch.backends.cudnn.deterministic = parse_bool(deterministic, "deterministic")
-    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
 
 
 def fast_half_precision(device: torch.device | str) -> bool:

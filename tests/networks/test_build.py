@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
-from monai.utils import set_determinism
 from torch import nn
 
 from pgl_ext.networks import ResNetEncoder, SegmentationNet
-from pgl_ext.networks.build import ENCODERS, NETWORKS, build, fast_half_precision, prepare_network, set_seed
+from pgl_ext.networks.build import ENCODERS, NETWORKS, build, fast_half_precision, prepare_network
 
 TINY = {"layers": [1, 1, 1, 1], "block": "basic", "widen_factor": 0.0625}
 
@@ -85,17 +81,3 @@ class TestFastHalfPrecision:
     def test_versions_of_pytorch_that_do_not_say(self, monkeypatch):
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
         assert not fast_half_precision("cpu")
-
-
-@pytest.mark.parametrize("deterministic", [False, "true"])
-def test_the_seed_decides_and_kernels_are_chosen_as_told(monkeypatch, deterministic):
-    for name in ("deterministic", "benchmark"):
-        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))  # restores it
-    drawn = []
-    for _ in range(2):
-        set_seed(3, deterministic)
-        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
-    chosen = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    set_determinism(None)
-    assert drawn[0] == drawn[1]
-    assert chosen == ((True, False) if deterministic else (False, True))
