@@ -129,7 +129,14 @@ def test_lists_of_other_data_sets(data, tmp_path):
         assert case["label"] != case["image"]
         assert case["label"].replace("segmentation", "volume").replace("_seg", "_flair") == case["image"]
         assert Path(case["label"]).exists()
-    assert data != "BraTS" or listed_structures(json.loads(path.read_text()), path) == {"tumour": [1, 2, 4]}
+    if data == "BraTS":
+        assert listed_structures(json.loads(path.read_text()), path) == {"tumour": [1, 2, 4]}
+        assert cases[0]["channel_names"] == ["flair", "t1", "t1ce", "t2"]
+        assert [Path(file).name for file in cases[0]["further_channels"]] == [
+            "a_t1.nii.gz",
+            "a_t1ce.nii.gz",
+            "a_t2.nii.gz",
+        ]
 
 
 def write_labelled(folder: Path, name: str) -> Path | None:
