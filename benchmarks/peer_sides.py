@@ -22,7 +22,7 @@ BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 KEYS = ["image", "label"]
 
 
-def turns(units: int, precision: str = "float32") -> Iterator[None]:
+def turns(units: int, precision: str = "") -> Iterator[None]:
     """Yields where a turn begins; the answer is given when the next one is asked for."""
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -64,10 +64,10 @@ def strides(s: SimpleNamespace) -> list[int]:
 
 
 def volume(s: SimpleNamespace) -> Any:
-    """Three patches along each axis: (1, X, Y, Z)."""
+    """Two patches along each axis: (1, X, Y, Z)."""
     import torch
 
-    return torch.randn(1, *(3 * n for n in s.patch), generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, *(2 * n for n in s.patch), generator=torch.Generator().manual_seed(0))
 
 
 def our_training(s: SimpleNamespace) -> None:
@@ -92,7 +92,7 @@ def our_inference(s: SimpleNamespace) -> None:
     network, task, image = get("network").eval(), get("task"), volume(s)[None]
     # As inference.json makes it.
     inferer = FlipInferer(VolumeInferer(s.patch, 4, 0.5, cpu_thresh=int(2e9) // task.out_channels), task)
-    for _ in turns(1):
+    for _ in turns(1, "float32"):
         inferer(image, network)
 
 
@@ -157,7 +157,7 @@ def nnunet_training(s: SimpleNamespace) -> None:
     trainer = nnunet_trainer(s)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
-    for _ in turns(s.steps):
+    for _ in turns(s.steps, "float32"):
         for _ in range(s.steps):
             trainer.train_step(next(trainer.dataloader_train))
 
@@ -172,7 +172,7 @@ def nnunet_inference(s: SimpleNamespace) -> None:
         trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json, "", None
     )
     image = volume(s).permute(0, 3, 2, 1).contiguous()
-    for _ in turns(1):
+    for _ in turns(1, "float32"):
         predictor.predict_sliding_window_return_logits(image)
 
 
@@ -194,7 +194,8 @@ def nnunet_cases(s: SimpleNamespace) -> None:
         folder = Path(s.folder, f"{s.row}_nnunet_{number}")
         folder.mkdir()
         for name, case in cases.items():
-            preprocessor.run_case_save(str(folder / name), case["images"], case["label"], manager, configuration, dataset)
+            files = str(folder / name), case["images"], case["label"]
+            preprocessor.run_case_save(*files, manager, configuration, dataset)
         shutil.rmtree(folder)
 
 
@@ -250,7 +251,7 @@ def monai_training(s: SimpleNamespace) -> None:
         torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True),
         lambda logits, label: loss(logits.unbind(1), label),
     )
-    rounds = turns(s.steps)
+    rounds = turns(s.steps, "float32")
     next(rounds)
     done = itertools.count(1)
     # Through all epochs, which are as short as the list of cases.
@@ -264,7 +265,7 @@ def monai_inference(s: SimpleNamespace) -> None:
 
     network, image = monai_network(s, deep_supervision=False).eval(), volume(s)[None]
     inferer = SlidingWindowInferer(s.patch, 4, 0.5, "gaussian")
-    for _ in turns(1):
+    for _ in turns(1, "float32"):
         with torch.no_grad():
             inferer(image, network)
 

@@ -1,27 +1,29 @@
-"""How fast this is beside what one would use instead, nnU-Net and stock MONAI, on a CPU: one machine, network, patch, data.
+"""How fast this is beside what one would use instead, nnU-Net and stock MONAI, on a CPU.
 
     python -m venv NNUNET
     NNUNET/bin/python -m pip install torch==2.13.0
     NNUNET/bin/python -m pip install nnunetv2==2.8.1
     python benchmarks/peers.py FOLDER --nnunet NNUNET/bin/python [--monai PYTHON] [--rows training views] [--quick]
 
-FOLDER is a Decathlon-style folder: ``dataset.json`` with ``training`` cases of one channel in ``.nii.gz`` files. Without
-``--nnunet`` it is left out. Each side of each row is a process of its own in its own environment, with one thread, see
-``peer_sides.py``. The sides take turns; the first of each does not count. The table has the median of the turns, per
-second of processor time and of the clock, and the largest memory of the process, with its libraries. Ratios are those of
-the times of one round: how many times faster this is, as median (smallest to largest of the rounds). Below 1 it is slower.
+FOLDER is a Decathlon-style folder: ``dataset.json`` with ``training`` cases of one channel in ``.nii.gz`` files.
+Without ``--nnunet`` it is left out. Each side of each row is a process of its own, with one thread, in the environment
+of that side, see ``peer_sides.py``; network, patch and data are the same. The sides take turns; the first of each does
+not count. The table has the median of the turns, per second of processor time and of the clock, and the largest memory
+of the process, with its libraries. Ratios are those of the times of one round: how many times faster this is, as median
+(smallest to largest of the rounds). Below 1 it is slower.
 
-- ``training``: steps of fine-tuning, from the drawing of patches to the optimiser, each with its own loader, augmentation
-  and loss, in this process: the segmentation bundle's ``train.json`` with MONAI's ``DynUNet``; nnU-Net's trainer with a
-  ``PlainConvUNet`` of the same channels and strides; MONAI's ``SupervisedTrainer`` with ``CacheDataset``. In the precision
-  that each takes by itself, and where that is not float32 for all, in float32 too.
+- ``training``: steps of fine-tuning, from the drawing of patches to the optimiser, each with its own loader,
+  augmentation and loss, in one process: the segmentation bundle's ``train.json`` with MONAI's ``DynUNet``; nnU-Net's
+  trainer with a ``PlainConvUNet`` of the same channels and strides; MONAI's ``SupervisedTrainer`` with ``CacheDataset``
+  and ``DynUNet``. In the precision that each takes by itself; where that is not float32 for all, in float32 too.
 - ``inference``: sliding windows with an overlap of one half, Gaussian weights and no mirroring over a volume in memory
-  of three patches along each axis: the bundle's inferer, ``nnUNetPredictor``, ``SlidingWindowInferer``.
-- ``views``: two views of a volume, cropped, resized and flipped, from volumes that were prepared before: the loader of
-  the pre-training bundle, and ``CacheDataset`` with ``RandSpatialCropd``, ``Resized`` and ``RandFlipd``.
+  of two patches along each axis: the bundle's inferer, ``nnUNetPredictor``, ``SlidingWindowInferer``.
+- ``views``: two views of a volume, cropped, resized and flipped, of volumes that were prepared before: the loader of
+  the pre-training bundle, and ``CacheDataset`` with ``RandSpatialCropd``, ``Resized`` and ``RandFlipd``, whose views
+  need not overlap.
 - ``cold``, ``resampled``: preparing cases with label maps, read, checked and written to a cache, as they are stored and
   resampled to ``--spacing``: the bundle's cache, and the preprocessing of nnU-Net's default plan, which resamples scans
-  with cubic splines and not linearly. Neither starts processes here, which ``nnUNetv2_preprocess`` does.
+  with cubic splines and not linearly. Neither starts processes here, as ``nnUNetv2_preprocess`` would.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def table_rows(title: str, measured: Mapping[str, Sequence[Mapping]]) -> Iterato
     """Lines of the table: speed and memory of each side, and how many times faster the first is than the others."""
     first, *_ = measured
     for name, turns in measured.items():
-        cells = [title if name == first else "", f"{NAMES[name]}, {turns[0]['precision']}"]
+        cells = [title if name == first else "", " ".join([NAMES[name], turns[0]["precision"]]).rstrip()]
         cells += [f"{1 / statistics.median(turn[clock] for turn in turns):.3g}" for clock in ("cpu", "wall")]
         cells.append(f"{turns[-1]['peak']:.2f}")
         for clock in ("cpu", "wall"):
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nnunet", help="Python of an environment with nnunetv2")
-    parser.add_argument("--monai", default=sys.executable, help="Python of an environment with MONAI; default: this one")
+    parser.add_argument("--monai", default=sys.executable, help="Python of an environment with it; default: this one")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
@@ -127,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=256, help="of views in a turn")
     parser.add_argument("--patch", type=int, nargs=3, default=[32, 56, 40], help="voxels along x, y, z")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--filters", type=int, nargs="+", default=[8, 16, 32, 64], help="channels of the U-Net's levels")
+    parser.add_argument("--filters", type=int, nargs="+", default=[8, 16, 32, 64], help="channels of each level")
     parser.add_argument("--view", type=int, nargs=3, default=[24, 32, 24], help="voxels of a view along x, y, z")
     parser.add_argument("--spacing", type=float, nargs=3, default=[0.8, 0.8, 0.8], help="mm, of the row resampled")
     parser.add_argument("--quick", action="store_true", help="a smoke test, whose numbers mean nothing")
