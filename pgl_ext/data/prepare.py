@@ -345,7 +345,6 @@ def prepare_items(
         skip_bad_files, report_path: see :func:`resolve_bad`, like what is returned and raised.
     """
     rank, world_size = rank_and_world_size()
-    share = cache.prepare(items[rank::world_size], show_progress=rank == 0)
-    shares = gather(share, wait=timedelta(weeks=1))  # others may take hours longer
+    shares = gather(cache.prepare(items[rank::world_size], show_progress=rank == 0), wait=timedelta(weeks=1))
     bad = {name: reason for share in shares for name, reason in share.items()}
     return resolve_bad(bad, items, skip_bad_files, report_path if rank == 0 else None)
