@@ -21,6 +21,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.config import PathLike
 
+from pgl_ext.data.seen import NO_FILES
 from pgl_ext.distributed import gather, launched_rank_and_world_size, rank_and_world_size
 from pgl_ext.files import claim_folder, release_folder, write_atomically
 from pgl_ext.networks.base import encoder_of
@@ -33,6 +34,7 @@ __all__ = ["CheckpointFolder", "CheckpointHandler"]
 logger = logging.getLogger(__name__)
 
 # Entries that say what a run started from, which no longer matters when it is resumed.
+_SCANS = "data#scans"
 _START = ("pretrained", "pretrained_encoder", "pretrained_decoder")
 
 
@@ -242,13 +244,20 @@ class CheckpointHandler:
         changed = [
             f"{name} was {before[name]} and is {value}"
             for name, value in flat_entries(self.description).items()
-            if name in before and name not in _START and _as_text(before[name]) != _as_text(value)
+            if name in before
+            and name not in _START
+            and _as_text(before[name]) != _as_text(value)
+            # Of scans that are lost meanwhile, the volumes are cached.
+            and not (name == _SCANS and set(value) <= {*before[name], NO_FILES})
         ]
         if changed:
             raise ValueError(
                 f"{path} belongs to a run with other settings: {'; '.join(changed)}. Resume with the same ones, or "
                 "begin anew in another --output_dir."
             )
+        if _SCANS in before:  # lost ones were seen all the same
+            data = {**self.description.get("data", {}), "scans": before[_SCANS]}
+            self.description = {**self.description, "data": data}
 
     def _load(self, engine: Engine) -> None:
         path, content = self.folder.newest_intact()

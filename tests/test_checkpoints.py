@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from pgl_ext.checkpoints import CheckpointFolder, CheckpointHandler
 from pgl_ext.data.dataset import EpochBatchSampler, VolumeDataset
+from pgl_ext.data.seen import NO_FILES
 from pgl_ext.engines import PretrainTrainer
 from pgl_ext.handlers import TargetEMA
 from pgl_ext.networks import SegmentationNet
@@ -368,6 +369,20 @@ class TestResume:
         describe(second, lr=0.2, pretrained_encoder="encoder.pt")
         with pytest.raises(ValueError, match=r"other settings: lr was 0\.2 and is 0\.1\. Resume with the same ones"):
             second.trainer.run()
+
+    @pytest.mark.parametrize(("scans", "goes_on"), [(["a", NO_FILES], True), (["a", "c"], False)])
+    def test_with_scans_that_are_lost_or_others(self, start, scans, goes_on):
+        """The volumes of lost ones are cached, and they count as seen all the same."""
+        stopped(start(stop_at=1))
+        second = start(resume=True)
+        second.handler.description = {"data": {"scans": scans}}
+        describe(second, data={"scans": ["a", "b"]})
+        if goes_on:
+            second.trainer.run()
+            assert second.handler.description["data"]["scans"] == ["a", "b"]
+        else:
+            with pytest.raises(ValueError, match=r"other settings: data#scans was \['a', 'b'\]"):
+                second.trainer.run()
 
     def test_with_other_input(self, start):
         """Every entry that differs is named, however deep it lies, and none that is equal."""

@@ -16,7 +16,10 @@ from pgl_ext.files import files_below, read_json
 from pgl_ext.transforms.dicom import scan_header
 from pgl_ext.transforms.formats import image_files, is_dicom_file
 
-__all__ = ["patient_of", "patients_text", "scan_digests", "seen_scans", "seen_text"]
+__all__ = ["NO_FILES", "patient_of", "patients_text", "scan_digests", "seen_scans", "seen_text"]
+
+NO_FILES = hashlib.sha256().hexdigest()[:16]
+"""The digest of a scan whose files are lost."""
 
 _END = 65536  # bytes: enough to tell scans apart, and little to read of hundred thousands
 
