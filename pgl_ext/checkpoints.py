@@ -33,8 +33,8 @@ __all__ = ["CheckpointFolder", "CheckpointHandler"]
 
 logger = logging.getLogger(__name__)
 
-# Entries that say what a run started from, which no longer matters when it is resumed.
 _SCANS = "data#scans"
+# Entries that say what a run started from, which no longer matters when it is resumed.
 _START = ("pretrained", "pretrained_encoder", "pretrained_decoder")
 
 

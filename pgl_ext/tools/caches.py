@@ -32,8 +32,8 @@ def fill_cache(workflow: BundleRun, items: Sequence[Mapping], shard: tuple[int, 
         BadVolumesError: scans cannot be used, and ``skip_bad_files`` is not set. The others are cached.
     """
     number, count = shard
-    items, cache = items[number::count], workflow.part("cache")
-    good = resolve_bad(cache.prepare(items), items, workflow.part("skip_bad_files"))
+    items, (cache, skip_bad_files) = items[number::count], workflow.parts("cache", "skip_bad_files")
+    good = resolve_bad(cache.prepare(items), items, skip_bad_files)
     return f"{len(good)} of {len(items)} volumes are cached in {cache.cache_dir}."
 
 

@@ -40,7 +40,6 @@ class Cluster:
             self._executor.update_parameters(**{"timeout_min": 24 * 60, **(resources or {})})
         except (NameError, RuntimeError, ValueError) as error:
             raise ValueError(f"the cluster {name!r} or its resources {dict(resources or {})}: {error}") from error
-        self._folder = folder
 
     def submit(self, commands: Sequence[Sequence[str]], title: str) -> list[Any]:
         """Send commands as jobs, several as one array; the jobs, in submitit's class."""

@@ -62,11 +62,10 @@ class BundleRun:
         arguments = {name: "$None" if value is None else value for name, value in values.items()}
         return arguments | {"config_file": list(self.configs)} | ({"run_id": self.section} if self.section else {})
 
-    def part(self, name: str) -> Any:
-        """Something that the workflow is made of, such as its ``cache``, made here without running anything."""
-        return StrictWorkflow(**self._arguments, workflow_type="train", logging_file=False).parser.get_parsed_content(
-            name
-        )
+    def parts(self, *names: str) -> list[Any]:
+        """Some things that the workflow is made of, such as its ``cache``, made here without running anything."""
+        parser = StrictWorkflow(**self._arguments, workflow_type="train", logging_file=False).parser
+        return [parser.get_parsed_content(name) for name in names]
 
     @property
     def _options(self) -> list[str]:

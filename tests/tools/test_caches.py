@@ -6,6 +6,7 @@ import pytest
 
 from pgl_ext.data.cache import VolumeCache
 from pgl_ext.tools.caches import cache_report
+from pgl_ext.tools.cli import main
 from pgl_ext.transforms import preprocessing
 
 
@@ -44,3 +45,26 @@ def test_damaged_files_are_found_and_removed(files, tmp_path):
 def test_what_is_no_cache(tmp_path):
     with pytest.raises(ValueError, match="holds no cached volumes"):
         cache_report(tmp_path)
+
+
+def test_a_cache_is_filled_in_shards(tmp_path, monkeypatch, capsys):
+    """In any order, and what is there is left alone."""
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for number in range(5):
+        voxels = np.random.default_rng(number).normal(size=(20, 20, 20)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2, 2, 2, 1])), scans / f"{number}.nii")
+    times = []
+    for shard in ("1/2", "0/2", "0/1"):
+        monkeypatch.setattr(
+            "sys.argv", ["pgl", "cache", str(scans), str(out), "--spacing", "[4, 4, 4]", "--shard", shard]
+        )
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        times.append({file.name: file.stat().st_mtime_ns for file in out.glob("*.b2nd")})
+    assert [len(each) for each in times] == [2, 5, 5]
+    assert times[2] == {**times[1], **times[0]}
+    said = capsys.readouterr().out
+    assert [f"{good} of {good} volumes are cached in {out}." in said for good in (2, 3, 5)] == [True] * 3
+    assert (out / "plan.yaml").is_file()
